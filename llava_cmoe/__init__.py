@@ -1,0 +1,1 @@
+"""Continual instruction tuning of vision-language LLMs with LoRA experts (LLaVA-CMoE)."""

@@ -1,0 +1,94 @@
+"""The frozen feature that locators read: one hidden state of the backbone per prompt, computed no further than needed.
+
+Leaves the choice of the layer to the settings, and switching experts off to the caller (a RouteContext without a plan).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+class _LayerReached(Exception):
+    """Carries the wanted hidden state out of a forward pass that need not go on; never leaves this file."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+
+@torch.no_grad()
+def last_token_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: int) -> Tensor:
+    """Hidden state at the last prompt token, as the frozen model computes it.
+
+    Padding is first moved to the right end and cut to the longest prompt: a causal model's real tokens never see it
+    there, so the feature has the same bits whichever side the batch was padded on, and however far.
+
+    Args:
+        model: a stock transformers image-text-to-text model.
+        batch: the processor's tensors of *prompts*, with `input_ids` and `attention_mask` (B, T).
+        layer: index into transformers' `hidden_states`: 0 is the embedding output with the image features in place,
+            k the output of the k-th LLM layer, and -1 the last layer's output *after* the final norm.
+
+    Returns:
+        feature_BD in float32, without gradient.
+
+    Raises:
+        ValueError: no such layer, an empty prompt, or a batch with `labels` (its last token would be the answer's).
+    """
+    if "labels" in batch:
+        raise ValueError("the locator's feature is read from prompts; collate them without answers and `labels`")
+    prompts = _flush_left(batch)
+    hidden_BTD = _hidden_state(model, prompts, layer)
+    last_B = prompts["attention_mask"].sum(dim=1) - 1
+    rows_B = torch.arange(len(last_B), device=hidden_BTD.device)
+    return hidden_BTD[rows_B, last_B.to(hidden_BTD.device)].float()
+
+
+def _flush_left(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same batch with every row's real tokens first and in order; image tensors are left as they are."""
+    mask_BT = batch["attention_mask"]
+    length_B = mask_BT.sum(dim=1)
+    if int(length_B.min()) == 0:
+        raise ValueError(f"prompt {int(length_B.argmin())} of the batch is empty; give every sample at least one token")
+    order_BT = mask_BT.argsort(dim=1, descending=True, stable=True)[:, : int(length_B.max())]
+    return {
+        name: tensor.gather(1, order_BT) if tensor.shape == mask_BT.shape else tensor for name, tensor in batch.items()
+    }
+
+
+def _hidden_state(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: int) -> Tensor:
+    """`hidden_states[layer]`, by leaving the stock forward pass where that layer's output is handed to the next one.
+
+    Running the model's own code keeps the bits and every architecture's own embedding, mask and position rules.
+    Under ZeRO-3 leave the engine's hooks out of it: a forward that stops half-way confuses its prefetching.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
+    if layers is None:
+        raise ValueError(f"{type(model).__name__}: its language model has no list `layers` to read a feature from")
+    if not -len(layers) - 1 <= layer <= len(layers):
+        raise ValueError(f"layer {layer} does not exist: this model has 0 (embedding) to {len(layers)}; -1 is the last")
+
+    def leave(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        raise _LayerReached(args[0] if args else kwargs["hidden_states"])
+
+    wanted = layer % (len(layers) + 1)
+    if wanted == len(layers):
+        return _forward(model, batch).last_hidden_state  # type: ignore[no-any-return]
+    hook = layers[wanted].register_forward_pre_hook(leave, with_kwargs=True)
+    try:
+        _forward(model, batch)
+    except _LayerReached as reached:
+        return reached.hidden_BTD
+    finally:
+        hook.remove()
+    raise AssertionError(f"the forward pass of {type(model).__name__} never called its layer {wanted}")
+
+
+def _forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:
+    """The model without its language-modelling head, and without filling a cache nobody reads."""
+    return model.base_model(**batch, use_cache=False)

@@ -1,0 +1,117 @@
+"""Loads the frozen backbone: any Hugging Face image-text-to-text model, with its processor and a fingerprint.
+
+Where experts may live in it is for `sites.py`; the pocket backbone's making is for `pocket.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from llava_cmoe.backbones.pocket import POCKET_DIR
+from llava_cmoe.fingerprints import fingerprint_files
+from llava_cmoe.settings import BackboneSettings
+
+FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
+"""What defines a backbone: configuration, tokenizer, chat template, weights. Pickled weights are never read."""
+
+
+class BackboneError(ValueError):
+    """A backbone that cannot be used; the message names the path and the fix."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A frozen model in eval mode, its processor, and the sha256 over the files both were read from."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    fingerprint: str
+
+
+def load_backbone(settings: BackboneSettings) -> Backbone:
+    """Load, freeze and fingerprint the backbone; it stays on the CPU.
+
+    Raises:
+        BackboneError: no such folder or model, an architecture that is not image-text-to-text, no safetensors,
+            weights that do not fit the configuration, or no processor.
+    """
+    folder = _folder(settings.path)
+    _check_architecture(folder)
+    files = [path for pattern in FILE_PATTERNS for path in folder.glob(pattern)]
+    return Backbone(
+        model=_load_model(folder, getattr(torch, settings.dtype), settings.attention),
+        processor=_load_processor(folder),
+        fingerprint=fingerprint_files(files, root=folder),
+    )
+
+
+def _folder(path: str) -> Path:
+    """The folder that holds the backbone's files, fetched from the Hub (or its cache) for a model's name."""
+    folder = POCKET_DIR if path == "pocket" else Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(path, allow_patterns=list(FILE_PATTERNS)))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise BackboneError(
+            f"backbone.path {path}: no such folder, and no such model on the Hub or in its cache; "
+            f"give the folder that holds config.json ({type(error).__name__})"
+        ) from error
+
+
+def _check_architecture(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise BackboneError(f"{folder}: no config.json; backbone.path must be a model folder in Hugging Face's format")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {error}") from error
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise BackboneError(
+            f"{folder}/config.json: model_type {config.model_type} is not an image-text-to-text model, such as llava is"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise BackboneError(f"{folder}: no *.safetensors (pickles are not read); save the model with save_pretrained")
+
+
+def _load_model(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation=attention,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    # transformers only warns and fills the gap with random numbers, which no seed of ours controls.
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise BackboneError(f"{folder}: incomplete, the weights lack {absent[0]} and {len(absent) - 1} more")
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
+
+
+def _load_processor(folder: Path) -> ProcessorMixin:
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except (ValueError, OSError) as error:
+        raise BackboneError(f"{folder}: its processor cannot be loaded: {error}") from error
+    # Without a processor's configuration AutoProcessor hands out the bare tokenizer.
+    if not isinstance(processor, ProcessorMixin):
+        raise BackboneError(f"{folder}: no processor for images and text, only a {type(processor).__name__}")
+    return processor

@@ -1,0 +1,141 @@
+"""One raw row of a CoIN file, checked field by field and turned into a canonical row.
+
+Files, folders and rows' places in them are `coin.py`'s; here a row is an object, and what is wrong with it a reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from llava_cmoe.data.rows import MARKER, EvalRow, TrainRow, Turn
+
+IMAGE_FOLDER = "cl_dataset"
+
+LOST_IMAGES = frozenset(
+    f"OCR-VQA/images/{name}.jpg"
+    for name in ("1421539896", "141393394", "316881791", "140445692", "142153990X", "689852649")
+)
+"""Pictures that CoIN's files refer to and nobody can download any more; their rows are left out with a warning."""
+
+
+class Unusable(ValueError):
+    """A row that cannot be used, for the reason given."""
+
+
+class LostForGood(Exception):
+    """A row whose picture is known to be lost everywhere."""
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
+    if isinstance(value, list) and not value:
+        return "an empty array"
+    return {dict: "an object", list: "an array", str: "a string", type(None): "null"}.get(type(value), repr(value))
+
+
+def row_id_of(raw: object) -> str:
+    """The row's `question_id` or `id` as a string."""
+    if not isinstance(raw, dict):
+        raise Unusable(f"a row is an object, found {kind_of(raw)}")
+    row_id = raw.get("question_id", raw.get("id"))
+    if isinstance(row_id, bool) or not isinstance(row_id, (int, str)) or row_id == "":
+        raise Unusable("no id (`id` or `question_id`, a string or a whole number)")
+    return str(row_id)
+
+
+def train_row(raw: Mapping[str, Any], row_id: str, folder: Path) -> TrainRow:
+    """A canonical training row; pictures are looked for in `folder` (absolute, without links)."""
+    conversations = raw.get("conversations")
+    if not isinstance(conversations, list) or not conversations:
+        raise Unusable("no conversations")
+    turns = [_turn(turn, number) for number, turn in enumerate(conversations)]
+    if turns[-1]["role"] != "assistant":
+        raise Unusable("wrong turn order: the conversation ends with human, the last turn must be from gpt")
+    _check_marker(turns, has_image=raw.get("image") is not None)
+    return {"id": row_id, "image": _image(raw, folder), "turns": turns}
+
+
+def _turn(turn: object, number: int) -> Turn:
+    speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+    expected: Literal["human", "gpt"] = "gpt" if number % 2 else "human"
+    if speaker != expected:
+        raise Unusable(f"wrong turn order: turn {number} must be from {expected}, found {speaker!r}")
+    if not isinstance(value, str) or not value.strip():
+        raise Unusable(f"turn {number} ({expected}) has no text")
+    return {"role": "assistant" if expected == "gpt" else "user", "text": value}
+
+
+def _check_marker(turns: list[Turn], has_image: bool) -> None:
+    counts = [turn["text"].count(MARKER) for turn in turns]
+    if not has_image and any(counts):
+        raise Unusable(f"{MARKER} in the text, but the row has no image")
+    if has_image and not any(counts):
+        raise Unusable(f"the row has an image, but no {MARKER} in its text")
+    if sum(counts) > 1:
+        raise Unusable(f"{MARKER} occurs {sum(counts)} times, expected once")
+    if has_image and not counts[0]:
+        raise Unusable(f"{MARKER} occurs in turn {counts.index(1)}, expected in the first")
+
+
+def _image(raw: Mapping[str, Any], folder: Path) -> str | None:
+    """Absolute path of the row's picture, which exists and lies inside the folder."""
+    name = raw.get("image")
+    if name is None:
+        return None
+    if not isinstance(name, str) or not PurePosixPath(name).parts or "\0" in name:
+        raise Unusable(f"image must be a path relative to {IMAGE_FOLDER}/, found {name!r}")
+    relative = PurePosixPath(name)
+    if relative.parts[0] == IMAGE_FOLDER:
+        relative = relative.relative_to(IMAGE_FOLDER)
+    path = Path(os.path.realpath(folder / relative))
+    if relative.is_absolute() or not path.is_relative_to(folder):
+        # Absolute, through "..", or through a link; a link of the whole folder is fine, as `folder` is its target.
+        raise Unusable(f"image path {name} leaves the root, for {path}; write it relative to {IMAGE_FOLDER}/")
+    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+        if str(relative) in LOST_IMAGES:
+            raise LostForGood(name)
+        raise Unusable(f"image file {name} is missing (looked for {path})")
+    return str(path)
+
+
+def eval_row(raw: Mapping[str, Any], row_id: str, folder: Path, has_box: bool) -> EvalRow:
+    """A canonical evaluation row without `answers` and `choices`; with `has_box`, `answer_bbox` is the answer."""
+    text = raw.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise Unusable("no text (the question)")
+    has_image = raw.get("image") is not None
+    if has_image and MARKER not in text:  # evaluation files leave the marker out, training files do not
+        text = f"{MARKER}\n{text}"
+    turns: list[Turn] = [{"role": "user", "text": text}]
+    _check_marker(turns, has_image)
+    key = "answer_bbox" if has_box else "answer"
+    answer = raw.get(key)
+    if not isinstance(answer, str) or not answer.strip():
+        raise Unusable(f"no {key} (a string)")
+    return {
+        "id": row_id,
+        "image": _image(raw, folder),
+        "turns": turns,
+        "answer": answer,
+        "answers": [],
+        "box": _box(answer) if has_box else [],
+        "choices": [],
+    }
+
+
+def _box(text: str) -> list[float]:
+    """The four coordinates of "[x1, y1, x2, y2]", in [0, 1] and in order."""
+    inner = text.strip()
+    try:
+        box = [float(part) for part in inner[1:-1].split(",")]
+    except ValueError:
+        box = []
+    bracketed = inner.startswith("[") and inner.endswith("]")
+    if not bracketed or len(box) != 4 or not all(0 <= value <= 1 for value in box):
+        raise Unusable(f"malformed answer_bbox {text!r}; expected [x1, y1, x2, y2], each from 0 to 1")
+    if box[0] > box[2] or box[1] > box[3]:
+        raise Unusable(f"malformed answer_bbox {text!r}; x1 <= x2 and y1 <= y2 must hold")
+    return box

@@ -1,0 +1,204 @@
+r"""From turns to tokens: the backbone's own chat template, and a label mask that lets only answers be learned.
+
+The conversation is rendered once up to each answer (with the generation prompt) and once through it; the text between
+the two is the answer. Every segment is tokenised on its own:
+
+    USER: <image>\nWhat is it? ASSISTANT:| a cat</s>|USER: Which colour? ASSISTANT:| red</s>
+    -100 -100 ...                          learned    -100 ...                       learned
+
+so training sees, up to each answer, exactly the tokens that generation starts from. Masks that search the token ids for
+"ASSISTANT:" (as LLaVA does) depend on how a tokenizer merges letters across borders; this one does not.
+Opening and squaring the picture is left to `encoding.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava_cmoe.data.rows import MARKER, Turn
+
+IGNORED = -100
+"""Label of a token that the loss leaves out."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the rendered conversation; an answer (with its end token) is learned, the rest is not."""
+
+    text: str
+    learned: bool
+
+
+def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as Hugging Face messages with content parts; the newline beside the marker goes with the marker."""
+    messages = []
+    for turn in turns:
+        before, marker, after = turn["text"].partition(MARKER)
+        texts = (before.removesuffix("\n"), after.removeprefix("\n")) if marker else (before, "")
+        parts: list[dict[str, str]] = [{"type": "text", "text": text} for text in texts if text]
+        if marker:
+            parts.insert(1 if texts[0] else 0, {"type": "image"})
+        messages.append({"role": turn["role"], "content": parts})
+    return messages
+
+
+def encode_sample(
+    processor: Any, turns: Sequence[Turn], image: Image.Image | None, max_length: int
+) -> dict[str, Tensor]:
+    """Tokens and labels of a conversation that ends with an answer.
+
+    Args:
+        processor: a Hugging Face processor, or a plain tokenizer for text-only rows.
+        turns: alternating user and assistant, with one marker in the first turn iff there is an image.
+        image: the picture, already square.
+        max_length: longest sample in tokens.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels` of shape (T,), whatever else the processor says about single tokens
+        as (T,), and its picture tensors (`pixel_values`, ...) as they are, with a leading batch axis.
+
+    Raises:
+        ValueError: the sample is longer than `max_length`, or the chat template cannot be used.
+    """
+    if turns[-1]["role"] != "assistant":
+        raise ValueError("a sample to learn ends with an assistant turn")
+    encoded = _encode(processor, turns, image)
+    check_length(len(encoded["input_ids"]), max_length)
+    return encoded
+
+
+def encode_prompt(processor: Any, turns: Sequence[Turn], image: Image.Image | None) -> dict[str, Tensor]:
+    """Tokens from which an answer is generated: turns that end with the user, and the generation prompt; no labels."""
+    if turns[-1]["role"] != "user":
+        raise ValueError("a prompt ends with a user turn")
+    encoded = _encode(processor, turns, image)
+    del encoded["labels"]
+    return encoded
+
+
+def count_tokens(processor: Any, turns: Sequence[Turn], image_tokens: int) -> int:
+    """Length of what the turns encode to, without a picture at hand: each marker counts `image_tokens` tokens more."""
+    tokenizer, segments = _tokenizer(processor), split(processor, turns)
+    count = len(_encode_first(tokenizer, segments[0].text, None)["input_ids"])
+    count += sum(len(_continue(tokenizer, before.text, after.text)) for before, after in pairwise(segments))
+    return count + image_tokens * (MARKER in turns[0]["text"])
+
+
+def check_length(length: int, max_length: int) -> None:
+    """Raise a ValueError for a sample that is too long."""
+    if length > max_length:
+        raise ValueError(f"sample of {length} tokens; at most {max_length} fit (training.max_length)")
+
+
+def split(processor: Any, turns: Sequence[Turn]) -> list[Segment]:
+    """The rendered conversation in alternating prompts and answers."""
+    segments: list[Segment] = []
+    rendered, tail = "", ""
+    for number, turn in enumerate(turns):
+        longer = _render(processor, turns[: number + 1])
+        if not longer.startswith(rendered):
+            raise ValueError(
+                f"chat template of {_name(processor)}: rendering turn {number} changes the text of earlier turns, so "
+                "that training and generation would see different prompts; use a template that only appends"
+            )
+        piece, rendered = longer[len(rendered) :], longer
+        if turn["role"] == "user":
+            segments.append(Segment(tail + piece, learned=False))
+        else:
+            answer, tail = _cut_answer(processor, piece, turn["text"].strip())
+            segments.append(Segment(answer, learned=True))
+    return segments
+
+
+def _render(processor: Any, turns: Sequence[Turn]) -> str:
+    messages = to_messages(turns)
+    if processor is _tokenizer(processor):  # templates of text-only models take a string as content
+        messages = [{"role": turn["role"], "content": turn["text"]} for turn in turns]
+    rendered: str = processor.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=turns[-1]["role"] == "user"
+    )
+    return rendered
+
+
+def _cut_answer(processor: Any, piece: str, answer: str) -> tuple[str, str]:
+    """Split what the template renders for an answer into what is learned and what belongs to the next prompt.
+
+    Learned are the answer and the end mark after it (`</s>`, `<|im_end|>`). A template without one (the stock one of
+    llava-1.5 closes an answer with a blank) would teach a model that never stops: there the end-of-sequence token
+    takes the blank's place, which is the Vicuna format that LLaVA was trained with.
+    """
+    lead = len(piece) - len(piece.lstrip())
+    end = lead + len(answer)
+    if piece[lead:end] != answer:
+        raise ValueError(
+            f"chat template of {_name(processor)}: does not render the answer {answer!r} right after the generation "
+            f"prompt, but {piece!r}"
+        )
+    closing = piece[end:]
+    if not closing.strip():
+        return piece[:end] + _tokenizer(processor).eos_token, ""
+    mark = closing.split()[0]
+    end += closing.index(mark) + len(mark)
+    return piece[:end], piece[end:]
+
+
+def _encode(processor: Any, turns: Sequence[Turn], image: Image.Image | None) -> dict[str, Tensor]:
+    if (MARKER in turns[0]["text"]) != (image is not None):
+        raise ValueError(f"a picture and the marker {MARKER} in the first user turn belong together")
+    tokenizer, segments = _tokenizer(processor), split(processor, turns)
+    encoded = _encode_first(processor, segments[0].text, image)
+    first_T = encoded["input_ids"]
+    pieces, labels = [first_T], [torch.full_like(first_T, IGNORED)]
+    for before, segment in pairwise(segments):
+        ids_T = torch.tensor(_continue(tokenizer, before.text, segment.text), dtype=torch.long)
+        pieces.append(ids_T)
+        labels.append(ids_T if segment.learned else torch.full_like(ids_T, IGNORED))
+    rest = sum(map(len, pieces[1:]))
+    for key, value in encoded.items():  # attention mask, token types: the later segments are plain text
+        if value.shape == first_T.shape:
+            encoded[key] = torch.cat([value, value.new_full((rest,), int(key == "attention_mask"))])
+    encoded["input_ids"], encoded["labels"] = torch.cat(pieces), torch.cat(labels)
+    return encoded
+
+
+def _encode_first(processor: Any, text: str, image: Image.Image | None) -> dict[str, Tensor]:
+    """The first prompt, which holds the picture: the processor expands its token. (1, T) outputs lose their batch axis.
+
+    A template that writes the begin-of-sequence token itself must not get a second one from the tokenizer.
+    """
+    bos = _tokenizer(processor).bos_token
+    pictures = {} if image is None else {"images": image}
+    encoded = processor(
+        text=text, **pictures, return_tensors="pt", add_special_tokens=bos is None or not text.startswith(bos)
+    )
+    shape = encoded["input_ids"].shape
+    return {key: value[0] if value.shape == shape else value for key, value in encoded.items()}
+
+
+def _continue(tokenizer: Any, before: str, text: str) -> list[int]:
+    """Token ids of `text` as it follows `before`.
+
+    SentencePiece tokenizers put a blank before any text that stands alone; read together with what comes before, the
+    answer begins as generation would begin it. Where the two would merge into one token, the text stands alone.
+    """
+    head: list[int] = tokenizer(before, add_special_tokens=False)["input_ids"]
+    both: list[int] = tokenizer(before + text, add_special_tokens=False)["input_ids"]
+    if both[: len(head)] == head:
+        return both[len(head) :]
+    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return alone
+
+
+def _tokenizer(processor: Any) -> Any:
+    return getattr(processor, "tokenizer", processor)
+
+
+def _name(processor: Any) -> str:
+    return _tokenizer(processor).name_or_path or type(processor).__name__

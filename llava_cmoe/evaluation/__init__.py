@@ -1,0 +1,1 @@
+"""Measuring a run in four separate steps: generate, extract, score, aggregate. Knows tasks, never methods."""

@@ -1,0 +1,250 @@
+"""Step one of an evaluation: the model answers a task's questions, and the answers are written down, not judged.
+
+What differs from a plain loop: batches are fixed by the rows' order and the batch size alone (batch b belongs to
+process b modulo the number of processes), and answers are appended batch by batch. So one process or two, killed or
+not, the same batches are computed and the same bytes end up in the answers file. A batch that a kill cut in two is
+computed again whole, because the last bits of its logits may depend on who shares the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
+from llava_cmoe.records import Located
+
+RouteName = Literal["located", "oracle", "random"]
+Progress = Callable[[int, int], None]
+"""Called after every batch with the samples done and all samples, both of this process."""
+
+
+class Routed(Protocol):
+    """What an evaluation asks of a method."""
+
+    def locate(self, batch: Mapping[str, Tensor]) -> Located | None:
+        """Which task each prompt belongs to; None if the method does not locate."""
+        ...
+
+    def routed(self, task_B: Tensor | None) -> AbstractContextManager[None]:
+        """Answer with these tasks' routers while the context is open (-1: the base model)."""
+        ...
+
+
+class Processes(Protocol):
+    """The processes that share the work: an `accelerate.PartialState` or `Accelerator`."""
+
+    @property
+    def process_index(self) -> int:
+        """From 0."""
+        ...
+
+    @property
+    def num_processes(self) -> int:
+        """All of them."""
+        ...
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this one merges what all have written."""
+        ...
+
+    def wait_for_everyone(self) -> None:
+        """Return when every process has called this."""
+        ...
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Who is examined: the model with a method's experts in it, and the processor that goes with it."""
+
+    method: Routed
+    model: Any
+    processor: Any
+
+
+@dataclass(frozen=True)
+class Questions:
+    """One task's evaluation rows in their fixed order.
+
+    Attributes:
+        ids: the rows' ids.
+        texts: the user's turns.
+        prompts: the encoded prompts.
+        max_new_tokens: longest answer.
+    """
+
+    ids: tuple[str, ...]
+    texts: tuple[str, ...]
+    prompts: PromptRows
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """Whose routers answer: the located task's, the true task's (oracle), or a random known task's.
+
+    Attributes:
+        name: which of the three.
+        task_index: the true task.
+        num_known: tasks learned so far; a random route draws among them.
+        seed: of the random draw.
+    """
+
+    name: RouteName
+    task_index: int
+    num_known: int
+    seed: int
+
+    def given_tasks(self, ids: Sequence[str]) -> Tensor | None:
+        """Task per sample, drawn from (seed, id) alone and never from the place in the batch; None if to be located."""
+        match self.name:
+            case "located":
+                return None
+            case "oracle":
+                return torch.full((len(ids),), self.task_index)
+            case "random":
+                draws = (hashlib.sha256(f"{self.seed}:{sample_id}".encode()).digest() for sample_id in ids)
+                return torch.tensor([int.from_bytes(draw) % self.num_known for draw in draws])
+
+
+def generate_answers(
+    candidate: Candidate,
+    questions: Questions,
+    route: Route,
+    path: Path,
+    *,
+    batch_size: int,
+    processes: Processes,
+    progress: Progress | None = None,
+) -> None:
+    """Answer every question and write `path`, going on where an earlier call was interrupted; all processes call this.
+
+    While the work goes on, process p appends to `path` with the suffix `.p.part`. The main process then merges these in
+    the questions' order, under the final name, in one step. A complete file is left as it is.
+
+    Raises:
+        ValueError: the file, or what is left of an interrupted one, holds other ids than the questions.
+    """
+    if not path.exists():
+        candidate.model.eval()
+        answered = {answer.id for part in _parts(path) for answer in read_answers(part)}
+        processes.wait_for_everyone()  # everyone has read before anyone writes
+        _refuse_foreign(answered, questions, path)
+        size = len(questions.ids)
+        batches = [range(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
+        mine = batches[processes.process_index :: processes.num_processes]
+        num_done, num_mine = 0, sum(map(len, mine))
+        with _open_to_append(_part(path, processes.process_index)) as stream:
+            for batch in mine:
+                if not answered.issuperset(questions.ids[index] for index in batch):
+                    _append(stream, answer_batch(candidate, questions, batch, route))
+                num_done += len(batch)
+                if progress:
+                    progress(num_done, num_mine)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            _merge(questions, path)
+    elif processes.is_main_process:
+        _finish(questions, path)
+    processes.wait_for_everyone()  # nobody reads the file before it is there
+
+
+@torch.no_grad()
+def answer_batch(candidate: Candidate, questions: Questions, batch: Sequence[int], route: Route) -> list[Answer]:
+    """Locate once, then decode greedily, left-padded, until every answer has ended."""
+    tokenizer = candidate.processor.tokenizer
+    ids = [questions.ids[index] for index in batch]
+    collate = Collator(tokenizer.pad_token_id, "left")
+    prompts = {
+        name: tensor.to(candidate.model.device)
+        for name, tensor in collate([questions.prompts[index] for index in batch]).items()
+    }
+    task_B = route.given_tasks(ids)
+    located = candidate.method.locate(prompts) if task_B is None else None
+    with candidate.method.routed(located.task_B if located else task_B):
+        tokens_BT = candidate.model.generate(**prompts, **_greedy(candidate, questions.max_new_tokens))
+    texts = tokenizer.batch_decode(tokens_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    verdicts = _verdicts(located, len(ids))
+    return [
+        Answer(sample_id, text.strip(), task, score, questions.texts[index])
+        for index, sample_id, text, (task, score) in zip(batch, ids, texts, verdicts, strict=True)
+    ]
+
+
+def _verdicts(located: Located | None, num_samples: int) -> list[tuple[int | None, float | None]]:
+    """Chosen task and its score per sample; no score where the base model was chosen, neither where nobody located."""
+    if located is None:
+        return [(None, None)] * num_samples
+    score_BN = located.score_BN.tolist()
+    return [
+        (task, scores[task] if task >= 0 else None)
+        for task, scores in zip(located.task_B.tolist(), score_BN, strict=True)
+    ]
+
+
+def _greedy(candidate: Candidate, max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of `generate`: the likeliest token each time until the end, whatever sampling a backbone ships with."""
+    tokenizer = candidate.processor.tokenizer
+    end = candidate.model.generation_config.eos_token_id
+    return {
+        "do_sample": False,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "max_new_tokens": max_new_tokens,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id if end is None else end,
+    }
+
+
+def _part(path: Path, process_index: int) -> Path:
+    return path.with_name(f"{path.name}.{process_index}.part")
+
+
+def _parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}.*.part"))
+
+
+def _open_to_append(part: Path) -> BinaryIO:
+    """Open a part behind its last complete line; what a kill left of the next one is cut off."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    stream = part.open("a+b")
+    stream.seek(0)
+    stream.truncate(stream.read().rfind(b"\n") + 1)
+    return stream
+
+
+def _append(stream: BinaryIO, answers: Sequence[Answer]) -> None:
+    stream.write(b"".join(answer.to_line() for answer in answers))
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _refuse_foreign(found: set[str], questions: Questions, path: Path) -> None:
+    foreign = sorted(found.difference(questions.ids))
+    if foreign:
+        raise ValueError(f"{path}: holds an answer to {foreign[0]!r}, which is not asked; delete it to generate again")
+
+
+def _merge(questions: Questions, path: Path) -> None:
+    """Write the answers of all parts in the questions' order; of a batch computed twice the later answers stand."""
+    by_id = {answer.id: answer for part in _parts(path) for answer in read_answers(part)}
+    write_answers(path, [by_id[sample_id] for sample_id in questions.ids])
+    _finish(questions, path)
+
+
+def _finish(questions: Questions, path: Path) -> None:
+    """Check a complete file and remove its parts, which a kill right after merging leaves behind."""
+    _refuse_foreign({answer.id for answer in read_answers(path)}, questions, path)
+    for part in _parts(path):
+        part.unlink()

@@ -1,0 +1,202 @@
+"""What an evaluation leaves on disk: answers as JSON lines, and `results.json`. Judging answers is left to the scorers.
+
+Every file appears under its name only when it is complete (written beside and renamed), so a reader never meets half
+of one; the answers of an evaluation at work are in the hands of `generate.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+Row = tuple[float | None, ...]
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
+"""Packages whose version can change a number."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer, as one line of an answers file.
+
+    Attributes:
+        id: the evaluation row's id.
+        text: what the model wrote, outer blanks removed, nothing else extracted.
+        located: index of the task the locator chose, -1 for the base model; None where no locator was asked.
+        score: the chosen task's z-normalised score (lower means closer); None where no task was chosen.
+        prompt: the user's turn as it stands in the row.
+    """
+
+    id: str
+    text: str
+    located: int | None
+    score: float | None
+    prompt: str
+
+    def to_line(self) -> bytes:
+        """The answer as JSON, ended by a newline (no other newline can occur in it)."""
+        return json.dumps(asdict(self), ensure_ascii=False).encode() + b"\n"
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """Read an answers file; a last line without its newline was cut by a kill and is left out.
+
+    Raises:
+        ValueError: a finished line is not an answer (file and line are named).
+    """
+    # Split at \n only: str.splitlines would also split at U+2028, which an answer may contain.
+    lines = path.read_bytes().split(b"\n")[:-1]
+    answers = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            answers.append(Answer(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: not an answer ({error}); delete the file to generate it again"
+            ) from error
+    return answers
+
+
+def write_answers(path: Path, answers: Iterable[Answer]) -> None:
+    """Write a complete answers file atomically."""
+    _write_atomically(path, b"".join(answer.to_line() for answer in answers))
+
+
+class _Logged(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunFacts(_Logged):
+    """What the caller knows about a run and the evaluation does not. Mappings by task keep the tasks' order."""
+
+    run: str
+    """Name of the run."""
+    method: str
+    """Name of the method that learned it."""
+    seed: int
+    """Seed of everything random in the run."""
+    recipe: dict[str, Any]
+    """The resolved recipe."""
+    base: str
+    """Fingerprint of the frozen backbone; numbers of two bases are not comparable."""
+    data: str
+    """Fingerprint of the rows that were learned and evaluated."""
+    sites: tuple[str, ...] = ()
+    """Every place that may hold experts, from the lowest layer to the highest."""
+    growth: dict[str, dict[str, int]] = {}
+    """Task to site to the number of experts added there; sites that did not grow are absent."""
+    trainable_parameters: dict[str, int] = {}
+    """Parameters trained for each task (probes excluded)."""
+    stored_bytes: dict[str, int] = {}
+    """Bytes on disk for each task."""
+    processes: int = 1
+    """Processes that took part."""
+    threads: int = 1
+    """CPU threads of each process."""
+    versions: dict[str, str] = {}
+    """Python and the packages whose version can change a number."""
+    seconds: dict[str, dict[str, float]] = {}
+    """Wall-clock seconds: task to stage to seconds."""
+
+
+class RouteResults(_Logged):
+    """What was measured under one route."""
+
+    matrix: tuple[Row, ...]
+    """Accuracy in percent; row j after learning task j, column i on task i, null where not measured."""
+    detail: dict[str, tuple[Row, ...]]
+    """Matrices of further means, by name (`iou`: mean IoU), as fractions of one."""
+    metrics: dict[str, float | None]
+    """Metrics of the matrix, in percent or percent points; their definitions stand beside the routes."""
+
+
+class LocatorResults(_Logged):
+    """Which task the locator chose for which prompts, after the last task."""
+
+    columns: tuple[str, ...]
+    """Tasks that could be chosen, then `base` (no task fits)."""
+    confusion: tuple[tuple[int, ...], ...]
+    """Number of prompts; row: true task, column: chosen."""
+    accuracy: dict[str, float]
+    """Percent of a task's prompts that were located right."""
+    mean_accuracy: float
+    """Mean of these over the tasks."""
+
+
+class Results(RunFacts):
+    """Everything `results.json` holds."""
+
+    format: Literal[1] = 1
+    """Version of this layout."""
+    tasks: tuple[str, ...]
+    """The tasks in the order in which they are learned."""
+    num_samples: dict[str, int]
+    """Evaluated rows per task."""
+    protocol: str
+    """Scoring rules."""
+    protocol_version: int
+    """Their version; results of two versions are not comparable."""
+    definitions: dict[str, str]
+    """What the metrics mean."""
+    routes: dict[str, RouteResults]
+    """Route (`located`, `oracle`, `random`) to what was measured; the first is the headline."""
+    locator: LocatorResults | None
+    """The locator's verdicts; null for a method that locates nothing or a run that did not ask."""
+
+    @property
+    def headline(self) -> RouteResults:
+        """The first route's results."""
+        return next(iter(self.routes.values()))
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write `results.json` atomically; the keys stand in the order of the fields above."""
+    _write_atomically(path, results.model_dump_json(indent=2).encode() + b"\n")
+
+
+def read_results(path: Path) -> Results:
+    """Read `results.json`.
+
+    Raises:
+        ValueError: not a results file of this format.
+    """
+    try:
+        return Results.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ValueError(f"{path}: not a results file of format 1: {error}") from error
+
+
+def comparable(results: Results) -> dict[str, Any]:
+    """The results without any times: what two runs of the same recipe must have in common."""
+    kept = _without_seconds(results.model_dump(mode="json"))
+    assert isinstance(kept, dict)
+    return kept
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of `PACKAGES`, for `RunFacts.versions`."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _without_seconds(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _without_seconds(inner) for key, inner in value.items() if not key.endswith("seconds")}
+    return [_without_seconds(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with unfinished.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(path)

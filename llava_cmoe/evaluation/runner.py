@@ -1,0 +1,226 @@
+"""From a model to `results.json` in four steps: generate, extract (inside the scorers), score, aggregate.
+
+Generating is the only step that needs the model. Scores are always computed from the answers files, so a corrected
+scorer costs no generation. Who learned what, and when this is called, is left to the sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.evaluation.generate import Candidate, Processes, Questions, Route, RouteName, generate_answers
+from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, Row, RunFacts, read_answers
+from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
+from llava_cmoe.evaluation.scorers import PROTOCOL, PROTOCOL_VERSION, Reference, Score, Scorer, get_scorer
+from llava_cmoe.settings import EvaluationSettings
+
+BASE = "base"
+"""Column of the confusion matrix for prompts that fit no known task."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a run is asked, the same after every task.
+
+    Attributes:
+        sequence: the tasks in order.
+        rows: task name to its canonical evaluation rows.
+        folder: where the answers files go: `after_03/TextVQA.located.jsonl` (3: after the third task).
+        settings: routes and batch size.
+        seed: of the random route.
+    """
+
+    sequence: TaskSequence
+    rows: Mapping[str, Dataset]
+    folder: Path
+    settings: EvaluationSettings
+    seed: int
+
+    def answers_path(self, after: int, task: int, route: RouteName) -> Path:
+        """Answers file of one cell; `after` and `task` count from 0."""
+        return self.folder / f"after_{after + 1:02d}" / f"{self.sequence.names[task]}.{route}.jsonl"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the accuracy matrix.
+
+    Attributes:
+        after: index of the task learned last.
+        task: index of the task that was asked.
+        route: whose routers answered.
+        accuracy: percent.
+        num_samples: rows the accuracy is a mean over.
+        detail: means of the scorer's further numbers (grounding: `iou`).
+    """
+
+    after: int
+    task: int
+    route: RouteName
+    accuracy: float
+    num_samples: int
+    detail: Mapping[str, float] = field(default_factory=dict)
+
+
+def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str, Questions]:
+    """The exam's questions by task name, to be made once per run; a prompt is encoded when it is first asked.
+
+    It is then kept, because every later row of the matrix asks it again; `keep=False` gives up that time where all
+    pictures do not fit into memory (1.4 MB each at 336 pixels).
+    """
+    return {
+        task.name: Questions(
+            ids=tuple(exam.rows[task.name]["id"]),
+            texts=tuple(turns[0]["text"] for turns in exam.rows[task.name]["turns"]),
+            prompts=PromptRows(exam.rows[task.name], processor, task.geometry, keep=keep),
+            max_new_tokens=task.max_new_tokens,
+        )
+        for task in exam.sequence.tasks
+    }
+
+
+def evaluate_after(
+    exam: Exam,
+    questions: Mapping[str, Questions],
+    candidate: Candidate,
+    after: int,
+    processes: Processes,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Cell]:
+    """Ask every task learned so far, under every route, and score the answers; all processes call this together.
+
+    What was already answered is not asked again, so calling this twice costs a scoring.
+
+    Args:
+        exam: what is asked, and where the answers go.
+        questions: from `encode_questions`.
+        candidate: the model as it is after task `after`.
+        after: index of the task learned last.
+        processes: those that share the work.
+        progress: called with a label, the samples done and all samples of this process.
+    """
+    for task, spec in enumerate(exam.sequence.tasks[: after + 1]):
+        for name in exam.settings.routes:
+            label = f"{spec.name} ({name})"
+            generate_answers(
+                candidate,
+                questions[spec.name],
+                Route(name, task_index=task, num_known=after + 1, seed=exam.seed),
+                exam.answers_path(after, task, name),
+                batch_size=exam.settings.batch_size,
+                processes=processes,
+                progress=partial(progress, label) if progress else None,
+            )
+    return score_after(exam, after)
+
+
+def score_after(exam: Exam, after: int) -> list[Cell]:
+    """Score every complete answers file of one row of the matrix; needs no model."""
+    return [
+        score_cell(exam, after, task, route)
+        for route in exam.settings.routes
+        for task in range(after + 1)
+        if exam.answers_path(after, task, route).exists()
+    ]
+
+
+def score_cell(exam: Exam, after: int, task: int, route: RouteName) -> Cell:
+    """Score one answers file."""
+    spec = exam.sequence.tasks[task]
+    path = exam.answers_path(after, task, route)
+    scores = score_answers(read_answers(path), exam.rows[spec.name], get_scorer(spec.scorer), source=str(path))
+    details = {name: _mean([score.detail[name] for score in scores]) for name in scores[0].detail}
+    return Cell(after, task, route, 100 * _mean([score.value for score in scores]), len(scores), details)
+
+
+def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> list[Score]:
+    """One score per row, answers joined by id; `source` names the answers in errors.
+
+    Raises:
+        ValueError: an id is missing, doubled or unknown, or a row cannot be scored.
+    """
+    ids = [answer.id for answer in answers]
+    doubled = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
+    unknown = sorted(set(ids).difference(rows["id"]))
+    missing = sorted(set(rows["id"]).difference(ids))
+    for problem, found in (("doubled", doubled), ("unknown", unknown), ("missing", missing)):
+        if found:
+            raise ValueError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); delete it to generate again")
+    text_by_id = {answer.id: answer.text for answer in answers}
+    scores = []
+    for row in rows:
+        try:
+            scores.append(scorer(text_by_id[row["id"]], Reference.from_row(row)))
+        except ValueError as error:
+            raise ValueError(f"{source}: row {row['id']!r}: {error}") from error
+    return scores
+
+
+def aggregate(exam: Exam, facts: RunFacts) -> Results:
+    """Everything `results.json` holds, from the answers files and what the caller knows about the run."""
+    names = exam.sequence.names
+    cells = [cell for after in range(len(names)) for cell in score_after(exam, after)]
+    if not cells:
+        raise ValueError(f"{exam.folder}: no answers yet; evaluate the run first")
+    last = max(cell.after for cell in cells)
+    return Results(
+        **facts.model_dump(),
+        tasks=names,
+        num_samples={name: len(exam.rows[name]) for name in names},
+        protocol=PROTOCOL,
+        protocol_version=PROTOCOL_VERSION,
+        definitions=DEFINITIONS,
+        routes={
+            route: _route_results([cell for cell in cells if cell.route == route], last, len(names))
+            for route in exam.settings.routes
+        },
+        locator=_locator_results(exam, last),
+    )
+
+
+def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteResults:
+    matrix = _matrix({(cell.after, cell.task): cell.accuracy for cell in cells}, last, num_tasks)
+    details = sorted({name for cell in cells for name in cell.detail})
+    return RouteResults(
+        matrix=matrix,
+        detail={
+            name: _matrix({(cell.after, cell.task): cell.detail.get(name) for cell in cells}, last, num_tasks)
+            for name in details
+        },
+        metrics=all_metrics(matrix),
+    )
+
+
+def _matrix(values: Mapping[tuple[int, int], float | None], last: int, num_tasks: int) -> tuple[Row, ...]:
+    return tuple(tuple(values.get((after, task)) for task in range(num_tasks)) for after in range(last + 1))
+
+
+def _locator_results(exam: Exam, last: int) -> LocatorResults | None:
+    """Confusion after the last learned task; None unless every prompt of every learned task was located."""
+    paths = [exam.answers_path(last, task, "located") for task in range(last + 1)]
+    if "located" not in exam.settings.routes or not all(path.exists() for path in paths):
+        return None
+    located = [[answer.located for answer in read_answers(path)] for path in paths]
+    if any(task is None for tasks in located for task in tasks):
+        return None
+    choices = [*range(last + 1), -1]
+    confusion = tuple(tuple(tasks.count(choice) for choice in choices) for tasks in located)
+    names = exam.sequence.names[: last + 1]
+    accuracy = {name: 100 * confusion[i][i] / sum(confusion[i]) for i, name in enumerate(names)}
+    return LocatorResults(
+        columns=(*names, BASE), confusion=confusion, accuracy=accuracy, mean_accuracy=_mean(list(accuracy.values()))
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)

@@ -1,0 +1,137 @@
+"""Route plans (whose routers serve which sample) and the context that hands the current one to every bank.
+
+Who makes a plan (locator, oracle, method) is not known here; what a plan does to a token is `routers.py`.
+Shape letters: B batch, T tokens, E experts, K tasks mixed for one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RoutePlan:
+    """Whose routers serve each sample of a batch, for a whole forward pass or a whole generation.
+
+    Attributes:
+        tasks_BK: task indices mixed for each sample; -1 means no experts. B = 1 serves every sample of the batch.
+        weights_BK: weight of each of those tasks.
+        newest: largest task index in the plan, kept on the host. Banks compute only the experts that this task's
+            router knows: an old task's arithmetic keeps its shapes, hence its bits, whatever is learned later.
+        mask_BT: True for tokens that are not padding; read only where gates are observed.
+    """
+
+    tasks_BK: Tensor
+    weights_BK: Tensor
+    newest: int
+    mask_BT: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check shapes; values stay unread, as reading them would wait for the device."""
+        if self.tasks_BK.ndim != 2 or self.tasks_BK.shape != self.weights_BK.shape:
+            raise ValueError(
+                f"a route plan needs tasks_BK and weights_BK of one shape (B, K), "
+                f"got {tuple(self.tasks_BK.shape)} and {tuple(self.weights_BK.shape)}"
+            )
+
+    @classmethod
+    def single(cls, task: int, mask_BT: Tensor | None = None) -> RoutePlan:
+        """One task for the whole batch; the plan of training and probing."""
+        return cls(torch.tensor([[task]]), torch.tensor([[float(task >= 0)]]), task, mask_BT)
+
+    @classmethod
+    def hard(cls, task_B: Tensor, mask_BT: Tensor | None = None) -> RoutePlan:
+        """One task per sample. Costs one host sync for a tensor on an accelerator, once per prompt batch."""
+        tasks_BK = task_B.long().unsqueeze(1)
+        return cls(tasks_BK, (tasks_BK >= 0).float(), int(task_B.max()), mask_BT)
+
+    def to(self, device: torch.device) -> RoutePlan:
+        """The same plan with its tensors on `device`."""
+        mask_BT = None if self.mask_BT is None else self.mask_BT.to(device)
+        return replace(self, tasks_BK=self.tasks_BK.to(device), weights_BK=self.weights_BK.to(device), mask_BT=mask_BT)
+
+
+class Observation:
+    """What banks saw while it was open, summed over forward passes; tensors stay on the device until they are read.
+
+    Attributes:
+        counts: site name to the number of top-k slots of non-pad tokens that each expert got (int64, width E).
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self.counts: dict[str, Tensor] = {}
+        self._probability: dict[str, Tensor] = {}
+
+    def add(self, site: str, counts_E: Tensor, probability_E: Tensor) -> None:
+        """Called by banks: slot counts and summed softmax probabilities of one forward pass over one site."""
+        if site not in self.counts:
+            self.counts[site], self._probability[site] = counts_E, probability_E
+        elif self.counts[site].shape == counts_E.shape:
+            self.counts[site] = self.counts[site] + counts_E
+            self._probability[site] = self._probability[site] + probability_E
+        else:
+            raise ValueError(
+                f"{site}: observed {len(counts_E)} experts after {len(self.counts[site])}; "
+                "observe plans with different newest tasks separately"
+            )
+
+    def balance_loss(self) -> Tensor:
+        """Mean over sites of n * sum_e F_e P_e (Switch Transformer, Eq. 4; METHODS 1.2): 1 where use is uniform.
+
+        F is the share of top-k slots an expert got, P its mean softmax probability, both over non-pad tokens.
+        Differentiable through P.
+
+        Raises:
+            ValueError: no bank with experts ran under a plan while this observation was open.
+        """
+        if not self.counts:
+            raise ValueError("balance loss of nothing: run the model inside context.use(plan) and context.observe()")
+        terms = []
+        for site, counts_E in self.counts.items():
+            share_E = counts_E / counts_E.sum().clamp(min=1)
+            # A token's probabilities sum to 1, so their total is the number of tokens: no second count to keep.
+            total = self._probability[site].detach().sum().clamp(min=torch.finfo(torch.float32).tiny)
+            terms.append(len(counts_E) * (share_E * self._probability[site] / total).sum())
+        return torch.stack(terms).mean()
+
+
+class RouteContext:
+    """The plan and the observation in force, one context per model; banks read it, methods set it.
+
+    With gradient checkpointing the plan must stay in use until backward is done: layers run again there.
+    """
+
+    def __init__(self) -> None:
+        """No plan, no observation: the base model."""
+        self.observation: Observation | None = None
+        self._plan: RoutePlan | None = None
+
+    @contextmanager
+    def use(self, plan: RoutePlan | None) -> Iterator[None]:
+        """Route every forward inside by `plan` (None: the base model); the plan before comes back at the end."""
+        before, self._plan = self._plan, plan
+        try:
+            yield
+        finally:
+            self._plan = before
+
+    @contextmanager
+    def observe(self) -> Iterator[Observation]:
+        """Let banks add up balance terms and expert counts of every forward inside."""
+        before, self.observation = self.observation, Observation()
+        try:
+            yield self.observation
+        finally:
+            self.observation = before
+
+    def plan_on(self, device: torch.device) -> RoutePlan | None:
+        """The plan in use, moved to `device` at its first use there instead of at every site and decoding step."""
+        if self._plan is not None and self._plan.tasks_BK.device != device:
+            self._plan = self._plan.to(device)
+        return self._plan

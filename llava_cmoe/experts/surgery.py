@@ -1,0 +1,106 @@
+"""The only place that edits the module tree: puts expert banks around frozen linears and takes them out again.
+
+Knows nothing of tasks or training. The frozen modules stay the objects they were, whatever their class (`nn.Linear`,
+bitsandbytes' `Linear4bit`, ...), only deeper: `mlp.up_proj.weight` becomes `mlp.frozen.up_proj.frozen.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from llava_cmoe.backbones.sites import Site
+from llava_cmoe.experts.bank import ExpertBank, ExpertLinear, stack_name
+from llava_cmoe.experts.plan import RouteContext
+
+
+@dataclass(frozen=True)
+class ExpertHost:
+    """A model's banks by site name, in order of depth, and the context whose plan they all follow."""
+
+    context: RouteContext
+    banks: Mapping[str, ExpertBank]
+
+    def freeze(self) -> None:
+        """End a task in every bank: its experts and routers change no more."""
+        for bank in self.banks.values():
+            bank.freeze()
+
+    def drop_fresh(self) -> None:
+        """Forget, in every bank, the experts and routers since the last `freeze()`."""
+        for bank in self.banks.values():
+            bank.drop_fresh()
+
+
+def install(
+    model: nn.Module,
+    sites: Iterable[Site],
+    *,
+    rank: int,
+    alpha: float,
+    top_k: int,
+    dtype: torch.dtype = torch.float32,
+) -> ExpertHost:
+    """Freeze the model and put an empty bank at every site; what the model computes stays the same, bit for bit.
+
+    Args:
+        model: the backbone; all of its parameters stop requiring gradients.
+        sites: places from `backbones/sites.py`.
+        rank: LoRA rank of one expert.
+        alpha: LoRA scale; an expert's output is multiplied by alpha / rank.
+        top_k: experts a token uses at a site.
+        dtype: precision of the experts, whatever that of the frozen weights.
+
+    Raises:
+        ValueError: experts are installed already, or a site is not where its path says. Nothing has been edited then.
+    """
+    if any(isinstance(module, ExpertBank) for module in model.modules()):
+        raise ValueError("experts are installed in this model already; uninstall(model) first")
+    linears = {site: {path: _linear(model, site, path) for path in site.linears} for site in sites}
+    model.requires_grad_(False)
+    context, banks = RouteContext(), {}
+    for site, paths in linears.items():
+        frozen = model.get_submodule(site.name)
+        bank = ExpertBank(site, frozen, context, rank=rank, alpha=alpha, top_k=top_k, dtype=dtype)
+        model.set_submodule(site.name, bank)
+        for path, linear in paths.items():
+            bank.set_submodule(_join("frozen", path), ExpertLinear(linear, partial(bank.delta, stack_name(path))))
+        banks[site.name] = bank
+    return ExpertHost(context, banks)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Put the original modules back, the very same objects; they stay frozen. Their banks go with the host.
+
+    Raises:
+        ValueError: no experts are installed.
+    """
+    banks = {name: module for name, module in model.named_modules() if isinstance(module, ExpertBank)}
+    if not banks:
+        raise ValueError("no experts are installed in this model")
+    for name, bank in banks.items():
+        for path in bank.site.linears:
+            wrapped = bank.get_submodule(_join("frozen", path))
+            assert isinstance(wrapped, ExpertLinear)
+            bank.set_submodule(_join("frozen", path), wrapped.frozen)
+        model.set_submodule(name, bank.frozen)
+
+
+def _linear(model: nn.Module, site: Site, path: str) -> nn.Module:
+    """The frozen linear at a site's path, of any class that says how wide it is."""
+    full = _join(site.name, path)
+    try:
+        linear = model.get_submodule(full)
+    except AttributeError as error:
+        raise ValueError(f"{full}: no such module in {type(model).__name__}; were the sites made for it?") from error
+    if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
+        raise ValueError(f"{full}: experts sit on linears, {type(linear).__name__} has no in_features and out_features")
+    return linear
+
+
+def _join(name: str, path: str) -> str:
+    return f"{name}.{path}" if path else name

@@ -1,0 +1,1 @@
+"""Which task an input comes from, decided on frozen features alone, without being told the task."""

@@ -1,0 +1,122 @@
+"""The contract between a method and everything that drives it: a few verbs, the same for every method.
+
+The trainer, the registry and the evaluation never ask which method they serve. A method keeps nothing between tasks
+that it does not return from `after_task`, so what is on disk is all there is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+
+from llava_cmoe.data.encoding import PromptRows, SampleRows
+from llava_cmoe.records import Growth, Learned, Located, StageReport
+
+Batch = Mapping[str, Tensor]
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""A task's tensors by file stem, as `Learned.tensors` holds them and the registry gives them back."""
+
+ExtraLoss = Callable[[], Tensor | float]
+"""Read after the forward pass: what a method adds to the language-modelling loss of the batch."""
+
+Learning = Callable[[Batch], AbstractContextManager[ExtraLoss]]
+"""Opened around a training forward pass of a batch."""
+
+
+class Teach(Protocol):
+    """Trains the model's trainable parameters on some rows, with the run's training settings where none are given."""
+
+    def __call__(
+        self,
+        samples: Dataset[dict[str, Tensor]],
+        learning: Learning,
+        *,
+        label: str,
+        epochs: float | None = None,
+        learning_rate: float | None = None,
+        batch_size: int | None = None,
+    ) -> StageReport:
+        """One `transformers.Trainer` from start to end."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is learned in one go, and when it is measured.
+
+    Attributes:
+        name: of the stage, hence of its directory.
+        learns: indices of the sequence's tasks whose rows are learned.
+        after: row of the accuracy matrix that is measured when the stage is done.
+    """
+
+    name: str
+    learns: tuple[int, ...]
+    after: int
+
+
+@dataclass(frozen=True)
+class StageData:
+    """One stage as a method gets it: its index, its rows (whole samples, and prompts without answers), its seed."""
+
+    index: int
+    name: str
+    samples: SampleRows
+    prompts: PromptRows
+    seed: int
+
+
+class Method(ABC):
+    """One way to learn a sequence of tasks on a frozen backbone.
+
+    Attributes:
+        model: what is trained and generates; the backbone with whatever the method put around or into it.
+        processor: the backbone's processor.
+    """
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+
+    @abstractmethod
+    def __init__(self, settings: Any, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+        """Prepare the backbone; `seed` draws whatever is initialised at random."""
+
+    def stages(self, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
+        """The stages of a run: one per task, measured after each, unless a method says otherwise."""
+        return tuple(Stage(name, (index,), index) for index, name in enumerate(task_names))
+
+    def before_task(self, data: StageData, teach: Teach) -> Growth:
+        """Decide what to add for this task, add it and make it trainable; by default nothing is added."""
+        del data, teach
+        return Growth(new_experts={})
+
+    @contextmanager
+    def learning(self, batch: Batch) -> Iterator[ExtraLoss]:
+        """Context of a training forward pass; by default the plain model and no extra loss."""
+        del batch
+        yield float
+
+    @abstractmethod
+    def after_task(self, data: StageData, growth: Growth) -> Learned:
+        """Freeze, fit and hand over everything this task taught."""
+
+    @abstractmethod
+    def restore(self, tensors: Tensors) -> None:
+        """Add the next task from what its `after_task` handed over; tasks come back in order."""
+
+    def locate(self, batch: Batch) -> Located | None:
+        """Which task each prompt belongs to; None for a method that does not ask."""
+        del batch
+        return None
+
+    def routed(self, task_B: Tensor | None) -> AbstractContextManager[None]:
+        """Answer with these tasks' routers inside (-1: the base model); ignored by methods without routers."""
+        del task_B
+        return nullcontext()

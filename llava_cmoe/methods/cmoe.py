@@ -1,0 +1,128 @@
+"""LLaVA-CMoE (arXiv 2503.21227): knowledge grows where probes ask for it, and a locator picks whose routers answer.
+
+    task t   probe     temporary experts learn a tenth of the task; where are they used?     `probing.py`, Eq. 2
+             grow      new experts in those layers, copies of the most used old one          Eq. 3
+             train     new experts and a new router in every layer; everything older is frozen
+             locate    a VAE learns what the task's prompts look like to the frozen model    `locators/vae.py`
+    prompt   route     the VAE that finds the prompt most familiar names the task t*; for the whole answer, every
+                       layer's router of t* picks its top k experts per token                hierarchical routing
+
+    p(e | h, x) = sum_t 1[t = t*(x)] softmax(R_l^(t) h)_e
+
+What differs from the paper is marked as a choice in the settings. Experts live in the FFNs; the mixture itself is
+`experts/bank.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin
+
+from llava_cmoe.backbones.features import last_token_feature
+from llava_cmoe.backbones.sites import ffn_sites
+from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.experts import ledger
+from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.state import TaskState, restore, state_of
+from llava_cmoe.experts.surgery import install
+from llava_cmoe.locators.vae import ProbabilisticTaskLocator
+from llava_cmoe.methods.base import Batch, ExtraLoss, Learning, Method, StageData, Teach, Tensors
+from llava_cmoe.methods.probing import Sources, probe
+from llava_cmoe.records import Growth, Learned, Located
+from llava_cmoe.settings import CmoeSettings
+
+FEATURE_BATCH = 64
+"""Prompts per forward pass when a task's features are read for its locator."""
+
+
+class Cmoe(Method):
+    """Probe-guided knowledge extension and the probabilistic task locator around a frozen backbone."""
+
+    def __init__(self, settings: CmoeSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+        """Put an empty expert bank into every FFN of the language model."""
+        experts = settings.experts
+        self.settings, self.model, self.processor = settings, model, processor
+        self.host = install(model, ffn_sites(model), rank=experts.rank, alpha=experts.alpha, top_k=experts.top_k)
+        self.locator = ProbabilisticTaskLocator(settings.locator, device=model.device)
+        self.seed = seed
+
+    def before_task(self, data: StageData, teach: Teach) -> Growth:
+        """Probe (from the second task on), then add experts where the probes were used and a router everywhere."""
+        generator = torch.Generator().manual_seed(data.seed)
+        if data.index == 0:
+            growth = Growth(dict.fromkeys(self.host.banks, self.settings.experts.num_first))
+            sources: Sources = {}
+        else:
+            growth, sources = self._probe(data, teach)
+        for site, bank in self.host.banks.items():
+            bank.grow(growth.new_experts.get(site, 0), generator=generator, init_from=sources.get(site))
+            bank.add_router(generator=generator, inherit=True)
+        return growth
+
+    @contextmanager
+    def learning(self, batch: Batch) -> Iterator[ExtraLoss]:
+        """Route by the newest task's routers and add the balance loss, L = L_LM + lambda * L_aux."""
+        with self._learning(self.settings.experts.balance_weight)(batch) as extra_loss:
+            yield extra_loss
+
+    def after_task(self, data: StageData, growth: Growth) -> Learned:
+        """Freeze the task's experts and routers for good, and fit its locator on the frozen model's features."""
+        self.host.freeze()
+        location = self.locator.fit(self.features(data.prompts), data.seed)
+        self.locator.add(location)
+        state = state_of(self.host.banks, data.index)
+        added = ledger.added(self.host.banks, data.index)
+        facts = {
+            "trainable_parameters": added.total.parameters,
+            "locator_parameters": ledger.size_of(location.values()).parameters,
+            "router_parameters": added.router.parameters,
+        }
+        return Learned({"experts": state.experts, "routers": state.routers, "locator": location}, facts)
+
+    def restore(self, tensors: Tensors) -> None:
+        """Add the next task's experts, routers and locator as they were committed."""
+        restore(self.host.banks, TaskState(tensors.get("experts", {}), tensors["routers"]))
+        self.host.freeze()
+        self.locator.add(tensors["locator"])
+
+    def locate(self, batch: Batch) -> Located:
+        """The task whose VAE finds each prompt most familiar; per sample, once per prompt."""
+        with self.host.context.use(None):
+            feature_BD = last_token_feature(self.model, batch, self.settings.locator.layer)
+        return self.locator.locate(feature_BD)
+
+    def routed(self, task_B: Tensor | None) -> AbstractContextManager[None]:
+        """Hard selection: each sample's task names the routers for its whole answer."""
+        return self.host.context.use(None if task_B is None else RoutePlan.hard(task_B))
+
+    def features(self, prompts: PromptRows) -> Tensor:
+        """F_end of every prompt (S, D): the frozen model's state at the last prompt token, no experts active."""
+        loader = DataLoader(prompts, batch_size=FEATURE_BATCH, collate_fn=self._collator())
+        with self.host.context.use(None):
+            parts = [last_token_feature(self.model, self._on_device(b), self.settings.locator.layer) for b in loader]
+        return torch.cat(parts)
+
+    def _probe(self, data: StageData, teach: Teach) -> tuple[Growth, Sources]:
+        return probe(self.model, self.host, data, self._collator(), self.settings.probe, self._learning, teach)
+
+    def _learning(self, balance_weight: float) -> Learning:
+        @contextmanager
+        def learning(batch: Batch) -> Iterator[ExtraLoss]:
+            newest = len(next(iter(self.host.banks.values())).routers) - 1
+            plan = RoutePlan.single(newest, batch["attention_mask"].bool())
+            with self.host.context.use(plan), self.host.context.observe() as seen:
+                yield lambda: balance_weight * seen.balance_loss()
+
+        return learning
+
+    def _collator(self) -> Collator:
+        return Collator(self.processor.tokenizer.pad_token_id)
+
+    def _on_device(self, batch: Batch) -> Batch:
+        return {name: tensor.to(self.model.device) for name, tensor in batch.items()}

@@ -1,0 +1,66 @@
+"""MoELoRA as CoIN has it: a fixed pool of small experts in every linear, mixed by a dense softmax per token.
+
+All tasks share experts and routers and go on training them, so nothing is frozen and nothing is located. The total rank
+is split over the experts, as in CoIN's code (rank 128 over 8 experts is 16 each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from llava_cmoe.backbones.sites import linear_sites
+from llava_cmoe.experts import ledger
+from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.state import TaskState, restore, state_of
+from llava_cmoe.experts.surgery import install
+from llava_cmoe.methods.base import Batch, ExtraLoss, Method, StageData, Tensors
+from llava_cmoe.records import Growth, Learned
+from llava_cmoe.settings import MoeLoraSettings
+
+
+class MoeLora(Method):
+    """Shared experts and one shared router per linear, index 0 for every task."""
+
+    def __init__(self, settings: MoeLoraSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+        """Put all experts beside every linear of the LLM's attention and FFNs."""
+        self.model, self.processor = model, processor
+        rank = settings.rank // settings.num_experts
+        # Every token uses every expert (top-k over all of them is a dense softmax); the scale stays alpha / total rank.
+        self.host = install(
+            model,
+            linear_sites(model),
+            rank=rank,
+            alpha=settings.alpha * rank / settings.rank,
+            top_k=settings.num_experts,
+        )
+        generator = torch.Generator().manual_seed(seed)
+        for bank in self.host.banks.values():
+            bank.grow(settings.num_experts, generator=generator)
+            bank.add_router(generator=generator)
+
+    @contextmanager
+    def learning(self, batch: Batch) -> Iterator[ExtraLoss]:
+        """The shared router for every sample; no balance term, as in CoIN."""
+        del batch
+        with self.routed(None):
+            yield float
+
+    def after_task(self, data: StageData, growth: Growth) -> Learned:
+        """All experts and routers as they are now: the next task changes all of them."""
+        state = state_of(self.host.banks, 0)
+        parameters = ledger.trainable(self.model).parameters
+        return Learned({"experts": state.experts, "routers": state.routers}, {"trainable_parameters": parameters})
+
+    def restore(self, tensors: Tensors) -> None:
+        """Replace experts and routers by those of the next task."""
+        self.host.drop_fresh()
+        restore(self.host.banks, TaskState(tensors["experts"], tensors["routers"]))
+
+    def routed(self, task_B: Tensor | None) -> AbstractContextManager[None]:
+        """The one shared router, whatever the task."""
+        return self.host.context.use(RoutePlan.single(0))

@@ -1,0 +1,141 @@
+"""Probe-guided knowledge extension, first half: which layers does a new task need experts in? (METHODS: PGKE)
+
+Temporary experts and a temporary router are put beside the frozen pool and learn a small part of the task; a layer
+whose probe is used more than its threshold gets new experts. The probes are gone when `probe` returns. Adding the
+experts and training them is `cmoe.py`'s.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import PreTrainedModel
+
+from llava_cmoe.data.collator import Collator
+from llava_cmoe.experts import ledger
+from llava_cmoe.experts.bank import LoraPair
+from llava_cmoe.experts.plan import RouteContext, RoutePlan
+from llava_cmoe.experts.surgery import ExpertHost
+from llava_cmoe.methods.base import Learning, StageData, Teach
+from llava_cmoe.records import Growth
+from llava_cmoe.settings import ProbeSettings
+
+COUNT_BATCH = 32
+"""Samples per forward pass while counting; counts are sums, so it changes nothing but memory."""
+
+Sources = Mapping[str, Mapping[str, LoraPair]]
+"""Site to the expert that its new ones start as copies of; absent for a fresh LoRA init."""
+
+
+def probe(
+    model: PreTrainedModel,
+    host: ExpertHost,
+    data: StageData,
+    collator: Collator,
+    settings: ProbeSettings,
+    learning: Callable[[float], Learning],
+    teach: Teach,
+) -> tuple[Growth, Sources]:
+    """Find the sites that need experts for a task; the banks are afterwards what they were before.
+
+    Args:
+        model: the backbone that carries the banks.
+        host: the frozen pool.
+        data: the task.
+        collator: makes batches to count on.
+        settings: what share of the task is read, and how use becomes a decision.
+        learning: from the weight of the balance loss to the context of a training step under the newest routers.
+        teach: trains whatever requires gradients, here probes and their routers.
+    """
+    began = time.monotonic()
+    generator = torch.Generator().manual_seed(data.seed)
+    order = torch.randperm(len(data.samples), generator=generator)[: max(2, round(len(data.samples) * settings.fraction))]
+    num_counted = max(1, round(len(order) * settings.holdout))
+    for bank in host.banks.values():
+        bank.grow(settings.max_new_experts, generator=generator)
+        bank.add_router(generator=generator, inherit=True)
+    probe_parameters = sum(ledger.trainable(bank).parameters for bank in host.banks.values())
+    teach(
+        Subset(data.samples, order[num_counted:].tolist()),
+        learning(settings.balance_weight),
+        label="probing",
+        epochs=1,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+    )
+    plan = RoutePlan.single(data.index)
+    counts = count(model, Subset(data.samples, order[:num_counted].tolist()), collator, host.context, plan)
+    frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
+    thresholds = thresholds_of(frequencies, settings)
+    chosen = [site for site, used in frequencies.items() if probe_use(used, settings) > thresholds[site]]
+    origins = {site: origin(frequencies[site], settings) for site in chosen}
+    sources = {site: host.banks[site].expert(index) for site, index in origins.items() if index is not None}
+    host.drop_fresh()
+    growth = Growth(
+        new_experts=dict.fromkeys(chosen, settings.max_new_experts),
+        init_from={site: index for site, index in origins.items() if index is not None},
+        frequencies=frequencies,
+        thresholds=thresholds,
+        probe_seconds=time.monotonic() - began,
+        probe_parameters=probe_parameters,
+    )
+    return growth, sources
+
+
+@torch.no_grad()
+def count(
+    model: PreTrainedModel, samples: Dataset[dict[str, Tensor]], collator: Collator, context: RouteContext, plan: RoutePlan
+) -> dict[str, Tensor]:
+    """Top-k slots of non-pad tokens per site and expert over some rows, summed over all processes: (E,) each.
+
+    f_le = counts_e / (k * tokens) follows, as every token fills k slots. All processes grow by the same sums.
+    """
+    state = PartialState()
+    mine = Subset(samples, list(range(len(samples)))[state.process_index :: state.num_processes])
+    model.eval()
+    with context.observe() as seen:
+        for batch in DataLoader(mine, batch_size=COUNT_BATCH, collate_fn=collator):
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+            with context.use(replace(plan, mask_BT=inputs["attention_mask"].bool())):
+                model.base_model(**inputs, use_cache=False)
+    return {site: reduce(counts_E, "sum") for site, counts_E in seen.counts.items()}
+
+
+def thresholds_of(frequencies: Mapping[str, Sequence[float]], settings: ProbeSettings) -> dict[str, float]:
+    """tau_l = mean - alpha * std (Eq. 2), of one layer's frequencies or of all layers' probe frequencies.
+
+    The standard deviation is that of the population: there is no larger set of experts that these were drawn from.
+    """
+
+    def threshold(values: Sequence[float]) -> float:
+        return statistics.fmean(values) - settings.alpha * statistics.pstdev(values)
+
+    if settings.scope == "layer":
+        return {site: threshold(used) for site, used in frequencies.items()}
+    shared = threshold([probe_use(used, settings) for used in frequencies.values()])
+    return dict.fromkeys(frequencies, shared)
+
+
+def probe_use(used: Sequence[float], settings: ProbeSettings) -> float:
+    """Mean frequency of a site's probes, which are its last experts."""
+    return statistics.fmean(used[-settings.max_new_experts :])
+
+
+def origin(used: Sequence[float], settings: ProbeSettings) -> int | None:
+    """Index of the expert that new ones copy (Eq. 3: the most used of the pool); None for a fresh LoRA init."""
+    pool = used[: -settings.max_new_experts]
+    match settings.init:
+        case "most_used":
+            return pool.index(max(pool)) if pool else None
+        case "probe":
+            return len(pool)
+        case "lora":
+            return None

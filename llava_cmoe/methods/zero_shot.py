@@ -1,0 +1,30 @@
+"""The backbone as it is: learns nothing, answers everything; the lower bound of every table."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, ProcessorMixin
+
+from llava_cmoe.methods.base import Method, Stage, StageData, Tensors
+from llava_cmoe.records import Growth, Learned
+from llava_cmoe.settings import ZeroShotSettings
+
+
+class ZeroShot(Method):
+    """No stage at all, and one row of the matrix."""
+
+    def __init__(self, settings: ZeroShotSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+        """Take the backbone."""
+        del settings, seed
+        self.model, self.processor = model, processor
+
+    def stages(self, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
+        """One stage that learns from no task."""
+        return (Stage("zero_shot", (), len(task_names) - 1),)
+
+    def after_task(self, data: StageData, growth: Growth) -> Learned:
+        """Nothing was learned."""
+        raise AssertionError("zero_shot has no task to finish")
+
+    def restore(self, tensors: Tensors) -> None:
+        """Nothing to bring back."""
+        raise AssertionError("zero_shot has no task to restore")

@@ -1,0 +1,70 @@
+"""Small frozen values that rooms pass to each other; no behaviour beyond what derives from their own fields.
+
+Shape letters used in tensor names everywhere: B batch, T tokens, D hidden, E experts, K chosen tasks (in a plan) or
+top-k, R rank, L sites, N tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What one task adds: the decision of probe-guided knowledge extension (or of a method that always grows).
+
+    Attributes:
+        new_experts: site name to the number of experts added there (only sites that grow).
+        init_from: site name to the index of the expert that the new ones copy; absent means fresh LoRA init.
+        frequencies: site name to activation frequency per expert while probing, the probe last; empty when not probed.
+        thresholds: site name to the threshold tau_l (Eq. 2) that the probe's frequency was compared with.
+        probe_seconds: wall-clock cost of probing.
+        probe_parameters: trainable parameters while probing (temporary, never stored).
+    """
+
+    new_experts: Mapping[str, int]
+    init_from: Mapping[str, int] = field(default_factory=dict)
+    frequencies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+    probe_seconds: float = 0.0
+    probe_parameters: int = 0
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one task taught: everything the registry writes into the task's directory.
+
+    Attributes:
+        tensors: file stem (`experts`, `routers`, `locator`, ...) to named tensors, each written as one safetensors file.
+        facts: JSON-ready facts about the stage (growth, losses, parameter counts).
+    """
+
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    facts: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A locator's verdict for a batch of prompts.
+
+    Attributes:
+        task_B: chosen task index per sample, -1 where no known task fits (the base model answers).
+        score_BN: z-normalised score per sample and known task; lower means closer.
+    """
+
+    task_B: Tensor
+    score_BN: Tensor
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """How one training stage went: optimizer steps, samples seen, mean loss of the first and last tenth, seconds."""
+
+    steps: int
+    samples: int
+    first_loss: float
+    last_loss: float
+    seconds: float

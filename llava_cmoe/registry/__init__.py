@@ -1,0 +1,1 @@
+"""What has been learned, on disk: one immutable, hashed directory per task."""

@@ -1,0 +1,158 @@
+"""The schema of what the registry writes beside tensors: `record.json` of a task and `run.json` of a run.
+
+Where these files lie, and in which order they come to be, is for `store.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llava_cmoe.settings import Recipe
+
+PACKAGES = ("llava-cmoe", "torch", "transformers", "peft", "accelerate", "deepspeed")
+
+
+class RegistryError(RuntimeError):
+    """A run folder that cannot be used as it is; the message names the file and the fix."""
+
+
+class Manifest(BaseModel):
+    """A JSON file of the registry: frozen, unknown keys are errors, `format` grows with every change of the schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1] = 1
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Parse and validate.
+
+        Raises:
+            RegistryError: missing, not JSON, or not of this schema; names the file.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise RegistryError(
+                f"{path}: cannot be read ({error.strerror}); give the folder of a run, or restore the file from a copy"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"])) or "the file"
+            raise RegistryError(f"{path}: {key}: {first['msg']}; restore the file from a copy") from error
+
+    def to_json(self) -> str:
+        """The file's text; equal values give equal bytes."""
+        return _canonical(self.model_dump(mode="json"))
+
+
+class FileRecord(BaseModel):
+    """Content of one safetensors file of a task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    bytes: int
+
+
+class TaskRecord(Manifest):
+    """`record.json`: everything about a learned task but its tensors.
+
+    Two runs of one recipe with one seed write the same record, `seconds` apart; `sha256` covers all the rest, so whole
+    chains of records can be compared by their last link.
+    """
+
+    index: int
+    """Position in the sequence, from 0; the folder's name counts from 1."""
+    name: str
+    """Name of the task."""
+    method: str
+    """Name of the method that learned it."""
+    settings: dict[str, Any]
+    """The recipe, as `recipe_facts` gives it."""
+    parent: str | None
+    """`sha256` of the record of the task before; null for the first."""
+    files: dict[str, FileRecord]
+    """File name to content."""
+    versions: dict[str, str]
+    """Python and the packages that had a hand in the numbers."""
+    data_fingerprint: str
+    """sha256 over the task's data."""
+    backbone_fingerprint: str
+    """sha256 over the frozen backbone's files."""
+    facts: dict[str, Any]
+    """What the method tells about the stage: growth, parameter counts, losses. No times."""
+    seconds: dict[str, float]
+    """Wall-clock seconds per part of the stage; the only thing here that differs between equal runs."""
+    sha256: str = ""
+    """Of this record without `seconds` and without itself."""
+
+    def digest(self) -> str:
+        """What `sha256` has to be."""
+        content = self.model_dump(mode="json", exclude={"seconds", "sha256"})
+        return hashlib.sha256(_canonical(content).encode()).hexdigest()
+
+
+class RunRecord(Manifest):
+    """`run.json`: the recipe that began the run, written before anything is learned and never changed."""
+
+    recipe: dict[str, Any]
+    """The recipe, as `recipe_facts` gives it."""
+
+
+def recipe_facts(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON without its output directory: where a run lies says nothing about what it learns."""
+    return recipe.model_dump(mode="json", exclude={"run"})
+
+
+def differing_keys(began: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values differ, each with both values."""
+    for key in sorted(began.keys() | now.keys()):
+        before, after = began.get(key, "absent"), now.get(key, "absent")
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differing_keys(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} (was {before!r}, now {after!r})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that had a hand in the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as JSON gives them back, so that what is hashed now is what will be read.
+
+    Raises:
+        ValueError: a value that JSON cannot hold (nan included), or a time, which would make equal runs differ.
+    """
+    plain: dict[str, Any] = json.loads(json.dumps(facts, allow_nan=False))
+    timed = [key for key in _keys(plain) if "seconds" in key]
+    if timed:
+        raise ValueError(f"facts.{timed[0]}: a time would make equal runs differ; pass it in `seconds` instead")
+    return plain
+
+
+def _keys(document: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in document.items():
+        yield prefix + key
+        if isinstance(value, dict):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _canonical(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -1,0 +1,245 @@
+"""The registry of a run: one directory per learned task, written beside, renamed into place, never changed again.
+
+    runs/NAME/run.json                      the recipe that began the run
+    runs/NAME/tasks/03_imagenet/            experts.safetensors  routers.safetensors  locator.safetensors  record.json
+
+The rename is the commit: before it the task is not learned, after it all of it is. Nothing outside a task's directory
+says what that task taught, so deleting the last one gives back the model of the task before. Putting tensors back into
+a model is for `restore.py`; what they mean is for the method.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llava_cmoe.fingerprints import fingerprint_file
+from llava_cmoe.records import Learned
+from llava_cmoe.registry.manifest import (
+    FileRecord,
+    RegistryError,
+    RunRecord,
+    TaskRecord,
+    differing_keys,
+    plain_facts,
+    recipe_facts,
+    versions,
+)
+from llava_cmoe.settings import Recipe, parse_recipe
+
+logger = logging.getLogger(__name__)
+
+RECORD = "record.json"
+PARTIAL = ".partial"
+
+
+class Registry:
+    """The learned tasks of one run folder."""
+
+    def __init__(self, run: Path, writer: bool = False) -> None:
+        """Open a run folder, which need not exist yet.
+
+        Args:
+            run: the run's output directory.
+            writer: True in the one process that commits: it removes what a killed commit left. All others only read, so
+                that looking at a run (evaluation, chat) never disturbs the training that is going on in it.
+        """
+        self.run = run
+        self._tasks = run / "tasks"
+        self._writer = writer
+        if writer and self._tasks.is_dir():
+            for leftover in self._tasks.glob(f".*{PARTIAL}"):
+                logger.warning("removing %s, left by a commit that was killed", leftover)
+                shutil.rmtree(leftover)
+
+    def open_run(self, recipe: Recipe) -> None:
+        """Begin a run with a recipe, or go on with the one that began it.
+
+        Raises:
+            RegistryError: the run was begun, or a task learned, with another recipe; names the differing keys.
+        """
+        facts = recipe_facts(recipe)
+        path = self.run / "run.json"
+        begun = {str(path): RunRecord.read(path).recipe} if path.exists() else {}
+        learned = {str(self._folder(record.index, record.name)): record.settings for record in self.records()}
+        for source, earlier in (begun | learned).items():
+            differences = list(differing_keys(earlier, facts))
+            if differences:
+                raise RegistryError(
+                    f"{source}: this run was begun with another recipe: {', '.join(differences)}; "
+                    "restore these values, or give the new recipe a run folder of its own"
+                )
+        if not begun:
+            self._check_writer()
+            self._tasks.mkdir(parents=True, exist_ok=True)
+            beside = self.run / f".run.json{PARTIAL}"
+            _write(beside, RunRecord(recipe=facts).to_json())
+            os.rename(beside, path)
+            _sync(self.run)
+
+    def recipe(self) -> Recipe:
+        """The recipe that began the run, with the folder where the run lies now as its output directory.
+
+        Raises:
+            RegistryError: no run was begun here.
+        """
+        path = self.run / "run.json"
+        return parse_recipe(RunRecord.read(path).recipe | {"run": str(self.run)}, source=str(path))
+
+    def commit(
+        self,
+        index: int,
+        name: str,
+        learned: Learned,
+        *,
+        data_fingerprint: str,
+        backbone_fingerprint: str,
+        seconds: Mapping[str, float],
+    ) -> TaskRecord:
+        """Make a task learned, all of it or (if killed on the way) nothing of it.
+
+        Args:
+            index: position of the task in the sequence, from 0; the next one after those committed.
+            name: name of the task.
+            learned: tensors, one safetensors file per group, and facts free of times.
+            data_fingerprint: sha256 over the task's data.
+            backbone_fingerprint: sha256 over the backbone's files.
+            seconds: wall-clock seconds per part of the stage.
+
+        Raises:
+            RegistryError: the task is not the next one, its name cannot be a folder's, or the run was never opened.
+        """
+        self._check_writer()
+        done = self.records()
+        if index != len(done):
+            raise RegistryError(f"{self._tasks}: task {index} cannot be committed, the next one is {len(done)}")
+        final = self._folder(index, name)
+        partial = self._tasks / f".{final.name}{PARTIAL}"
+        settings = RunRecord.read(self.run / "run.json").recipe
+        facts = plain_facts(learned.facts)
+
+        partial.mkdir(parents=True)
+        record = TaskRecord(
+            index=index,
+            name=name,
+            method=settings["method"]["name"],
+            settings=settings,
+            parent=done[-1].sha256 if done else None,
+            files={path.name: _describe(path) for path in _write_tensors(partial, learned.tensors)},
+            versions=versions(),
+            data_fingerprint=data_fingerprint,
+            backbone_fingerprint=backbone_fingerprint,
+            facts=facts,
+            seconds=dict(seconds),
+        )
+        record = record.model_copy(update={"sha256": record.digest()})
+        _write(partial / RECORD, record.to_json())
+        # Files only: in a read-only directory `rm -r` fails for all but root, and deleting the last task is a feature.
+        for path in partial.iterdir():
+            path.chmod(0o444)
+        _sync(partial)
+        os.rename(partial, final)
+        _sync(self._tasks)
+        return record
+
+    def records(self) -> tuple[TaskRecord, ...]:
+        """Records of all learned tasks in order, verified as one unbroken chain; tensors are verified by `load`.
+
+        Raises:
+            RegistryError: a gap, a stranger among the directories, a record that was changed or follows another past.
+        """
+        records: list[TaskRecord] = []
+        for folder in self._folders():
+            record = TaskRecord.read(folder / RECORD)
+            position, parent = len(records), records[-1].sha256 if records else None
+            if record.sha256 != record.digest():
+                raise RegistryError(f"{folder / RECORD}: was changed after it was committed; restore it from a copy")
+            if folder != self._folder(record.index, record.name):
+                raise RegistryError(f"{folder}: holds task {record.index} {record.name}; give it back its own name")
+            if record.index != position:
+                raise RegistryError(
+                    f"{folder}: comes where task {position} should be, one before it is missing or doubled; "
+                    "restore that one, or delete this and what follows to learn them again"
+                )
+            if record.parent != parent:
+                raise RegistryError(
+                    f"{folder / RECORD}: was learned after another task {position - 1} than the one here; "
+                    f"delete {folder.name} and what follows, the run will learn them again"
+                )
+            records.append(record)
+        return tuple(records)
+
+    def load(self, index: int) -> dict[str, dict[str, Tensor]]:
+        """Tensors of a task by group (`experts`, `routers`, `locator`, ...), each file verified against its record.
+
+        Raises:
+            RegistryError: no such task, or a file that is missing or not what was written; names the file.
+        """
+        records = self.records()
+        if not 0 <= index < len(records):
+            raise RegistryError(f"{self._tasks}: task {index} is not learned yet, there are {len(records)}")
+        record = records[index]
+        folder = self._folder(index, record.name)
+        remedy = f"restore it from a copy, or delete {folder.name} and what follows to learn them again"
+        for name, written in record.files.items():
+            path = folder / name
+            if not path.is_file():
+                raise RegistryError(f"{path}: is missing; {remedy}")
+            if _describe(path) != written:
+                raise RegistryError(f"{path}: is damaged, its sha256 or size is not the one in {RECORD}; {remedy}")
+        return {Path(name).stem: load_file(folder / name) for name in record.files}
+
+    def _folder(self, index: int, name: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+            raise RegistryError(f"task name {name!r} cannot name a folder; use letters, digits, _ and -")
+        return self._tasks / f"{index + 1:02d}_{name}"
+
+    def _folders(self) -> list[Path]:
+        """The tasks' directories by number; whatever else lies there, but for hidden files, is an error."""
+        numbered: list[tuple[int, Path]] = []
+        for path in self._tasks.iterdir() if self._tasks.is_dir() else ():
+            if path.name.startswith("."):
+                continue
+            number = re.match(r"(\d{2,})_", path.name)
+            if number is None or not path.is_dir():
+                raise RegistryError(f"{path}: is not a task's directory; move it out of {self._tasks}")
+            numbered.append((int(number[1]), path))
+        return [path for _, path in sorted(numbered)]
+
+    def _check_writer(self) -> None:
+        assert self._writer, "only the process that opened the registry with writer=True may write to it"
+
+
+def _write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
+    """One synced safetensors file per group; equal tensors give equal bytes."""
+    paths = [folder / f"{group}.safetensors" for group in groups]
+    for path, tensors in zip(paths, groups.values(), strict=True):
+        # A copy of its own for each: safetensors refuses views of one storage, which slices of a stacked bank are.
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+        _sync(path)
+    return paths
+
+
+def _describe(path: Path) -> FileRecord:
+    return FileRecord(sha256=fingerprint_file(path), bytes=path.stat().st_size)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes, or a directory's names, are on the disk: a rename must not overtake what it names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,131 @@
+"""The pictures: accuracy matrices, the locator's confusion, where experts grew; everything comes from `results.json`.
+
+Colours go from pale to dark (`YlGnBu`): what is forgotten fades, a measured 0 still differs from a blank cell, and the
+order is one of lightness, so it reads the same with every kind of colour vision and in grey.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+
+from llava_cmoe.evaluation.log import Results
+from llava_cmoe.report.tables import metrics_line, run_label
+
+COLOURS = "YlGnBu"
+DPI = 160
+CELL = 0.52  # inches; a cell then holds a three-digit number that is readable at the width of a README
+INK, PAPER, FAINT = "#1a1a1a", "#ffffff", "#8a8a8a"
+
+
+def draw_matrices(runs: Sequence[Results], path: Path) -> None:
+    """Accuracy matrices of each run's headline route, one panel per run, on one colour scale of 0 to 100 percent.
+
+    Rows are "after task j", columns "on task i"; the diagonal, framed, is each task right after learning it.
+    """
+    num_tasks = max(len(results.tasks) for results in runs)
+    figure = _figure((num_tasks * CELL + 1.5) * len(runs), num_tasks * CELL + 1.6)
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, results in zip(panels, runs, strict=True):
+        route, measured = next(iter(results.routes.items()))
+        values = np.array(measured.matrix, dtype=float)
+        _heat_map(axes, values, top=100.0)
+        for index in range(len(values)):
+            corner = (index - 0.5, index - 0.5)
+            axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=1.6, zorder=3))
+        _label(axes, rows=results.tasks[: len(values)], columns=results.tasks)
+        axes.set_title(run_label(results, route), fontsize=11.5, fontweight="bold", color=INK, pad=10)
+        axes.set_xlabel(metrics_line(measured.metrics), fontsize=10, color=INK, labelpad=8)
+    panels[0].set_ylabel("after learning", fontsize=10, color=FAINT)
+    _save(figure, path)
+
+
+def draw_confusion(results: Results, path: Path) -> None:
+    """Which task the locator chose (columns) for the prompts of each task (rows), in percent of the row.
+
+    Raises:
+        ValueError: the run has no locator verdicts.
+    """
+    if results.locator is None:
+        raise ValueError(f"run {results.run} has no locator verdicts: evaluate it with the route `located`")
+    counts = np.array(results.locator.confusion, dtype=float)
+    percent = 100 * counts / counts.sum(axis=1, keepdims=True)
+    figure = _figure(counts.shape[1] * CELL + 1.7, counts.shape[0] * CELL + 1.6)
+    axes = figure.subplots()
+    _heat_map(axes, np.where(counts > 0, percent, np.nan), top=100.0)
+    _label(axes, rows=results.tasks[: len(counts)], columns=results.locator.columns)
+    axes.set_ylabel("prompts of", fontsize=10, color=FAINT)
+    axes.set_title(f"{results.method}: located as", fontsize=11.5, fontweight="bold", color=INK, pad=10)
+    axes.set_xlabel(f"located right: {results.locator.mean_accuracy:.1f} %", fontsize=10, color=INK, labelpad=8)
+    _save(figure, path)
+
+
+def draw_growth(results: Results, path: Path) -> None:
+    """Experts added per layer (rows, the lowest layer at the bottom) by each task (columns).
+
+    Raises:
+        ValueError: the run's method has no sites to grow at.
+    """
+    if not results.sites:
+        raise ValueError(f"run {results.run} has no sites: method {results.method} does not grow")
+    grown = [results.growth.get(task, {}) for task in results.tasks]
+    added = np.array([[task.get(site, 0) for task in grown] for site in reversed(results.sites)], dtype=float)
+    figure = _figure(added.shape[1] * CELL + 1.5, added.shape[0] * CELL + 1.6)
+    axes = figure.subplots()
+    _heat_map(axes, np.where(added > 0, added, np.nan), top=max(added.max(), 1.0))
+    _label(axes, rows=[site_label(site) for site in reversed(results.sites)], columns=results.tasks)
+    axes.set_title(f"{results.method}: experts added", fontsize=11.5, fontweight="bold", color=INK, pad=10)
+    share = 100 * np.count_nonzero(added) / added.size
+    summary = f"{int(added.sum())} experts; {share:.0f} % of (layer, task) pairs grew"
+    axes.set_xlabel(summary, fontsize=10, color=INK, labelpad=8)
+    _save(figure, path)
+
+
+def site_label(site: str) -> str:
+    """`layer 3` for a site named like `model.layers.3.mlp`, else the name itself."""
+    match = re.search(r"\blayers\.(\d+)\b", site)
+    return f"layer {match[1]}" if match else site
+
+
+def _heat_map(axes: Axes, values: NDArray[np.float64], top: float) -> None:
+    """Coloured cells with their rounded number; cells that are not a number stay blank."""
+    axes.imshow(np.ma.masked_invalid(values), cmap=COLOURS, vmin=0.0, vmax=top, aspect="equal")
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            ink = INK if value < 0.55 * top else PAPER
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=10.5, color=ink)
+    axes.set_xticks(np.arange(values.shape[1] + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(values.shape[0] + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color=PAPER, linewidth=2)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _label(axes: Axes, rows: Sequence[str], columns: Sequence[str]) -> None:
+    axes.set_yticks(range(len(rows)), rows, fontsize=9.5, color=INK)
+    axes.set_xticks(
+        range(len(columns)), columns, fontsize=9.5, color=INK, rotation=40, ha="left", rotation_mode="anchor"
+    )
+    axes.xaxis.tick_top()
+    axes.xaxis.set_label_position("bottom")
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of its own, outside pyplot's global list, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # No software version in the file: the same numbers give the same bytes.
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})

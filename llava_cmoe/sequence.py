@@ -1,0 +1,221 @@
+"""The continual run, as the paper tells it: for each task - probe, grow, train, locate, commit, evaluate.
+
+A run that was killed goes on with the same call: what is committed is restored instead of learned, and what is
+answered is not asked again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from transformers import set_seed
+
+from llava_cmoe.backbones.loading import Backbone, load_backbone
+from llava_cmoe.data.coin import files_of, read_eval, read_train
+from llava_cmoe.data.encoding import PromptRows, SampleRows
+from llava_cmoe.data.tasks import TaskSequence, load_sequence
+from llava_cmoe.evaluation.generate import Candidate, Questions
+from llava_cmoe.evaluation.log import Results, RunFacts, write_results
+from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after
+from llava_cmoe.fingerprints import fingerprint_files
+from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
+from llava_cmoe.records import Growth, Learned, StageReport
+from llava_cmoe.registry.restore import build_method, restore_stage
+from llava_cmoe.registry.store import Registry
+from llava_cmoe.settings import Recipe
+from llava_cmoe.training.stage import train_stage
+
+Progress = Callable[[str, str, int, int], None]
+"""Called with where the run is (`3/8 imagenet`), what is being done (`training`), how much is done, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run works with; `train_rows` and the exam's rows are read and checked before the model is loaded."""
+
+    recipe: Recipe
+    sequence: TaskSequence
+    train_rows: dict[str, Dataset]
+    exam: Exam
+    data_fingerprint: str
+    backbone: Backbone
+    method: Method
+    registry: Registry
+    processes: PartialState
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is learned in one go, in order."""
+        return self.method.stages(self.sequence.names)
+
+
+def learn(recipe: Recipe, progress: Progress = lambda *_: None) -> Results:
+    """Learn the whole sequence, or go on where it was interrupted; every process of a launch calls this."""
+    run = open_run(recipe)
+    if run.processes.is_main_process:
+        run.registry.open_run(recipe)
+    run.processes.wait_for_everyone()
+    questions = encode_questions(run.exam, run.backbone.processor, keep=recipe.data.keep_encoded)
+    num_learned = len(run.registry.records())
+    for index, stage in enumerate(run.stages):
+        at = partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}")
+        if index < num_learned:
+            restore_stage(run.method, run.registry, index, run.backbone)
+        elif stage.learns:
+            learn_stage(run, index, stage, at)
+        evaluate(run, questions, stage, at)
+    return report(run)
+
+
+def learn_stage(run: Run, index: int, stage: Stage, at: Callable[[str, int, int], None]) -> None:
+    """Probe, grow, train, locate, commit."""
+    data = stage_data(run, index, stage)
+    data.samples.check_lengths()
+    teach = teacher(run, data, at)
+    method, clock = run.method, Clock()
+    set_seed(data.seed)
+    growth = method.before_task(data, teach)
+    clock.lap("growing")
+    trained = teach(data.samples, method.learning, label="training")
+    clock.lap("training")
+    learned = method.after_task(data, growth)
+    clock.lap("locating")
+    if run.processes.is_main_process:
+        run.registry.commit(
+            index,
+            stage.name,
+            Learned(learned.tensors, {**learned.facts, **facts_of(growth, trained)}),
+            data_fingerprint=run.data_fingerprint,
+            backbone_fingerprint=run.backbone.fingerprint,
+            seconds={**clock.laps, "probing": growth.probe_seconds},
+        )
+    run.processes.wait_for_everyone()
+
+
+def evaluate(run: Run, questions: dict[str, Questions], stage: Stage, at: Callable[[str, int, int], None]) -> None:
+    """Measure every task so far, under every route; what is answered already is not asked again."""
+    candidate = Candidate(run.method, run.method.model, run.backbone.processor)
+    evaluate_after(run.exam, questions, candidate, stage.after, run.processes, at)
+
+
+def report(run: Run) -> Results:
+    """Score all answers and write `results.json`."""
+    results = aggregate(run.exam, facts_of_run(run))
+    if run.processes.is_main_process:
+        write_results(run.recipe.run / "results.json", results)
+    run.processes.wait_for_everyone()
+    return results
+
+
+def open_run(recipe: Recipe) -> Run:
+    """Read the data, then load the backbone and put the method on it; nothing is written."""
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    sequence = load_sequence(recipe.data.sequence)
+    if recipe.data.tasks is not None:
+        sequence = sequence.select(recipe.data.tasks)
+    root, seed = recipe.data.root, recipe.seed
+    train_rows = {task.name: draw(read_train(root, task), recipe.data.train_rows, seed) for task in sequence.tasks}
+    eval_rows = {task.name: draw(read_eval(root, task), recipe.data.eval_rows, seed) for task in sequence.tasks}
+    files = [file for task in sequence.tasks for file in files_of(root, task)]
+    backbone = load_backbone(recipe.backbone)
+    backbone.model.to(processes.device)
+    return Run(
+        recipe=recipe,
+        sequence=sequence,
+        train_rows=train_rows,
+        exam=Exam(sequence, eval_rows, recipe.run / "answers", recipe.evaluation, seed),
+        data_fingerprint=fingerprint_files(files, root=root),
+        backbone=backbone,
+        method=build_method(recipe, backbone),
+        registry=Registry(recipe.run, writer=processes.is_main_process),
+        processes=processes,
+    )
+
+
+def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    """A seeded draw of `count` rows; all of them where fewer exist or none is asked for."""
+    return rows if count is None or count >= len(rows) else rows.shuffle(seed=seed).select(range(count))
+
+
+def stage_data(run: Run, index: int, stage: Stage) -> StageData:
+    """The rows of all tasks a stage learns, as samples and as prompts."""
+    recipe, processor = run.recipe, run.backbone.processor
+    specs = [run.sequence.tasks[task] for task in stage.learns]
+    geometries = {spec.geometry for spec in specs}
+    if len(geometries) > 1:
+        raise ValueError(f"stage {stage.name}: its tasks differ in geometry ({', '.join(sorted(geometries))})")
+    rows, geometry = concatenate_datasets([run.train_rows[spec.name] for spec in specs]), specs[0].geometry
+    return StageData(
+        index=index,
+        name=stage.name,
+        samples=SampleRows(rows, processor, recipe.training.max_length, geometry, keep=recipe.data.keep_encoded),
+        prompts=PromptRows(rows, processor, geometry),
+        seed=Random(f"{recipe.seed}/{stage.name}").getrandbits(31),
+    )
+
+
+def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None]) -> Teach:
+    """What a method trains with: the run's training settings, one Trainer per call."""
+
+    def teach(samples: torch.utils.data.Dataset, learning: Learning, *, label: str, **changes: float | None) -> StageReport:
+        settings = run.recipe.training.model_copy(update={key: value for key, value in changes.items() if value is not None})
+        return train_stage(
+            run.method.model,
+            samples,
+            learning,
+            settings,
+            pad_token_id=run.backbone.processor.tokenizer.pad_token_id,
+            seed=data.seed,
+            folder=run.recipe.run / "trainer",
+            progress=partial(at, label),
+        )
+
+    return teach
+
+
+def facts_of(growth: Growth, trained: StageReport) -> dict[str, object]:
+    """What a task's record says about its stage beyond what the method tells; no times."""
+    told = {"growth": growth, "training": trained}
+    return {part: {key: value for key, value in asdict(values).items() if not key.endswith("seconds")} for part, values in told.items()}
+
+
+def facts_of_run(run: Run) -> RunFacts:
+    """What the results say about the run, read from the registry."""
+    recipe, records = run.recipe, run.registry.records()
+    return RunFacts(
+        run=recipe.run.name,
+        method=recipe.method.name,
+        seed=recipe.seed,
+        recipe=recipe.model_dump(mode="json", exclude={"run"}),
+        base=run.backbone.fingerprint,
+        data=run.data_fingerprint,
+        sites=tuple(getattr(getattr(run.method, "host", None), "banks", ())),
+        growth={record.name: record.facts["growth"]["new_experts"] for record in records},
+        trainable_parameters={record.name: record.facts["trainable_parameters"] for record in records},
+        stored_bytes={record.name: sum(file.bytes for file in record.files.values()) for record in records},
+        processes=run.processes.num_processes,
+        threads=torch.get_num_threads(),
+        seconds={record.name: record.seconds for record in records},
+    )
+
+
+class Clock:
+    """Seconds per part of a stage."""
+
+    def __init__(self) -> None:
+        """Start now."""
+        self.laps: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """End a part."""
+        now = time.monotonic()
+        self.laps[name], self._last = now - self._last, now

@@ -1,0 +1,319 @@
+"""Every setting of a run, validated once; recipes are YAML files of these, overridden by dotted keys.
+
+Settings are values: no tensor, module or open file lives here. What a setting means stands beside it, with its unit.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class RecipeError(ValueError):
+    """A recipe or task sequence that cannot be used; the message names the key and the fix."""
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+class DataSettings(Settings):
+    """Which task sequence is learned, and from where."""
+
+    sequence: str = "data_configs/pocket.yaml"
+    """Task sequence as YAML: a path, or the name of one in `data_configs/` (`pocket`, `coin`)."""
+    root: Path = Path("data/pocket")
+    """Folder in CoIN's layout that holds the instruction files and `cl_dataset/`."""
+    tasks: tuple[str, ...] | None = None
+    """Names of the tasks to learn, in this order; all tasks of the sequence when absent."""
+    train_rows: int | None = Field(None, gt=0)
+    """Use only this many training rows per task (seeded draw); all when absent."""
+    eval_rows: int | None = Field(None, gt=0)
+    """Use only this many evaluation rows per task (seeded draw); all when absent."""
+    keep_encoded: bool = False
+    """Keep encoded rows in memory after their first use: for small data (85 kB a row at 84 pixels, 1.3 MB at 336)."""
+
+
+class BackboneSettings(Settings):
+    """The frozen model that knowledge is added to."""
+
+    path: str = "pocket"
+    """Hugging Face model folder or name, or `pocket` for the small LLaVA that ships with this package."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision the frozen weights are loaded in."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel; on a CPU with short samples `eager` trains faster (fused backward takes thrice as long there)."""
+
+
+class ExpertSettings(Settings):
+    """LoRA experts and their routers (METHOD: y = W0 x + sum_e gate_e * alpha/rank * B_e A_e x)."""
+
+    rank: int = Field(64, gt=0)
+    """LoRA rank of one expert."""
+    alpha: float = Field(128.0, gt=0)
+    """LoRA scale: an expert's output is multiplied by alpha / rank."""
+    num_first: int = Field(2, gt=0)
+    """Experts per site for the first task (it has no pool and is not probed)."""
+    top_k: int = Field(2, gt=0)
+    """Experts a token uses at a site; fewer where fewer exist."""
+    balance_weight: float = Field(0.01, ge=0)
+    """Weight of the balance loss n * sum_e F_e P_e, averaged over sites."""
+
+
+class ProbeSettings(Settings):
+    """Probe-guided knowledge extension: where does the new task need experts?"""
+
+    fraction: float = Field(0.1, gt=0, le=1)
+    """Share of the task's training rows that probing reads."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Share of those rows kept for counting; the others train the probes."""
+    alpha: float = Field(0.25, ge=0)
+    """Threshold tau = mean - alpha * std of activation frequencies (Eq. 2); larger grows more layers."""
+    scope: Literal["layer", "global"] = "layer"
+    """Mean and std over the experts of one layer, or over the layers' probe frequencies."""
+    max_new_experts: int = Field(1, gt=0)
+    """Experts added to a chosen layer."""
+    init: Literal["most_used", "probe", "lora"] = "most_used"
+    """Start of a new expert: copy of the most used one while probing, the probe itself, or fresh LoRA."""
+    balance_weight: float = Field(0.01, ge=0)
+    """Weight of the balance loss while probing."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Learning rate while probing; the training stage's when absent."""
+    batch_size: int | None = Field(None, gt=0)
+    """Samples per step while probing; the training stage's when absent."""
+
+
+class LocatorSettings(Settings):
+    """Probabilistic task locator: a VAE per task on a frozen feature of the prompt."""
+
+    layer: int = -1
+    """LLM layer whose last-prompt-token state is the feature: 0 is the embedding, -1 the last layer."""
+    hidden: int = Field(512, gt=0)
+    """Width of the VAE's hidden layers."""
+    latent: int = Field(64, gt=0)
+    """Width of the VAE's latent."""
+    beta: float = Field(1e-3, ge=0)
+    """Weight of the KL term."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Adam learning rate."""
+    epochs: int = Field(20, gt=0)
+    """At most this many passes over the task's features."""
+    patience: int = Field(3, gt=0)
+    """Stop after this many epochs without a lower held-out error."""
+    holdout: float = Field(0.1, gt=0, lt=1)
+    """Share of the features kept out of fitting; their errors give the task's mean and std."""
+    unseen_threshold: float | None = None
+    """Lowest z-score above which no task fits and the base model answers; calibrated per task when absent
+    (99th percentile of its own held-out scores, at least 3)."""
+
+
+class ZeroShotSettings(Settings):
+    """The backbone as it is; learns nothing."""
+
+    name: Literal["zero_shot"] = "zero_shot"
+
+
+class SequentialLoraSettings(Settings):
+    """One LoRA adapter (stock PEFT), trained on task after task."""
+
+    name: Literal["sequential_lora"] = "sequential_lora"
+    rank: int = Field(128, gt=0)
+    """LoRA rank."""
+    alpha: float = Field(256.0, gt=0)
+    """LoRA scale (alpha / rank multiplies the update)."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input."""
+
+
+class JointSettings(SequentialLoraSettings):
+    """One LoRA adapter trained on the union of all tasks: the upper bound."""
+
+    name: Literal["joint"] = "joint"  # type: ignore[assignment]
+
+
+class MoeLoraSettings(Settings):
+    """CoIN's MoELoRA: experts of rank r/K in every linear, a dense softmax gate per token, shared by all tasks."""
+
+    name: Literal["moelora"] = "moelora"
+    rank: int = Field(128, gt=0)
+    """Total LoRA rank of a linear, split evenly over its experts."""
+    alpha: float = Field(256.0, gt=0)
+    """LoRA scale."""
+    num_experts: int = Field(8, gt=0)
+    """Experts per linear."""
+
+
+class CmoeSettings(Settings):
+    """LLaVA-CMoE: probe-guided growth of FFN experts, routers per task, a probabilistic task locator."""
+
+    name: Literal["cmoe"] = "cmoe"
+    experts: ExpertSettings = ExpertSettings()
+    """Experts and routers."""
+    probe: ProbeSettings = ProbeSettings()
+    """Where to grow."""
+    locator: LocatorSettings = LocatorSettings()
+    """Which task an input belongs to."""
+
+
+MethodSettings = Annotated[
+    ZeroShotSettings | SequentialLoraSettings | JointSettings | MoeLoraSettings | CmoeSettings,
+    Field(discriminator="name"),
+]
+
+
+class TrainingSettings(Settings):
+    """One stage of training; passed on to `transformers.TrainingArguments`."""
+
+    batch_size: int = Field(16, gt=0)
+    """Samples per optimizer step and process, before accumulation."""
+    accumulation: int = Field(1, gt=0)
+    """Batches per optimizer step."""
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the task's training rows."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """Peak learning rate."""
+    warmup: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps spent warming up; cosine decay follows."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """Arithmetic of forward and backward (bf16 is autocast)."""
+    max_length: int = Field(2048, gt=0)
+    """Longest sample in tokens; a longer one is an error before training starts."""
+
+
+class EvaluationSettings(Settings):
+    """How finished tasks are measured."""
+
+    batch_size: int = Field(32, gt=0)
+    """Samples per generation batch and process."""
+    routes: tuple[Literal["located", "oracle", "random"], ...] = ("located",)
+    """Which routes are measured; the first one is the headline."""
+    protocol: Literal["strict"] = "strict"
+    """Scoring rules (COIN's scorers without their accidents)."""
+
+
+class Recipe(Settings):
+    """A whole run: one method learns one sequence from one seed."""
+
+    run: Path
+    """Output directory of the run."""
+    seed: int = 0
+    """Seed of everything random in the run."""
+    data: DataSettings = DataSettings()
+    """What is learned."""
+    backbone: BackboneSettings = BackboneSettings()
+    """What is frozen."""
+    method: MethodSettings
+    """How it is learned."""
+    training: TrainingSettings = TrainingSettings()
+    """One stage of training."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """How it is measured."""
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe and apply dotted overrides such as `method.probe.alpha=0.5` (values are YAML).
+
+    Raises:
+        RecipeError: unreadable file, malformed override, unknown key (with the nearest known one) or bad value.
+    """
+    document = read_yaml(path)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise RecipeError(f"override {override!r}: write it as dotted.key=value")
+        _set_dotted(document, key.split("."), yaml.safe_load(value))
+    return parse_recipe(document, source=str(path))
+
+
+def parse_recipe(document: Mapping[str, Any], source: str) -> Recipe:
+    """Validate a mapping as a recipe; `source` names it in error messages."""
+    return parse_settings(Recipe, document, source)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of settings in a YAML file.
+
+    Raises:
+        RecipeError: unreadable file, broken YAML, or something else than a mapping.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot read the file ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: expected a mapping of settings, found {type(document).__name__}")
+    return document
+
+
+def parse_settings(model: type[AnySettings], document: Mapping[str, Any], source: str) -> AnySettings:
+    """Validate a mapping as `model`; every problem becomes one line of a RecipeError that starts with `source`."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        known = list(known_keys(model))
+        raise RecipeError("\n".join(f"{source}: {_explain(item, known)}" for item in error.errors())) from error
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word most like a misspelt one."""
+    return difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)[0]
+
+
+def shipped(relative: str) -> Path:
+    """Where the project's own file or folder `relative` lies: in the checkout, or inside the installed wheel."""
+    package = Path(__file__).parent
+    packed = package / "_shipped"
+    return (packed if packed.is_dir() else package.parent) / relative
+
+
+def _set_dotted(document: dict[str, Any], keys: list[str], value: object) -> None:
+    for key in keys[:-1]:
+        document = document.setdefault(key, {})
+        if not isinstance(document, dict):
+            raise RecipeError(f"override {'.'.join(keys)}: {key} is not a group of settings")
+    document[keys[-1]] = value
+
+
+def _explain(item: Mapping[str, Any], known: list[str]) -> str:
+    """One line per problem: the dotted key, what is wrong, and the nearest known key for a misspelt one."""
+    # A discriminated union puts the chosen method's name into the location; users write `method.rank`, not
+    # `method.cmoe.rank`.
+    methods = {model.model_fields["name"].default for model in get_args(get_args(MethodSettings)[0])}
+    location = [str(part) for index, part in enumerate(item["loc"]) if not (index == 1 and part in methods)]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key}; did you mean {nearest(key, known)}?"
+    given = f", got {item['input']!r}" if isinstance(item["input"], (str, int, float)) else ""
+    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}{given}"
+
+
+def known_keys(root: type[BaseModel] = Recipe) -> dict[str, str]:
+    """Every dotted key that `root` (a recipe by default) may hold, with the sentence that describes it."""
+    keys: dict[str, str] = {}
+
+    def walk(model: type[BaseModel], prefix: str) -> None:
+        for name, info in model.model_fields.items():
+            kinds = (info.annotation, *get_args(info.annotation))
+            inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Settings)]
+            keys.setdefault(prefix + name, info.description or "")
+            for kind in inner:
+                walk(kind, f"{prefix}{name}.")
+
+    walk(root, "")
+    return keys

@@ -1,0 +1,1 @@
+"""One stage of training as one `transformers.Trainer`."""

@@ -1,0 +1,134 @@
+"""One stage of training: one `transformers.Trainer` from start to end over whatever requires gradients.
+
+Knows no method: what a method adds to the loss comes in as a context around the forward pass. Nothing is saved here; a
+stage that was killed is learned again from its start, and a seed per stage makes that the same stage.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from llava_cmoe.data.collator import Collator
+from llava_cmoe.methods.base import ExtraLoss, Learning
+from llava_cmoe.records import StageReport
+from llava_cmoe.settings import TrainingSettings
+
+Progress = Callable[[int, int], None]
+"""Called with the optimizer steps done and all steps."""
+
+
+class StageTrainer(Trainer):
+    """The stock Trainer, with the method's context around each forward pass and its terms added to the loss."""
+
+    def __init__(self, learning: Learning, **kwargs: Any) -> None:
+        """`learning` comes from the method, everything else is the Trainer's."""
+        super().__init__(**kwargs)
+        self._learning = learning
+        self._extra_loss: ExtraLoss = float
+        self.model_accepts_loss_kwargs = False  # a mean per batch: the terms below are means, too
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward inside the method's context: gradient checkpointing runs layers again in backward."""
+        with self._learning(inputs) as self._extra_loss:
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        """Language-modelling loss plus the method's terms."""
+        return super().compute_loss(model, inputs) + self._extra_loss()
+
+
+class _Report(TrainerCallback):
+    """Tells how far the stage is and keeps the losses, one host sync per logging interval."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.losses: list[float] = []
+        self._progress = progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+def train_stage(
+    model: PreTrainedModel,
+    samples: Dataset[dict[str, Tensor]],
+    learning: Learning,
+    settings: TrainingSettings,
+    *,
+    pad_token_id: int,
+    seed: int,
+    folder: Path,
+    progress: Progress | None = None,
+) -> StageReport:
+    """Train the parameters that require gradients, in place.
+
+    Args:
+        model: the backbone with a method's parameters in it.
+        samples: encoded rows with labels.
+        learning: the method's context around a forward pass; yields its loss terms.
+        settings: one stage's settings.
+        pad_token_id: fills short rows of a batch, on the right.
+        seed: of the rows' order and of dropout.
+        folder: the Trainer's output folder; stays empty.
+        progress: told after every optimizer step.
+    """
+    began = time.monotonic()
+    report = _Report(progress)
+    trainer = StageTrainer(
+        learning,
+        model=model,
+        args=training_arguments(settings, seed, folder, on_cpu=model.device.type == "cpu"),
+        train_dataset=samples,
+        data_collator=Collator(pad_token_id),
+        callbacks=[report],
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
+            trainer.remove_callback(callback)
+    trainer.train()
+    model.eval()
+    tenth = max(1, len(report.losses) // 10)
+    return StageReport(
+        steps=trainer.state.global_step,
+        samples=len(samples),  # type: ignore[arg-type]
+        first_loss=statistics.fmean(report.losses[:tenth]),
+        last_loss=statistics.fmean(report.losses[-tenth:]),
+        seconds=time.monotonic() - began,
+    )
+
+
+def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_cpu: bool) -> TrainingArguments:
+    """The settings in the Trainer's words; everything else stays at its defaults."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        num_train_epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.precision == "bf16",
+        use_cpu=on_cpu,
+        seed=seed,
+        data_seed=seed,
+        logging_steps=5,
+        logging_first_step=True,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )

@@ -1,0 +1,109 @@
+"""The locator's feature is the stock model's own hidden state, whatever the padding, at the cost of layers below it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_cmoe.backbones.features import last_token_feature
+
+TEXTS = ("<image>\nWhat is the object in the image?", "<image>\nIs the ball red?", "<image>\nWhere is it? Say a word.")
+LAYERS = (0, 1, 2)
+
+
+def collate(processor, texts, side="right"):
+    """A padded batch of prompts, each about a picture of its own colour."""
+    images = [Image.new("RGB", (24, 24), (80 * len(text) % 256, len(text), 7)) for text in texts]
+    return dict(processor(text=list(texts), images=images, padding=True, padding_side=side, return_tensors="pt"))
+
+
+def counting(model):
+    """Counts the finished calls of every LLM layer and of the lm_head."""
+    calls = SimpleNamespace(layers=[0] * len(model.get_decoder().layers), lm_head=0)
+    for index, layer in enumerate(model.get_decoder().layers):
+        layer.register_forward_hook(lambda *_, index=index: calls.layers.__setitem__(index, calls.layers[index] + 1))
+    model.lm_head.register_forward_hook(lambda *_: setattr(calls, "lm_head", calls.lm_head + 1))
+    return calls
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_feature_is_the_full_forwards_hidden_state_bit_for_bit(tiny_llava, tiny_processor, layer):
+    batch = collate(tiny_processor, TEXTS)
+    with torch.no_grad():
+        hidden_BTD = tiny_llava(**batch, output_hidden_states=True).hidden_states[layer]
+    last_B = batch["attention_mask"].sum(1) - 1
+    assert len(set(last_B.tolist())) == len(TEXTS)  # the prompts differ in length, so padding matters
+    assert torch.equal(last_token_feature(tiny_llava, batch, layer), hidden_BTD[torch.arange(len(TEXTS)), last_B])
+
+
+def test_minus_one_is_the_last_layer_after_the_final_norm(tiny_llava, tiny_processor):
+    batch = collate(tiny_processor, TEXTS)
+    assert torch.equal(last_token_feature(tiny_llava, batch, -1), last_token_feature(tiny_llava, batch, 2))
+    assert torch.equal(last_token_feature(tiny_llava, batch, -2), last_token_feature(tiny_llava, batch, 1))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_padding_side_and_length_leave_the_same_bits(tiny_llava, tiny_processor, layer):
+    right = collate(tiny_processor, TEXTS)
+    wider = {
+        name: torch.nn.functional.pad(right[name], (3, 4), value=value)
+        for name, value in (("input_ids", tiny_processor.tokenizer.pad_token_id), ("attention_mask", 0))
+    }
+    feature_BD = last_token_feature(tiny_llava, right, layer)
+    assert torch.equal(feature_BD, last_token_feature(tiny_llava, collate(tiny_processor, TEXTS, "left"), layer))
+    assert torch.equal(feature_BD, last_token_feature(tiny_llava, right | wider, layer))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_batch_mates_do_not_matter(tiny_llava, tiny_processor, layer):
+    together_BD = last_token_feature(tiny_llava, collate(tiny_processor, TEXTS, "left"), layer)
+    alone_BD = torch.cat([last_token_feature(tiny_llava, collate(tiny_processor, [text]), layer) for text in TEXTS])
+    torch.testing.assert_close(together_BD, alone_BD, rtol=1e-5, atol=1e-6)
+    assert (together_BD[0] - together_BD[2]).abs().max() > 1e-3
+
+
+def test_picture_reaches_the_feature_of_every_layer_but_the_embedding(tiny_llava, tiny_processor):
+    batch = collate(tiny_processor, TEXTS)
+    repainted = batch | {"pixel_values": -batch["pixel_values"]}
+    for layer, changes in zip(LAYERS, (False, True, True), strict=True):
+        before_BD, after_BD = (last_token_feature(tiny_llava, inputs, layer) for inputs in (batch, repainted))
+        assert torch.equal(before_BD, after_BD) != changes
+
+
+def test_text_only_prompts_have_a_feature(tiny_llava, tiny_processor):
+    batch = dict(tiny_processor(text=["Yes or no?", "Which letter is it?"], padding=True, return_tensors="pt"))
+    assert last_token_feature(tiny_llava, batch, 1).shape == (2, 32)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_only_the_layers_below_run_and_never_the_lm_head(tiny_llava, tiny_processor, layer):
+    calls = counting(tiny_llava)
+    last_token_feature(tiny_llava, collate(tiny_processor, TEXTS), layer)
+    assert calls.layers == [1] * layer + [0] * (2 - layer)
+    assert calls.lm_head == 0
+
+
+def test_model_is_left_as_it_was(tiny_llava, tiny_processor):
+    batch = collate(tiny_processor, TEXTS)
+    with torch.no_grad():
+        before_BTV = tiny_llava(**batch).logits
+        last_token_feature(tiny_llava, batch, 0)
+        assert torch.equal(before_BTV, tiny_llava(**batch).logits)
+
+
+def test_feature_is_float32_without_gradient(tiny_llava, tiny_processor):
+    feature_BD = last_token_feature(tiny_llava.to(torch.bfloat16), collate(tiny_processor, TEXTS), 1)
+    assert feature_BD.dtype == torch.float32 and not feature_BD.requires_grad
+
+
+def test_answers_and_impossible_layers_are_refused(tiny_llava, tiny_processor):
+    batch = collate(tiny_processor, TEXTS)
+    with pytest.raises(ValueError, match="without answers"):
+        last_token_feature(tiny_llava, batch | {"labels": batch["input_ids"]}, 1)
+    for layer in (3, -4):
+        with pytest.raises(ValueError, match=f"layer {layer} does not exist: this model has 0 .* to 2"):
+            last_token_feature(tiny_llava, batch, layer)
+    batch["attention_mask"][1] = 0
+    with pytest.raises(ValueError, match="prompt 1 of the batch is empty"):
+        last_token_feature(tiny_llava, batch, 1)

@@ -1,0 +1,110 @@
+"""A backbone comes from safetensors, frozen, with a fingerprint of its content; the rest is refused with a reason."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM, ProcessorMixin
+
+from llava_cmoe.backbones import loading
+from llava_cmoe.backbones.loading import BackboneError, load_backbone
+from llava_cmoe.settings import BackboneSettings
+
+
+@pytest.fixture
+def folder(tiny_llava, tiny_processor, tmp_path):
+    tiny_llava.save_pretrained(tmp_path / "backbone")
+    tiny_processor.save_pretrained(tmp_path / "backbone")
+    return tmp_path / "backbone"
+
+
+def load(path, dtype="float32"):
+    return load_backbone(BackboneSettings(path=str(path), dtype=dtype))
+
+
+def test_loaded_model_is_the_saved_one_frozen_in_eval_mode(folder, tiny_llava, tiny_processor):
+    backbone = load(folder)
+    loaded, saved = backbone.model.state_dict(), tiny_llava.state_dict()
+    assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+    assert not backbone.model.training and not any(weight.requires_grad for weight in backbone.model.parameters())
+    assert isinstance(backbone.processor, ProcessorMixin)
+    text = "USER: <image>\nWhat is it? ASSISTANT:"
+    assert backbone.processor.tokenizer(text).input_ids == tiny_processor.tokenizer(text).input_ids
+
+
+def test_dtype_is_the_settings(folder):
+    assert {weight.dtype for weight in load(folder, "bfloat16").model.parameters()} == {torch.bfloat16}
+
+
+def test_fingerprint_follows_the_content_not_the_place(folder, tmp_path):
+    first = load(folder).fingerprint
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    assert load(moved).fingerprint == first
+    weights = load_file(moved / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    assert load(moved).fingerprint != first
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert load(folder).fingerprint != first
+
+
+def test_pocket_is_the_folder_in_the_package(folder, monkeypatch):
+    monkeypatch.setattr(loading, "POCKET_DIR", folder)
+    assert load("pocket").fingerprint == load(folder).fingerprint
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "nobody/no-such-model"])
+def test_missing_folder_is_named(path):
+    with pytest.raises(BackboneError, match=f"backbone.path {path}: no such folder"):
+        load(path)
+
+
+def test_folder_without_a_configuration_is_refused(tmp_path):
+    with pytest.raises(BackboneError, match="no config.json"):
+        load(tmp_path)
+
+
+def test_unknown_and_unfit_architectures_are_refused(folder, tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8)).save_pretrained(tmp_path / "text")
+    with pytest.raises(BackboneError, match="model_type llama is not an image-text-to-text model"):
+        load(tmp_path / "text")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "made-up"}))
+    with pytest.raises(BackboneError, match="not an architecture that transformers knows"):
+        load(folder)
+
+
+def test_code_in_the_folder_is_never_run(folder, tmp_path):
+    witness = tmp_path / "it_ran"
+    (folder / "remote.py").write_text(f"open({str(witness)!r}, 'w')\nclass C: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    remote = {"AutoConfig": "remote.C", "AutoModelForImageTextToText": "remote.C"}
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "made-up", "auto_map": remote}))
+    with pytest.raises(BackboneError, match="made-up|custom code"):
+        load(folder)
+    assert not witness.exists()
+
+
+def test_pickled_weights_are_not_read(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BackboneError, match="no \\*.safetensors"):
+        load(folder)
+
+
+def test_incomplete_weights_are_an_error_not_random_numbers(folder):
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in weights if name.endswith("down_proj.weight"))
+    save_file({name: weights[name] for name in weights if name != lost}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BackboneError, match="incomplete, the weights lack .*down_proj.weight"):
+        load(folder)
+
+
+def test_bare_tokenizer_is_no_processor(folder):
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(BackboneError, match="processor"):
+        load(folder)

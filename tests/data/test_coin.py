@@ -1,0 +1,268 @@
+"""CoIN's files become canonical rows, and each kind of broken input is named with file, row and reason."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_cmoe.data.check import check_sequence
+from llava_cmoe.data.coin import INSTRUCTION_FOLDERS, read_eval, read_train
+from llava_cmoe.data.problems import DataError
+from llava_cmoe.data.tasks import TaskSequence
+
+Edit = Callable[[str, Callable[[list[dict[str, Any]]], object]], Path]
+
+
+def test_training_rows_keep_turns_and_marker_and_get_absolute_paths(root: Path, sequence: TaskSequence) -> None:
+    science, text, _ = (read_train(root, task) for task in sequence.tasks)
+    assert science[0] == {
+        "id": "1",
+        "image": str(root.resolve() / "cl_dataset/ScienceQA/images/train/1/image.png"),
+        "turns": [{"role": "user", "text": "Which one?\nA. up\nB. down\n<image>"}, {"role": "assistant", "text": "A"}],
+    }
+    assert science[1]["image"] is None
+    assert text[0]["id"] == "7"
+    assert [turn["role"] for turn in text[0]["turns"]] == ["user", "assistant"] * 2
+    assert text[0]["image"].endswith("/cl_dataset/COCO2014/train2014/000000000001.jpg")
+
+
+def test_evaluation_rows_get_the_marker_and_what_their_task_is_judged_by(root: Path, sequence: TaskSequence) -> None:
+    science, text, grounding = (read_eval(root, task) for task in sequence.tasks)
+    assert science[0]["turns"] == [{"role": "user", "text": "<image>\nWhich other?\nA. up\nB. down\nC. left"}]
+    assert science[1]["turns"] == [{"role": "user", "text": "Is fire cold?\nA. yes\nB. no"}]
+    assert science["choices"] == [["up", "down", "left"], ["yes", "no"]]
+    assert science["answers"] == science["box"] == [[], []]
+    assert (text[0]["answer"], text[0]["answers"]) == ("go", ["go"] * 9 + ["goo"])
+    assert (grounding[0]["answer"], grounding[0]["box"]) == ("[0.12, 0.5, 0.75, 1.0]", [0.12, 0.5, 0.75, 1.0])
+
+
+@pytest.mark.parametrize("folder", INSTRUCTION_FOLDERS)
+def test_every_spelling_of_the_instruction_folder_is_read(root: Path, sequence: TaskSequence, folder: str) -> None:
+    (root / "Instructions_Original").rename(root / folder)
+    assert len(read_train(root, sequence.tasks[0])) == 2
+
+
+def test_several_instruction_folders_are_refused_by_name(root: Path, sequence: TaskSequence) -> None:
+    (root / "Instruction_Type2").mkdir()
+    with pytest.raises(DataError, match=r"several instruction folders \(Instructions_Original, Instruction_Type2\)"):
+        read_train(root, sequence.tasks[0])
+
+
+def test_missing_instruction_folder_is_one_problem_for_the_whole_sequence(root: Path, sequence: TaskSequence) -> None:
+    (root / "Instructions_Original").rename(root / "instructions")
+    with pytest.raises(DataError, match="no instruction folder; expected one of Instructions_Original"):
+        read_eval(root, sequence.tasks[1])
+    assert len(check_sequence(root, sequence).problems) == 1
+
+
+def test_the_picture_folder_may_be_a_link_as_a_whole(root: Path, sequence: TaskSequence, tmp_path: Path) -> None:
+    (root / "cl_dataset").rename(tmp_path / "elsewhere")
+    (root / "cl_dataset").symlink_to(tmp_path / "elsewhere")
+    assert check_sequence(root, sequence).ok
+
+
+def test_an_absolute_path_is_refused_even_inside_the_root(root: Path, sequence: TaskSequence, edit: Edit) -> None:
+    picture = root / "cl_dataset/COCO2014/train2014/000000000001.jpg"
+    edit("Grounding/train.json", lambda rows: rows[0].update(image=str(picture)))
+    with pytest.raises(DataError, match="leaves the root"):
+        read_train(root, sequence.tasks[2])
+
+
+def test_an_evaluation_row_may_place_the_marker_itself(root: Path, sequence: TaskSequence, edit: Edit) -> None:
+    edit("Grounding/test.json", lambda rows: rows[0].update(text="Where?\n<image>"))
+    assert read_eval(root, sequence.tasks[2])[0]["turns"] == [{"role": "user", "text": "Where?\n<image>"}]
+
+
+def test_rows_of_pictures_lost_everywhere_are_left_out_and_logged(
+    root: Path, sequence: TaskSequence, edit: Edit, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit("TextVQA/train.json", lambda rows: rows.append(rows[0] | {"image": "./OCR-VQA/images/1421539896.jpg"}))
+    assert len(read_train(root, sequence.tasks[1])) == 1
+    assert "row 1 (id 7): left out" in caplog.text
+
+
+def _turns(*turns: object) -> Callable[[dict[str, Any]], None]:
+    return lambda row: row.update(conversations=list(turns))
+
+
+def _set(**values: object) -> Callable[[dict[str, Any]], None]:
+    return lambda row: row.update(values)
+
+
+def _drop(key: str) -> Callable[[dict[str, Any]], object]:
+    return lambda row: row.pop(key)
+
+
+ASK = {"from": "human", "value": "<image>\nWhere?"}
+SAY = {"from": "gpt", "value": "here"}
+
+# file of task 3, what is done to its row, the reason that must be named
+BROKEN_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
+    "no conversations": ("train", _drop("conversations"), "no conversations"),
+    "empty conversations": ("train", _turns(), "no conversations"),
+    "answer first": ("train", _turns(SAY, ASK), "wrong turn order: turn 0 must be from human, found 'gpt'"),
+    "two questions": ("train", _turns(ASK, ASK), "wrong turn order: turn 1 must be from gpt, found 'human'"),
+    "question last": ("train", _turns(ASK, SAY, ASK), "wrong turn order: the conversation ends with human"),
+    "turn not an object": ("train", _turns("hello", SAY), "wrong turn order: turn 0 must be from human, found None"),
+    "empty answer": ("train", _turns(ASK, SAY | {"value": " "}), "turn 1 (gpt) has no text"),
+    "marker without image": ("train", _drop("image"), "<image> in the text, but the row has no image"),
+    "image without marker": ("train", _turns(ASK | {"value": "?"}, SAY), "the row has an image, but no <image>"),
+    "two markers": ("train", _turns(ASK | {"value": "<image><image>"}, SAY), "<image> occurs 2 times"),
+    "late marker": ("train", _turns(ASK | {"value": "?"}, SAY, ASK, SAY), "<image> occurs in turn 2, expected in the"),
+    "missing picture": ("train", _set(image="COCO2014/none.jpg"), "image file COCO2014/none.jpg is missing"),
+    "overlong name": ("train", _set(image="x" * 5000), "is missing"),
+    "zero byte": ("train", _set(image="a\0b"), "image must be a path relative to cl_dataset/"),
+    "picture is a number": ("train", _set(image=3), "image must be a path relative to cl_dataset/, found 3"),
+    "absolute path": (
+        "train",
+        _set(image="/etc/hostname"),
+        "image path /etc/hostname leaves the root, for /etc/hostname",
+    ),
+    "dotted path": ("train", _set(image="COCO2014/../../x.jpg"), "image path COCO2014/../../x.jpg leaves the root"),
+    "link out": ("train", _set(image="COCO2014/out.jpg"), "image path COCO2014/out.jpg leaves the root, for "),
+    "truncated picture": ("train", _set(image="COCO2014/cut.jpg"), "truncated or broken image"),
+    "not a picture": ("train", _set(image="TextVQA/answers.json"), "not an image"),
+    "no id": ("train", _drop("id"), "no id"),
+    "id is a truth value": ("train", _set(id=True), "no id"),
+    "no question": ("test", _drop("text"), "no text (the question)"),
+    "no answer": ("test", _drop("answer_bbox"), "no answer_bbox"),
+    "evaluation marker without image": (
+        "test",
+        lambda row: (row.pop("image"), row.update(text="<image>")),
+        "<image> in",
+    ),
+    "box of three": ("test", _set(answer_bbox="[0.1, 0.2, 0.3]"), "malformed answer_bbox '[0.1, 0.2, 0.3]'"),
+    "box of words": ("test", _set(answer_bbox="[a, b, c, d]"), "malformed answer_bbox"),
+    "box in pixels": ("test", _set(answer_bbox="[0, 0, 20, 20]"), "each from 0 to 1"),
+    "box with nan": ("test", _set(answer_bbox="[nan, 0, 1, 1]"), "each from 0 to 1"),
+    "box without brackets": ("test", _set(answer_bbox="0.1, 0.2, 0.3, 0.45"), "expected [x1, y1, x2, y2]"),
+    "box backwards": ("test", _set(answer_bbox="[0.9, 0, 0.1, 1]"), "x1 <= x2 and y1 <= y2 must hold"),
+}
+
+
+def _break(root: Path, edit: Edit, kind: str, tmp_path: Path) -> tuple[Path, int]:
+    """Append a row broken in one way; returns the file and the row's index."""
+    split, mutate, _ = BROKEN_ROWS[kind]
+    index = 0
+
+    def append(rows: list[dict[str, Any]]) -> None:
+        nonlocal index
+        index = len(rows)
+        row = json.loads(json.dumps(rows[0])) | {"id" if split == "train" else "question_id": f"broken-{index}"}
+        mutate(row)
+        rows.append(row)
+
+    outside = tmp_path / "outside.jpg"
+    link, cut = root / "cl_dataset/COCO2014/out.jpg", root / "cl_dataset/COCO2014/cut.jpg"
+    if not link.is_symlink():
+        whole = (root / "cl_dataset/COCO2014/train2014/000000000001.jpg").read_bytes()
+        outside.write_bytes(whole)
+        link.symlink_to(outside)
+        cut.write_bytes(whole[:-40])
+    return edit(f"Grounding/{split}.json", append), index
+
+
+UNOPENED = {"truncated picture", "not a picture"}  # only the check opens pictures
+
+
+@pytest.mark.parametrize("kind", sorted(set(BROKEN_ROWS) - UNOPENED))
+def test_reader_names_file_row_and_reason(
+    root: Path, sequence: TaskSequence, edit: Edit, kind: str, tmp_path: Path
+) -> None:
+    file, index = _break(root, edit, kind, tmp_path)
+    read = read_train if file.name == "train.json" else read_eval
+    with pytest.raises(DataError) as error:
+        read(root, sequence.tasks[2])
+    problem = error.value.problem
+    assert (problem.file, problem.row) == (file, index)
+    assert BROKEN_ROWS[kind][2] in problem.reason
+    assert str(error.value).startswith(f"{file}, row {index}")
+
+
+def test_check_finds_every_kind_of_broken_row_at_once(
+    root: Path, sequence: TaskSequence, edit: Edit, tmp_path: Path
+) -> None:
+    assert check_sequence(root, sequence).problems == ()
+    broken = {_break(root, edit, kind, tmp_path): BROKEN_ROWS[kind][2] for kind in BROKEN_ROWS}
+    found = {(problem.file, problem.row): problem.reason for problem in check_sequence(root, sequence).problems}
+    assert found.keys() == broken.keys()
+    for place, reason in broken.items():
+        assert reason in found[place]
+
+
+def test_doubled_ids_are_an_error_in_evaluation_files_only(root: Path, sequence: TaskSequence, edit: Edit) -> None:
+    edit("Grounding/train.json", lambda rows: rows.append(rows[0]))
+    assert len(read_train(root, sequence.tasks[2])) == 2
+    edit("Grounding/test.json", lambda rows: rows.append(rows[0] | {"question_id": "1"}))
+    with pytest.raises(DataError, match=r"test.json, row 1 \(id 1\): the id occurs in an earlier row"):
+        read_eval(root, sequence.tasks[2])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'[{"id": 1},\n {"id": 2,}]', "broken JSON at line 2, column "),
+        (b"[", "broken JSON at line 1, column 2"),
+        (b'{"id": 1}', "expected a JSON array of rows, found an object"),
+        (b"[]", "expected a JSON array of rows, found an empty array"),
+        (b'["\xff"]', "not UTF-8 text at byte 2"),
+        (b'["x"]', "a row is an object, found a string"),
+        (None, "cannot read the file (No such file or directory)"),
+    ],
+)
+@pytest.mark.parametrize("name", ["Grounding/train.json", "Grounding/test.json"])
+def test_broken_files_are_named(
+    root: Path, sequence: TaskSequence, name: str, content: bytes | None, reason: str
+) -> None:
+    file = root / "Instructions_Original" / name
+    if content is None:
+        os.remove(file)
+    else:
+        file.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        (read_train if "train" in name else read_eval)(root, sequence.tasks[2])
+    assert error.value.problem.file == file
+    assert reason in error.value.problem.reason
+    assert check_sequence(root, sequence).problems == (error.value.problem,)
+
+
+def test_byte_order_mark_is_no_error(root: Path, sequence: TaskSequence) -> None:
+    file = root / "Instructions_Original/Grounding/train.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_train(root, sequence.tasks[2])) == 1
+
+
+@pytest.mark.parametrize("name", ["ScienceQA/problems.json", "TextVQA/answers.json"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "cannot read the file"),
+        ("[]", "not the annotations of"),
+        ('{"data": [{}], "9": {}}', "not the annotations"),
+    ],
+)
+def test_broken_annotations_are_named(
+    root: Path, sequence: TaskSequence, name: str, content: str | None, reason: str
+) -> None:
+    file = root / "cl_dataset" / name
+    file.unlink() if content is None else file.write_text(content)
+    task = sequence.tasks[0 if "ScienceQA" in name else 1]
+    with pytest.raises(DataError, match=reason) as error:
+        read_eval(root, task)
+    assert error.value.problem.file == file
+    assert check_sequence(root, sequence).problems == (error.value.problem,)
+
+
+def test_a_row_without_annotations_is_named(root: Path, sequence: TaskSequence, edit: Edit) -> None:
+    edit("TextVQA/val.json", lambda rows: rows.append(rows[0] | {"question_id": 12}))
+    with pytest.raises(DataError, match=r"row 1 \(id 12\): no entry for this id in .*answers.json"):
+        read_eval(root, sequence.tasks[1])
+
+
+def test_annotations_of_a_task_that_has_none_are_refused(root: Path, sequence: TaskSequence) -> None:
+    task = sequence.tasks[2].model_copy(update={"annotations": "TextVQA/answers.json"})
+    with pytest.raises(DataError, match="not for scorer grounding"):
+        read_eval(root, task)

@@ -1,0 +1,20 @@
+"""OCRVQA: titles and authors; the released script calls any answer that holds "Unanswerable" wrong."""
+
+import pytest
+
+from llava_cmoe.evaluation.scorers import Reference, get_scorer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "value"),
+    [
+        ("The Art of War", "Art of War", 1.0),
+        ("mary o'neil", "Mary O'Neil", 1.0),
+        ("Mary", "Mary O'Neil", 0.0),
+        ("Unanswerable Questions", "Unanswerable Questions", 1.0),
+        ("Unanswerable", "Science & Math", 0.0),
+        ("", "Science & Math", 0.0),
+    ],
+)
+def test_the_whole_title_or_name_is_compared(text: str, answer: str, value: float) -> None:
+    assert get_scorer("ocrvqa")(text, Reference(answer=answer)).value == value

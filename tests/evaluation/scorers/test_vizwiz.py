@@ -1,0 +1,22 @@
+"""VizWiz: soft where the ten answers are at hand, exact against the one answer of CoIN's file otherwise."""
+
+import pytest
+
+from llava_cmoe.evaluation.scorers import Reference, get_scorer
+
+score = get_scorer("vizwiz")
+
+
+def test_unanswerable_counts_like_any_answer() -> None:
+    assert score("Unanswerable", Reference(answer="unanswerable")).value == 1.0
+    assert score("unanswerable", Reference(answer="soup")).value == 0.0
+
+
+def test_ten_answers_give_the_soft_score_and_the_one_answer_is_not_looked_at() -> None:
+    reference = Reference(answer="can", answers=("soup",) * 2 + ("can of soup",) * 8)
+    assert [score(text, reference).value for text in ("soup", "can of soup", "can")] == [0.6, 1.0, 0.0]
+
+
+def test_a_row_with_some_but_not_ten_answers_is_an_error() -> None:
+    with pytest.raises(ValueError, match="3 annotators"):
+        score("soup", Reference(answer="soup", answers=("soup",) * 3))

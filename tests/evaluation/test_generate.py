@@ -1,0 +1,332 @@
+"""Generation: the same bytes whatever the number of processes, kills and batch mates; routes hang on samples alone."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+
+from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.data.rows import EVAL_FEATURES
+from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch, generate_answers
+from llava_cmoe.evaluation.log import read_answers
+from llava_cmoe.records import Located
+
+NUM_ROWS = 10
+ORACLE = Route("oracle", task_index=1, num_known=3, seed=0)
+LOCATED = replace(ORACLE, name="located")
+RANDOM = replace(ORACLE, name="random")
+
+
+@dataclass
+class RecordingMethod:
+    """Locates prompts of even length at task 2 and knows no task for the others; records what it is asked."""
+
+    locates: bool = True
+    num_located: int = 0
+    plans: list[list[int] | None] = field(default_factory=list)
+
+    def locate(self, batch: Mapping[str, Tensor]) -> Located | None:
+        if not self.locates:
+            return None
+        self.num_located += 1
+        length_B = batch["attention_mask"].sum(dim=1)
+        score_BN = torch.stack([length_B, length_B, -length_B / 4], dim=1)
+        return Located(torch.where(length_B % 2 == 0, 2, -1), score_BN)
+
+    @contextmanager
+    def routed(self, task_B: Tensor | None) -> Iterator[None]:
+        self.plans.append(None if task_B is None else task_B.tolist())
+        yield
+
+
+@dataclass
+class Process:
+    """One of several processes; without a barrier the others are not there and nobody is waited for."""
+
+    process_index: int = 0
+    num_processes: int = 1
+    barrier: Barrier | None = None
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.process_index == 0
+
+    def wait_for_everyone(self) -> None:
+        if self.barrier:
+            self.barrier.wait(timeout=60)
+
+
+class Killed(Exception):
+    """Stands for SIGKILL."""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Prompts of different lengths, every fourth without a picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    made: list[dict[str, Any]] = []
+    for number in range(NUM_ROWS):
+        path = folder / f"{number}.png"
+        Image.new("RGB", (20 + number, 30), (25 * number, 255 - 20 * number, 128)).save(path)
+        has_image = number % 4 != 3
+        question = "<image>\n" * has_image + "What is the object? " * (1 + number % 3) + "yes" * (number % 2)
+        made.append(
+            {
+                "id": f"q{number}", "image": str(path) if has_image else None,
+                "turns": [{"role": "user", "text": question}],
+                "answer": "cat", "answers": [], "box": [], "choices": [],
+            }
+        )  # fmt: skip
+    return Dataset.from_list(made, features=EVAL_FEATURES)
+
+
+@pytest.fixture
+def questions(rows: Dataset, tiny_processor: Any) -> Questions:
+    texts = tuple(turns[0]["text"] for turns in rows["turns"])
+    return Questions(tuple(rows["id"]), texts, PromptRows(rows, tiny_processor, keep=True), max_new_tokens=6)
+
+
+@pytest.fixture
+def candidate(tiny_llava: Any, tiny_processor: Any) -> Candidate:
+    return Candidate(RecordingMethod(), tiny_llava, tiny_processor)
+
+
+def generate(
+    candidate: Candidate, questions: Questions, path: Path, route: Route = ORACLE, batch_size: int = 3, **process: int
+) -> bytes:
+    generate_answers(candidate, questions, route, path, batch_size=batch_size, processes=Process(**process))
+    return path.read_bytes()
+
+
+def kill_after(num_batches: int, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Let `num_batches` batches through, then raise; returns the list that the batches are noted in."""
+    noted: list[list[int]] = []
+
+    def counted(candidate: Candidate, questions: Questions, batch: range, route: Route) -> Any:
+        if len(noted) == num_batches:
+            raise Killed
+        noted.append(list(batch))
+        return answer_batch(candidate, questions, batch, route)
+
+    monkeypatch.setattr("llava_cmoe.evaluation.generate.answer_batch", counted)
+    return noted
+
+
+def test_every_question_is_answered_in_order_and_nothing_else_is_left_in_the_folder(
+    candidate: Candidate, questions: Questions, tmp_path: Path
+) -> None:
+    generate(candidate, questions, tmp_path / "after_01" / "GQA.oracle.jsonl")
+    answers = read_answers(tmp_path / "after_01" / "GQA.oracle.jsonl")
+    assert [answer.id for answer in answers] == list(questions.ids)
+    assert [answer.prompt for answer in answers] == list(questions.texts)
+    assert len({answer.text for answer in answers}) > 1
+    assert [path.name for path in (tmp_path / "after_01").iterdir()] == ["GQA.oracle.jsonl"]
+
+
+def test_text_is_the_same_alone_and_in_a_batch_with_padding_and_text_only_mates(
+    candidate: Candidate, questions: Questions, tmp_path: Path
+) -> None:
+    alone = generate(candidate, questions, tmp_path / "1.jsonl", batch_size=1)
+    assert generate(candidate, questions, tmp_path / "16.jsonl", batch_size=16) == alone
+
+
+def test_text_is_the_models_own_greedy_continuation(candidate: Candidate, questions: Questions, tmp_path: Path) -> None:
+    """Against a plain loop over full forward passes, without cache, padding or `generate`."""
+    generate(candidate, questions, tmp_path / "a.jsonl")
+    tokenizer = candidate.processor.tokenizer
+    for index in (0, 3):
+        prompt = questions.prompts[index]
+        pictures = {name: value for name, value in prompt.items() if name == "pixel_values"}
+        ids = prompt["input_ids"][None]
+        length = ids.shape[1]
+        with torch.no_grad():
+            while ids.shape[1] < length + 6 and ids[0, -1] != tokenizer.eos_token_id:
+                ids = torch.cat([ids, candidate.model(input_ids=ids, **pictures).logits[:, -1:].argmax(-1)], dim=1)
+        text = tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
+        assert read_answers(tmp_path / "a.jsonl")[index].text == text
+
+
+def test_generation_stops_at_the_end_token_of_the_model(
+    candidate: Candidate, questions: Questions, tmp_path: Path
+) -> None:
+    generate(candidate, questions, tmp_path / "open.jsonl")
+    tokenizer = candidate.processor.tokenizer
+    with torch.no_grad():
+        first = candidate.model(**{k: v if k == "pixel_values" else v[None] for k, v in questions.prompts[0].items()})
+    candidate.model.generation_config.eos_token_id = int(first.logits[0, -1].argmax())
+    generate(candidate, questions, tmp_path / "ended.jsonl")
+    opened, ended = (read_answers(tmp_path / name)[0].text for name in ("open.jsonl", "ended.jsonl"))
+    end = tokenizer.decode([candidate.model.generation_config.eos_token_id])
+    assert opened.startswith(end.strip()) and ended in ("", end.strip()) and opened != ended
+
+
+@pytest.mark.parametrize("num_processes", [2, 3, 5])
+def test_several_processes_compute_the_batches_of_one(
+    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_processes: int
+) -> None:
+    noted = kill_after(99, monkeypatch)
+    single = generate(candidate, questions, tmp_path / "single.jsonl")
+    batches = noted.copy()
+    assert batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
+    noted.clear()
+    path = tmp_path / "several.jsonl"
+    for index in reversed(range(1, num_processes)):
+        processes = Process(index, num_processes)
+        generate_answers(candidate, questions, ORACLE, path, batch_size=3, processes=processes)
+        assert not path.exists()
+    assert generate(candidate, questions, path, num_processes=num_processes) == single
+    assert sorted(noted) == batches
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_processes_at_work_together_wait_for_the_slow_one_and_all_find_the_file(
+    candidate: Candidate, questions: Questions, tmp_path: Path, slow: int
+) -> None:
+    single = generate(candidate, questions, tmp_path / "single.jsonl")
+    path, barrier = tmp_path / "together.jsonl", Barrier(2)
+
+    def work(index: int) -> bytes:
+        def dawdle(done: int, total: int) -> None:
+            time.sleep(0.3 * (index == slow))
+
+        processes = Process(index, 2, barrier)
+        generate_answers(candidate, questions, ORACLE, path, batch_size=3, processes=processes, progress=dawdle)
+        return path.read_bytes()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, range(2))) == [single, single]
+
+
+@pytest.mark.parametrize("num_bytes_lost", [0, 1, 30, 10_000])
+def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(
+    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes_lost: int
+) -> None:
+    whole = generate(candidate, questions, tmp_path / "whole.jsonl")
+    path = tmp_path / "killed.jsonl"
+    with monkeypatch.context() as patch:
+        kill_after(2, patch)
+        with pytest.raises(Killed):
+            generate(candidate, questions, path)
+    part = tmp_path / "killed.jsonl.0.part"
+    assert not path.exists() and part.read_bytes() == whole[: part.stat().st_size]
+    os.truncate(part, max(0, part.stat().st_size - num_bytes_lost))
+    noted = kill_after(99, monkeypatch)
+    assert generate(candidate, questions, path) == whole
+    # A whole batch is skipped, one that was cut is computed again whole.
+    expected = {0: [6, 9], 1: [3, 6, 9], 30: [3, 6, 9], 10_000: [0, 3, 6, 9]}[num_bytes_lost]
+    assert [batch[0] for batch in noted] == expected
+    assert {len(batch) for batch in noted} == {1, 3}
+    assert not part.exists()
+
+
+def test_an_evaluation_interrupted_on_two_processes_goes_on_with_one(
+    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = generate(candidate, questions, tmp_path / "whole.jsonl")
+    path = tmp_path / "killed.jsonl"
+    generate_answers(candidate, questions, ORACLE, path, batch_size=3, processes=Process(1, 2))
+    part = tmp_path / "killed.jsonl.1.part"
+    os.truncate(part, part.stat().st_size - 3)
+    noted = kill_after(99, monkeypatch)
+    assert generate(candidate, questions, path) == whole
+    assert [batch[0] for batch in noted] == [0, 6, 9]
+    assert not part.exists()
+
+
+def test_a_complete_file_is_not_generated_again_and_left_over_parts_go(
+    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jsonl"
+    whole = generate(candidate, questions, path)
+    left_over = tmp_path / "a.jsonl.0.part"
+    left_over.write_bytes(whole[:100])
+    kill_after(0, monkeypatch)
+    assert generate(candidate, questions, path) == whole
+    assert not left_over.exists()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.0.part"])
+def test_answers_to_other_questions_are_refused_by_id(
+    candidate: Candidate, questions: Questions, tmp_path: Path, name: str
+) -> None:
+    generate(candidate, questions, tmp_path / "a.jsonl")
+    (tmp_path / "a.jsonl").rename(tmp_path / name)
+    other = replace(questions, ids=("other", *questions.ids[1:]))
+    with pytest.raises(ValueError, match=r"a\.jsonl: holds an answer to 'q0', which is not asked"):
+        generate(candidate, other, tmp_path / "a.jsonl")
+
+
+def test_an_error_while_answering_is_not_swallowed(
+    candidate: Candidate, questions: Questions, rows: Dataset, tmp_path: Path
+) -> None:
+    broken = Dataset.from_list([{**rows[0], "image": "/nowhere.png"}], features=EVAL_FEATURES)
+    questions = replace(questions, ids=("q0",), prompts=PromptRows(broken, candidate.processor))
+    with pytest.raises(ValueError, match=r"nowhere\.png"):
+        generate(candidate, questions, tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_located_route_asks_once_per_batch_and_writes_the_verdicts(
+    candidate: Candidate, questions: Questions, tmp_path: Path
+) -> None:
+    generate(candidate, questions, tmp_path / "a.jsonl", LOCATED)
+    method = candidate.method
+    assert isinstance(method, RecordingMethod) and method.num_located == 4
+    for index, answer in enumerate(read_answers(tmp_path / "a.jsonl")):
+        length = len(questions.prompts[index]["input_ids"])
+        assert (answer.located, answer.score) == ((2, -length / 4) if length % 2 == 0 else (-1, None))
+    answered = [answer.located for answer in read_answers(tmp_path / "a.jsonl")]
+    assert {2, -1} == set(answered)
+    assert [task for plan in method.plans for task in plan or []] == answered
+
+
+def test_a_method_that_does_not_locate_answers_without_a_plan(
+    candidate: Candidate, questions: Questions, tmp_path: Path
+) -> None:
+    method = RecordingMethod(locates=False)
+    generate(replace(candidate, method=method), questions, tmp_path / "a.jsonl", LOCATED)
+    assert method.plans == [None] * 4
+    assert {(answer.located, answer.score) for answer in read_answers(tmp_path / "a.jsonl")} == {(None, None)}
+
+
+def test_oracle_route_uses_the_true_task_and_never_locates(
+    candidate: Candidate, questions: Questions, tmp_path: Path
+) -> None:
+    generate(candidate, questions, tmp_path / "a.jsonl")
+    method = candidate.method
+    assert isinstance(method, RecordingMethod) and method.num_located == 0
+    assert method.plans == [[1, 1, 1]] * 3 + [[1]]
+
+
+def test_random_route_hangs_on_seed_and_id_alone() -> None:
+    ids = [str(number) for number in range(300)]
+    task_B = RANDOM.given_tasks(ids)
+    assert task_B is not None
+    by_id = dict(zip(ids, task_B.tolist(), strict=True))
+    reversed_B = RANDOM.given_tasks(ids[::-1])
+    assert reversed_B is not None and reversed_B.tolist() == [by_id[sample_id] for sample_id in ids[::-1]]
+    other_B = replace(RANDOM, seed=1).given_tasks(ids)
+    assert other_B is not None and not torch.equal(other_B, task_B)
+    assert task_B.bincount().tolist() == pytest.approx([100, 100, 100], abs=30)
+
+
+def test_progress_counts_the_samples_of_this_process(
+    candidate: Candidate, questions: Questions, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, int]] = []
+    generate_answers(
+        candidate, questions, ORACLE, tmp_path / "a.jsonl", batch_size=3, processes=Process(1, 2),
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == [(3, 4), (4, 4)]

@@ -1,0 +1,70 @@
+"""Figures are written as PNG, sized by what they show, the same bytes each time, and refuse what was not measured."""
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
+from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
+from llava_cmoe.report.figures import draw_confusion, draw_growth, draw_matrices, site_label
+
+TASKS = ("ScienceQA", "TextVQA", "ImageNet")
+
+
+def make_results(num_learned: int = 3, method: str = "cmoe") -> Results:
+    matrix = tuple(tuple(90.0 - 30 * (j - i) if i <= j else None for i in range(3)) for j in range(num_learned))
+    return Results(
+        run="demo", method=method, seed=0, recipe={}, base="b", data="d", tasks=TASKS,
+        num_samples=dict.fromkeys(TASKS, 10), protocol="strict", protocol_version=1, definitions=DEFINITIONS,
+        routes={"located": RouteResults(matrix=matrix, detail={}, metrics=all_metrics(matrix))},
+        locator=LocatorResults(
+            columns=(*TASKS, "base"), confusion=((9, 0, 0, 1), (3, 7, 0, 0), (0, 0, 10, 0)),
+            accuracy=dict(zip(TASKS, (90.0, 70.0, 100.0), strict=True)), mean_accuracy=260 / 3,
+        ),
+        sites=("model.layers.0.mlp", "model.layers.1.mlp"),
+        growth={"ScienceQA": {"model.layers.0.mlp": 2, "model.layers.1.mlp": 2}, "ImageNet": {"model.layers.1.mlp": 1}},
+    )  # fmt: skip
+
+
+def size_of(png: Path) -> tuple[int, int]:
+    content = png.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height
+
+
+def test_every_run_adds_a_panel(tmp_path: Path) -> None:
+    draw_matrices([make_results()], tmp_path / "one.png")
+    draw_matrices([make_results(), make_results(method="moelora")], tmp_path / "new" / "two.png")
+    (one, _), (two, _) = size_of(tmp_path / "one.png"), size_of(tmp_path / "new" / "two.png")
+    assert 1.6 * one < two < 2.4 * one
+
+
+def test_an_unfinished_run_is_drawn_as_far_as_it_is(tmp_path: Path) -> None:
+    draw_matrices([make_results(num_learned=1)], tmp_path / "unfinished.png")
+    assert min(size_of(tmp_path / "unfinished.png")) > 100
+
+
+def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
+    for draw in (draw_confusion, draw_growth):
+        draw(make_results(), tmp_path / "a.png")
+        draw(make_results(), tmp_path / "b.png")
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+        assert min(size_of(tmp_path / "a.png")) > 100
+
+
+def test_a_run_without_verdicts_or_sites_is_refused_by_name(tmp_path: Path) -> None:
+    bare = make_results().model_copy(update={"locator": None, "sites": ()})
+    with pytest.raises(ValueError, match="run demo has no locator"):
+        draw_confusion(bare, tmp_path / "confusion.png")
+    with pytest.raises(ValueError, match="run demo has no sites"):
+        draw_growth(bare, tmp_path / "growth.png")
+
+
+@pytest.mark.parametrize(
+    ("site", "label"),
+    [("model.language_model.layers.12.mlp", "layer 12"), ("layers.3.mlp", "layer 3"), ("lm_head", "lm_head")],
+)
+def test_sites_are_labelled_by_their_layer(site: str, label: str) -> None:
+    assert site_label(site) == label
