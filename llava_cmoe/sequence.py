@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from random import Random
 
 import torch
@@ -28,10 +27,12 @@ from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, eval
 from llava_cmoe.fingerprints import fingerprint_files
 from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
 from llava_cmoe.records import Growth, Learned, StageReport
+from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import build_method, restore_stage
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
 from llava_cmoe.training.stage import train_stage
+from llava_cmoe.versions import versions
 
 Progress = Callable[[str, str, int, int], None]
 """Called with where the run is (`3/8 imagenet`), what is being done (`training`), how much is done, and how much there is."""
@@ -59,14 +60,33 @@ class Run:
 
 def learn(recipe: Recipe, progress: Progress = lambda *_: None) -> Results:
     """Learn the whole sequence, or go on where it was interrupted; every process of a launch calls this."""
-    run = open_run(recipe)
+    run = open_run(recipe, writer=True)
     if run.processes.is_main_process:
         run.registry.open_run(recipe)
     run.processes.wait_for_everyone()
-    questions = encode_questions(run.exam, run.backbone.processor, keep=recipe.data.keep_encoded)
+    return walk(run, run.stages, progress)
+
+
+def evaluate_run(recipe: Recipe, progress: Progress = lambda *_: None) -> Results:
+    """Measure what the recipe's run has learned so far, and learn nothing more; every process of a launch calls this.
+
+    Raises:
+        RegistryError: nothing is learned yet.
+    """
+    run = open_run(recipe)
     num_learned = len(run.registry.records())
-    for index, stage in enumerate(run.stages):
-        at = partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}")
+    done = tuple(stage for index, stage in enumerate(run.stages) if index < num_learned or not stage.learns)
+    if not done:
+        raise RegistryError(f"{recipe.run}: nothing is learned yet, so there is nothing to evaluate; train the run first")
+    return walk(run, done, progress)
+
+
+def walk(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Results:
+    """Stage by stage: bring back what was learned or learn it, then evaluate."""
+    questions = encode_questions(run.exam, run.backbone.processor, keep=run.recipe.data.keep_encoded)
+    num_learned = len(run.registry.records())
+    for index, stage in enumerate(stages):
+        at = partial(progress, f"{index + 1}/{len(stages)} {stage.name}")
         if index < num_learned:
             restore_stage(run.method, run.registry, index, run.backbone)
         elif stage.learns:
@@ -115,8 +135,8 @@ def report(run: Run) -> Results:
     return results
 
 
-def open_run(recipe: Recipe) -> Run:
-    """Read the data, then load the backbone and put the method on it; nothing is written."""
+def open_run(recipe: Recipe, writer: bool = False) -> Run:
+    """Read the data, then load the backbone and put the method on it; only a `writer` may commit tasks."""
     processes = PartialState(cpu=not torch.cuda.is_available())
     sequence = load_sequence(recipe.data.sequence)
     if recipe.data.tasks is not None:
@@ -135,7 +155,7 @@ def open_run(recipe: Recipe) -> Run:
         data_fingerprint=fingerprint_files(files, root=root),
         backbone=backbone,
         method=build_method(recipe, backbone),
-        registry=Registry(recipe.run, writer=processes.is_main_process),
+        registry=Registry(recipe.run, writer=writer and processes.is_main_process),
         processes=processes,
     )
 
@@ -203,6 +223,7 @@ def facts_of_run(run: Run) -> RunFacts:
         stored_bytes={record.name: sum(file.bytes for file in record.files.values()) for record in records},
         processes=run.processes.num_processes,
         threads=torch.get_num_threads(),
+        versions=versions(),
         seconds={record.name: record.seconds for record in records},
     )
 

@@ -32,7 +32,7 @@ class DataSettings(Settings):
 
     sequence: str = "data_configs/pocket.yaml"
     """Task sequence as YAML: a path, or the name of one in `data_configs/` (`pocket`, `coin`)."""
-    root: Path = Path("data/pocket")
+    root: Path = Path("runs/data/pocket")
     """Folder in CoIN's layout that holds the instruction files and `cl_dataset/`."""
     tasks: tuple[str, ...] | None = None
     """Names of the tasks to learn, in this order; all tasks of the sequence when absent."""

@@ -10,6 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -22,6 +23,10 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+
+# The same examples every time, and no clock: a busy machine must not fail a property.
+settings.register_profile("project", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
 
 IMAGE_SIDE, PATCH = 24, 12  # four image tokens
 
@@ -89,7 +94,42 @@ def tiny_processor() -> LlavaProcessor:
 @pytest.fixture
 def tiny_llava(tiny_processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     """Random two-layer LLaVA (float32, eval mode); the same weights for every test, a fresh copy for each."""
-    tokenizer = tiny_processor.tokenizer
+    return _llava(tiny_processor)
+
+
+@pytest.fixture(scope="session")
+def tiny_backbone(tiny_processor: LlavaProcessor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `tiny_llava` and its processor, as a recipe's `backbone.path` wants it."""
+    folder = tmp_path_factory.mktemp("backbone")
+    _llava(tiny_processor).save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data root of the tiny sequence."""
+    root = tmp_path_factory.mktemp("data")
+    tiny.write_data(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def lesson_of(
+    tiny_data: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tiny.Lesson]:
+    """What is seen while a method learns the tiny sequence; each method learns once per session."""
+
+    @cache
+    def attend(method: str) -> tiny.Lesson:
+        run = tmp_path_factory.mktemp(method) / "run"
+        return tiny.attend(tiny.recipe(run, tiny_data, tiny_backbone, method))
+
+    return attend
+
+
+def _llava(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
+    tokenizer = processor.tokenizer
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**sizes, image_size=IMAGE_SIDE, patch_size=PATCH, projection_dim=32),

@@ -6,10 +6,8 @@ of one; the answers of an evaluation at work are in the hands of `generate.py`.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +16,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 Row = tuple[float | None, ...]
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
-"""Packages whose version can change a number."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +174,6 @@ def comparable(results: Results) -> dict[str, Any]:
     kept = _without_seconds(results.model_dump(mode="json"))
     assert isinstance(kept, dict)
     return kept
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of Python and of `PACKAGES`, for `RunFacts.versions`."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
 def _without_seconds(value: object) -> object:

@@ -60,7 +60,8 @@ def added(banks: Mapping[str, ExpertBank], task: int) -> Added:
 
 def stored(banks: Mapping[str, ExpertBank]) -> Size:
     """All experts and routers of all tasks so far."""
-    return size_of(parameter for bank in banks.values() for parameter in bank.parameters())
+    grown = [module for bank in banks.values() for module in (bank.experts, bank.routers)]
+    return size_of(parameter for module in grown for parameter in module.parameters())
 
 
 def trainable(model: nn.Module) -> Size:

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_cmoe.settings import Recipe
-
-PACKAGES = ("llava-cmoe", "torch", "transformers", "peft", "accelerate", "deepspeed")
 
 
 class RegistryError(RuntimeError):
@@ -121,17 +117,6 @@ def differing_keys(began: Mapping[str, Any], now: Mapping[str, Any], prefix: str
             yield from differing_keys(before, after, f"{prefix}{key}.")
         elif before != after:
             yield f"{prefix}{key} (was {before!r}, now {after!r})"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that had a hand in the numbers."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

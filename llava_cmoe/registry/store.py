@@ -30,9 +30,9 @@ from llava_cmoe.registry.manifest import (
     differing_keys,
     plain_facts,
     recipe_facts,
-    versions,
 )
 from llava_cmoe.settings import Recipe, parse_recipe
+from llava_cmoe.versions import versions
 
 logger = logging.getLogger(__name__)
 

@@ -55,13 +55,13 @@ def matrix_markdown(results: Results, route: str | None = None) -> str:
         [results.tasks[j], *("" if i > j and value is None else number(value) for i, value in enumerate(row))]
         for j, row in enumerate(measured.matrix)
     ]
-    table = _markdown(["after \\ on", *results.tasks], rows, num_text_columns=1)
+    table = markdown(["after \\ on", *results.tasks], rows, num_text_columns=1)
     return f"{table}\n\n{metrics_line(measured.metrics)}"
 
 
 def metrics_markdown(runs: Sequence[Results]) -> str:
     """Several runs side by side as a Markdown table."""
-    return _markdown(list(METRIC_HEADINGS), _metric_rows(runs), num_text_columns=len(TEXT_HEADINGS))
+    return markdown(list(METRIC_HEADINGS), _metric_rows(runs), num_text_columns=len(TEXT_HEADINGS))
 
 
 def run_label(results: Results, route: str) -> str:
@@ -100,6 +100,7 @@ def _metric_rows(runs: Sequence[Results]) -> list[list[str]]:
     return rows
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int) -> str:
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int) -> str:
+    """A Markdown table whose first columns hold text, the others numbers."""
     rule = ["---"] * num_text_columns + ["---:"] * (len(headings) - num_text_columns)
     return "\n".join(f"| {' | '.join(row)} |" for row in (headings, rule, *rows))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -21,7 +21,6 @@ def sample(processor: Any, answer: str, colour: tuple[int, int, int] | None) -> 
     return encode_sample(processor, turns, image, max_length=256)
 
 
-@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), side=st.sampled_from(["left", "right"]))
 def test_padding_goes_to_one_side_and_nothing_else_changes(lengths: list[int], side: Any) -> None:
     rows = [

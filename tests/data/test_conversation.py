@@ -72,7 +72,7 @@ def answers(turns: list[Turn]) -> list[str]:
     return [turn["text"] for turn in turns if turn["role"] == "assistant"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), picture=st.booleans())
 def test_only_answers_and_their_end_token_are_learned(tiny_processor: Any, data: st.DataObject, picture: bool) -> None:
     turns = data.draw(conversations(picture))
@@ -83,7 +83,7 @@ def test_only_answers_and_their_end_token_are_learned(tiny_processor: Any, data:
 
 
 @pytest.mark.parametrize("template", [None, STOCK_LLAVA, CHATML, TRAILING_BLANK])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), picture=st.booleans())
 def test_each_prompt_is_a_prefix_of_the_sample(
     tiny_processor: Any, template: str | None, data: st.DataObject, picture: bool
@@ -102,7 +102,7 @@ def test_each_prompt_is_a_prefix_of_the_sample(
     assert starts == sorted(set(starts))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), picture=st.booleans())
 def test_no_text_is_lost_and_only_the_picture_grows(tiny_processor: Any, data: st.DataObject, picture: bool) -> None:
     turns = data.draw(conversations(picture))
@@ -115,7 +115,7 @@ def test_no_text_is_lost_and_only_the_picture_grows(tiny_processor: Any, data: s
     assert ("pixel_values" in sample) == picture
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data(), picture=st.booleans())
 def test_tokens_are_counted_without_a_picture(tiny_processor: Any, data: st.DataObject, picture: bool) -> None:
     turns = data.draw(conversations(picture))

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -92,19 +92,19 @@ def test_a_picture_of_exactly_the_limit_opens(tmp_path: Path) -> None:
     assert open_image(tmp_path / "x.png", max_pixels=600).size == (30, 20)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(sorted(ENCODED)),
     keep=st.floats(0, 1),
     changes=st.dictionaries(st.floats(0, 1, exclude_max=True), st.integers(0, 255), max_size=4),
 )
 def test_damaged_bytes_give_a_picture_or_a_data_error(
-    tmp_path: Path, kind: str, keep: float, changes: dict[float, int]
+    tmp_path_factory: pytest.TempPathFactory, kind: str, keep: float, changes: dict[float, int]
 ) -> None:
     content = bytearray(ENCODED[kind])
     for place, value in changes.items():
         content[int(place * len(content))] = value
-    file = tmp_path / "x.img"
+    file = tmp_path_factory.getbasetemp() / "damaged.img"
     file.write_bytes(content[: round(keep * len(content))])
     try:
         assert open_image(file).mode == "RGB"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_cmoe.fingerprints import fingerprint_file, fingerprint_files
-from llava_cmoe.registry.manifest import differing_keys, plain_facts, recipe_facts, versions
+from llava_cmoe.registry.manifest import differing_keys, plain_facts, recipe_facts
 from llava_cmoe.settings import parse_recipe
 
 KEYS = st.sampled_from("abc")
@@ -66,8 +66,3 @@ def test_recipe_facts_hold_every_setting_but_the_place(tmp_path):
     facts = recipe_facts(recipe)
     assert parse_recipe(facts | {"run": str(tmp_path)}, source="test") == recipe
     assert str(tmp_path) not in str(facts)
-
-
-def test_versions_name_what_is_installed():
-    found = versions()
-    assert all(value[0].isdigit() for value in found.values())

@@ -1,10 +1,13 @@
 """The one normalisation: what it forgives, what it does not, and that it never loses an answer."""
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava_cmoe.evaluation.scorers.normalise import normalise
+
+# A busy machine is no failure.
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,7 @@ def test_a_rule_that_would_leave_nothing_is_not_applied(text: str, kept: str) ->
     assert normalise(text) == kept
 
 
+@UNHURRIED
 @given(st.text(alphabet="aA bT.he\"'(),?5-\n", max_size=20))
 def test_normalising_twice_changes_nothing_and_only_blanks_become_empty(text: str) -> None:
     once = normalise(text)

@@ -1,0 +1,19 @@
+"""Versions of Python and of the packages that had a hand in the numbers; who writes them down is left to others."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+PACKAGES = ("llava-cmoe", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
+
+
+def versions() -> dict[str, str]:
+    """Package to version; a package that is only copied, not installed, says so."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found

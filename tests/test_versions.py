@@ -1,0 +1,16 @@
+"""Whoever reads a result can install what made it."""
+
+import pytest
+
+from llava_cmoe import versions
+
+
+def test_versions_name_what_is_installed():
+    found = versions.versions()
+    assert set(found) == {"python", *versions.PACKAGES}
+    assert all(value[0].isdigit() for value in found.values())
+
+
+def test_a_package_that_is_absent_is_said_to_be(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(versions, "PACKAGES", ("no-such-package",))
+    assert versions.versions()["no-such-package"] == "not installed"
