@@ -15,6 +15,7 @@ from random import Random
 import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
+from torch import Tensor
 from transformers import set_seed
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone
@@ -35,7 +36,7 @@ from llava_cmoe.training.stage import train_stage
 from llava_cmoe.versions import versions
 
 Progress = Callable[[str, str, int, int], None]
-"""Called with where the run is (`3/8 imagenet`), what is being done (`training`), how much is done, and how much there is."""
+"""Called with where the run is (`3/8 imagenet`), what it does (`training`), how much is done, how much there is."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def evaluate_run(recipe: Recipe, progress: Progress = lambda *_: None) -> Result
     num_learned = len(run.registry.records())
     done = tuple(stage for index, stage in enumerate(run.stages) if index < num_learned or not stage.learns)
     if not done:
-        raise RegistryError(f"{recipe.run}: nothing is learned yet, so there is nothing to evaluate; train the run first")
+        raise RegistryError(f"{recipe.run}: nothing is learned yet; train the run, then evaluate it")
     return walk(run, done, progress)
 
 
@@ -137,16 +138,13 @@ def report(run: Run) -> Results:
 
 def open_run(recipe: Recipe, writer: bool = False) -> Run:
     """Read the data, then load the backbone and put the method on it; only a `writer` may commit tasks."""
-    processes = PartialState(cpu=not torch.cuda.is_available())
-    sequence = load_sequence(recipe.data.sequence)
-    if recipe.data.tasks is not None:
-        sequence = sequence.select(recipe.data.tasks)
+    launched, sequence = processes(), sequence_of(recipe)
     root, seed = recipe.data.root, recipe.seed
     train_rows = {task.name: draw(read_train(root, task), recipe.data.train_rows, seed) for task in sequence.tasks}
     eval_rows = {task.name: draw(read_eval(root, task), recipe.data.eval_rows, seed) for task in sequence.tasks}
     files = [file for task in sequence.tasks for file in files_of(root, task)]
     backbone = load_backbone(recipe.backbone)
-    backbone.model.to(processes.device)
+    backbone.model.to(launched.device)
     return Run(
         recipe=recipe,
         sequence=sequence,
@@ -155,9 +153,20 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
         data_fingerprint=fingerprint_files(files, root=root),
         backbone=backbone,
         method=build_method(recipe, backbone),
-        registry=Registry(recipe.run, writer=writer and processes.is_main_process),
-        processes=processes,
+        registry=Registry(recipe.run, writer=writer and launched.is_main_process),
+        processes=launched,
     )
+
+
+def processes() -> PartialState:
+    """The processes of this launch: one, or those that `accelerate launch` started."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def sequence_of(recipe: Recipe) -> TaskSequence:
+    """The tasks a recipe learns, in order."""
+    sequence = load_sequence(recipe.data.sequence)
+    return sequence if recipe.data.tasks is None else sequence.select(recipe.data.tasks)
 
 
 def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
@@ -185,8 +194,12 @@ def stage_data(run: Run, index: int, stage: Stage) -> StageData:
 def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None]) -> Teach:
     """What a method trains with: the run's training settings, one Trainer per call."""
 
-    def teach(samples: torch.utils.data.Dataset, learning: Learning, *, label: str, **changes: float | None) -> StageReport:
-        settings = run.recipe.training.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    def teach(
+        samples: torch.utils.data.Dataset[dict[str, Tensor]], learning: Learning, *, label: str, **changes: float | None
+    ) -> StageReport:
+        settings = run.recipe.training.model_copy(
+            update={key: value for key, value in changes.items() if value is not None}
+        )
         return train_stage(
             run.method.model,
             samples,
@@ -203,8 +216,11 @@ def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None]) -> T
 
 def facts_of(growth: Growth, trained: StageReport) -> dict[str, object]:
     """What a task's record says about its stage beyond what the method tells; no times."""
-    told = {"growth": growth, "training": trained}
-    return {part: {key: value for key, value in asdict(values).items() if not key.endswith("seconds")} for part, values in told.items()}
+    told: dict[str, Growth | StageReport] = {"growth": growth, "training": trained}
+    return {
+        part: {key: value for key, value in asdict(values).items() if not key.endswith("seconds")}
+        for part, values in told.items()
+    }
 
 
 def facts_of_run(run: Run) -> RunFacts:

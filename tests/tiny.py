@@ -20,7 +20,7 @@ from llava_cmoe.data.collator import Collator
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.methods.base import Method
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import Recipe, parse_recipe
+from llava_cmoe.settings import Recipe, load_recipe
 from llava_cmoe.training.stage import StageTrainer
 
 TASKS = ("colours", "sides")
@@ -36,8 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "moelora": {"rank": 8, "alpha": 16, "num_experts": 4},
     "cmoe": {
         "experts": {"rank": 4, "alpha": 8},
-        "probe": {"fraction": 0.5, "holdout": 0.5},
-        "locator": {"hidden": 16, "latent": 4, "epochs": 20},
+        # Of two layers, this scope and any alpha below one let exactly the one grow whose probe is used more.
+        "probe": {"fraction": 0.5, "holdout": 0.5, "scope": "global"},
+        "locator": {"hidden": 16, "latent": 4, "learning_rate": 1e-2, "epochs": 60, "patience": 20},
     },
 }
 
@@ -76,8 +77,8 @@ def _row(root: Path, task: str, split: str, number: int) -> dict[str, Any]:
     return row | {"conversations": turns}
 
 
-def recipe(run: Path, root: Path, backbone: Path, method: str = "cmoe", **overrides: Any) -> Recipe:
-    """How `method` learns the two tasks in `root`; `overrides` replace whole groups of settings."""
+def recipe(run: Path, root: Path, backbone: Path, method: str = "cmoe", *overrides: str) -> Recipe:
+    """How `method` learns the two tasks in `root`, with dotted overrides; written beside the run folder and read back."""
     document = {
         "run": str(run),
         "data": {"sequence": str(root / "sequence.yaml"), "root": str(root), "keep_encoded": True},
@@ -86,7 +87,10 @@ def recipe(run: Path, root: Path, backbone: Path, method: str = "cmoe", **overri
         "training": {"batch_size": BATCH, "learning_rate": 1e-2},
         "evaluation": {"batch_size": BATCH, "routes": ["located", "oracle", "random"]},
     }
-    return parse_recipe(document | overrides, source="tests/tiny.py")
+    path = run.parent / "recipe.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+    return load_recipe(path, overrides)
 
 
 @dataclass
@@ -148,8 +152,8 @@ def _look_on(lesson: Lesson, patch: pytest.MonkeyPatch) -> None:
     create_optimizer = StageTrainer.create_optimizer
     labels: list[str] = []
 
-    def opened(recipe: Recipe) -> sequence.Run:
-        lesson.run = open_run(recipe)
+    def opened(*args: Any, **kwargs: Any) -> sequence.Run:
+        lesson.run = open_run(*args, **kwargs)
         return lesson.run
 
     def teaching(run: sequence.Run, *args: Any) -> Any:

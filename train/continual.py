@@ -1,4 +1,4 @@
-"""Learn a task sequence: `accelerate launch train/continual.py RECIPE [key=value ...]`; the same as `llava-cmoe train`."""
+"""Learn a task sequence: `accelerate launch train/continual.py RECIPE [KEY=VALUE ...]`; as `llava-cmoe train` does."""
 
 from llava_cmoe.cli import main
 

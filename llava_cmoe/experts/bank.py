@@ -128,8 +128,8 @@ class StackedExperts(nn.Module):
 
     def _all(self) -> tuple[Tensor, Tensor]:
         """A (E, R, I) and B (E, R, O) over both blocks, copied."""
-        blocks = self.blocks
-        return torch.cat([block.A.detach() for block in blocks]), torch.cat([block.B.detach() for block in blocks])
+        a_ERI, b_ERO = zip(*((block.A.detach(), block.B.detach()) for block in self.blocks), strict=True)
+        return torch.cat(a_ERI), torch.cat(b_ERO)
 
 
 class ExpertBank(nn.Module):
@@ -164,17 +164,13 @@ class ExpertBank(nn.Module):
         """What the frozen module returns, its linears carrying the experts under the plan in use."""
         self._gate_BTE = self._gate(h_BTD)
         try:
-            y_BTD: Tensor = self.frozen(h_BTD)
+            return cast(Tensor, self.frozen(h_BTD))
         finally:
             self._gate_BTE = None
-        return y_BTD
 
     def delta(self, linear: str, x_BTI: Tensor) -> Tensor | None:
         """What the experts add to a linear's output; None where the plan wants none, and nothing is computed then."""
-        if self._gate_BTE is None:
-            return None
-        delta_BTO: Tensor = self.experts[linear](x_BTI, self._gate_BTE)
-        return delta_BTO
+        return None if self._gate_BTE is None else cast(Tensor, self.experts[linear](x_BTI, self._gate_BTE))
 
     @property
     def stacks(self) -> dict[str, StackedExperts]:
@@ -184,8 +180,7 @@ class ExpertBank(nn.Module):
     @property
     def num_experts(self) -> int:
         """Experts of the site, frozen and fresh."""
-        stack = next(iter(self.stacks.values()))
-        return sum(block.num_experts for block in stack.blocks)
+        return sum(block.num_experts for block in next(iter(self.stacks.values())).blocks)
 
     def _gate(self, h_BTD: Tensor) -> Tensor | None:
         """Gate times alpha / rank (here, once per site), as wide as the experts the newest task of the plan knows."""

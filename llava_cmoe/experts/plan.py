@@ -84,8 +84,8 @@ class Observation:
     def balance_loss(self) -> Tensor:
         """Mean over sites of n * sum_e F_e P_e (Switch Transformer, Eq. 4; METHODS 1.2): 1 where use is uniform.
 
-        F is the share of top-k slots an expert got, P its mean softmax probability, both over non-pad tokens.
-        Differentiable through P.
+        F is the share of top-k slots an expert got, P its mean softmax probability, both over the non-pad tokens that
+        this process saw. Differentiable through P.
 
         Raises:
             ValueError: no bank with experts ran under a plan while this observation was open.

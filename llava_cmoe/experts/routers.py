@@ -8,7 +8,7 @@ N routers; S is B, or 1 where one plan serves the whole batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from llava_cmoe.experts.plan import RoutePlan
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(NamedTuple):
     """The gate of one forward pass over one site, and what balance loss and counts are derived from.
+
+    A tuple, as ZeRO-3 hooks its gathering of the routers onto the tensors a module returns and looks into tuples only.
 
     Attributes:
         gate_BTE: weight of every expert for every token: float32, zero outside the top k, sum 1 (0 for task -1).

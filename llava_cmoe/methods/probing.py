@@ -16,13 +16,13 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.bank import LoraPair
-from llava_cmoe.experts.plan import RouteContext, RoutePlan
+from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.surgery import ExpertHost
 from llava_cmoe.methods.base import Learning, StageData, Teach
 from llava_cmoe.records import Growth
@@ -72,7 +72,7 @@ def probe(
         batch_size=settings.batch_size,
     )
     plan = RoutePlan.single(data.index)
-    counts = count(model, Subset(data.samples, order[:num_counted].tolist()), collator, host.context, plan)
+    counts = count(model, Subset(data.samples, order[:num_counted].tolist()), collator, host, plan)
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
     thresholds = thresholds_of(frequencies, settings)
     chosen = [site for site, used in frequencies.items() if probe_use(used, settings) > thresholds[site]]
@@ -92,7 +92,7 @@ def probe(
 
 @torch.no_grad()
 def count(
-    model: PreTrainedModel, samples: Dataset[dict[str, Tensor]], collator: Collator, context: RouteContext, plan: RoutePlan
+    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], collator: Collator, host: ExpertHost, plan: RoutePlan
 ) -> dict[str, Tensor]:
     """Top-k slots of non-pad tokens per site and expert over some rows, summed over all processes: (E,) each.
 
@@ -100,13 +100,15 @@ def count(
     """
     state = PartialState()
     mine = Subset(samples, list(range(len(samples)))[state.process_index :: state.num_processes])
-    model.eval()
-    with context.observe() as seen:
+    model.eval()  # type: ignore[no-untyped-call]
+    with host.context.observe() as seen:
         for batch in DataLoader(mine, batch_size=COUNT_BATCH, collate_fn=collator):
             inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-            with context.use(replace(plan, mask_BT=inputs["attention_mask"].bool())):
+            with host.context.use(replace(plan, mask_BT=inputs["attention_mask"].bool())):
                 model.base_model(**inputs, use_cache=False)
-    return {site: reduce(counts_E, "sum") for site, counts_E in seen.counts.items()}
+    # Each process sums each site, also one that had no row to count: a sum waits for all of them.
+    none = {site: torch.zeros(bank.num_experts, dtype=torch.long, device=model.device) for site, bank in host.banks.items()}
+    return {site: reduce(counts_E, "sum") for site, counts_E in (none | seen.counts).items()}
 
 
 def thresholds_of(frequencies: Mapping[str, Sequence[float]], settings: ProbeSettings) -> dict[str, float]:

@@ -18,7 +18,7 @@ from llava_cmoe.settings import SequentialLoraSettings
 class SequentialLora(Method):
     """One adapter that every task trains on."""
 
-    model: PeftModel
+    model: PeftModel  # type: ignore[assignment]  # stands where the backbone stood, and generates as it does
 
     def __init__(
         self, settings: SequentialLoraSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int
@@ -32,7 +32,7 @@ class SequentialLora(Method):
             target_modules=targets,
         )
         set_seed(seed)  # PEFT draws A from the global source
-        self.model, self.processor = get_peft_model(model, config), processor  # type: ignore[assignment]
+        self.model, self.processor = get_peft_model(model, config), processor
 
     def after_task(self, data: StageData, growth: Growth) -> Learned:
         """The whole adapter as it is now: the next task changes all of it."""

@@ -42,7 +42,8 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Language-modelling loss plus the method's terms."""
-        return super().compute_loss(model, inputs) + self._extra_loss()
+        loss: Any = super().compute_loss(model, inputs)
+        return loss + self._extra_loss()
 
 
 class _Report(TrainerCallback):
@@ -98,7 +99,7 @@ def train_stage(
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
             trainer.remove_callback(callback)
     trainer.train()
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     tenth = max(1, len(report.losses) // 10)
     return StageReport(
         steps=trainer.state.global_step,

@@ -92,6 +92,7 @@ def test_a_picture_of_exactly_the_limit_opens(tmp_path: Path) -> None:
     assert open_image(tmp_path / "x.png", max_pixels=600).size == (30, 20)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow comments on what it repairs
 @settings(max_examples=150)
 @given(
     kind=st.sampled_from(sorted(ENCODED)),

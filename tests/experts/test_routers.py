@@ -139,6 +139,11 @@ def test_fresh_routers_can_be_dropped_and_frozen_ones_do_not_train() -> None:
     assert routers.widths == [2] and list(routers.state_dict()) == ["task_0"]
 
 
+def test_a_gate_is_a_tuple_of_tensors_as_zero_3_looks_for_them() -> None:
+    seen = make_routers([2])(states(1, 2), RoutePlan.single(0))
+    assert isinstance(seen, tuple) and all(isinstance(value, Tensor) for value in seen)
+
+
 def test_mistakes_are_named() -> None:
     routers = make_routers([3])
     with pytest.raises(ValueError, match="for 2 samples, the batch has 3"):

@@ -104,7 +104,9 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_added(
         rf"{UP}\.A: shape \(1, 2, 32\), this site needs \(1, 3, 32\)": replace(good, experts=narrow),
         r"/router: missing": replace(good, routers={}),
         r"/router: shape \(1, 32\), this site needs \(4, 32\)": state_of(learned.banks, 1),
-        r"elsewhere/router: no such linear": replace(good, routers=dict(good.routers) | {"elsewhere/router": torch.zeros(1)}),
+        r"elsewhere/router: no such linear": replace(
+            good, routers={**good.routers, "elsewhere/router": torch.zeros(1)}
+        ),
     }
     for message, wrong in mistakes.items():
         with pytest.raises(ValueError, match=message):

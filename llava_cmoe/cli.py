@@ -1,0 +1,250 @@
+"""The `llava-cmoe` command: parses what people type, calls the library, prints what comes back.
+
+Each command imports the library when it runs: torch and transformers take seconds, and `--help` should not.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+import yaml
+from rich.console import Console
+
+from llava_cmoe.console import list_problems, plainly, results_of, show
+from llava_cmoe.settings import EvaluationSettings, load_recipe, parse_settings
+
+if TYPE_CHECKING:
+    from llava_cmoe.settings import Recipe
+
+app = typer.Typer(
+    help="Teach a vision-language LLM one task after another without forgetting the earlier ones. Start with `demo`.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Make, or check, the folder of tasks that a run learns from.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/pocket_cmoe.", metavar="RUN")]
+
+
+def main(*command: str) -> None:
+    """Entry point of `llava-cmoe`, and of the scripts in `train/` and `eval/`, which name their command."""
+    app([*command, *sys.argv[1:]], prog_name="llava-cmoe")
+
+
+@app.command()
+@plainly()
+def demo(
+    run: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
+) -> None:
+    """Watch eight small tasks being learned twice: once with forgetting, once without.
+
+    Takes about 12 minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
+    """
+    from llava_cmoe.demo import DemoSize, run_demo
+    from llava_cmoe.report.progress import ProgressLine
+
+    size, console = DemoSize(), Console()
+    about = (
+        f"The demo learns from {size.train_rows} rows a task and asks {size.test_rows} questions: less than the runs "
+        "in the README, so its numbers are lower."
+    )
+    if not (run / "results.json").exists():
+        console.print(
+            "Eight rendered tasks, one after another: first one LoRA adapter that every task trains (sequential_lora), "
+            f"then LLaVA-CMoE (cmoe). {about}\nAbout 12 minutes on 2 cores; stopped, the same command goes on.",
+            highlight=False,
+        )
+    with ProgressLine(console) as line:
+        both = run_demo(run, line, size)
+    show(console, list(both.values()))
+    console.print(
+        f"Each row: after learning that task; each column: percent right on that task. {about}\n"
+        f"In {run}: results.json, matrix.png. Delete the folder to run the demo again.",
+        highlight=False,
+    )
+
+
+@data_app.command()
+@plainly()
+def make_pocket(
+    root: Annotated[Path, typer.Argument(help="Folder to make.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes in every file.")] = 0,
+    train_rows: Annotated[int, typer.Option(help="Training rows per task.", min=1)] = 2000,
+    test_rows: Annotated[int, typer.Option(help="Evaluation rows per task, none of which is trained on.", min=1)] = 300,
+) -> None:
+    """Render the pocket sequence: eight small tasks in the folder layout, file format and answer formats of CoIN."""
+    from llava_cmoe.data.pocket_root import make_pocket_root
+    from llava_cmoe.report.progress import ProgressLine
+
+    console = Console()
+    with ProgressLine(console) as line:
+        make_pocket_root(root, partial(line, "rendering"), seed=seed, train_rows=train_rows, test_rows=test_rows)
+    console.print(f"{root}: 8 tasks, {train_rows} training and {test_rows} evaluation rows each", highlight=False)
+
+
+@data_app.command()
+@plainly()
+def check(
+    sequence: Annotated[str, typer.Option(help="pocket, coin, or a YAML file that lists tasks.")] = "pocket",
+    root: Annotated[Path, typer.Option(help="Folder with Instructions_Original/ and cl_dataset/.")] = Path(
+        "runs/data/pocket"
+    ),
+) -> None:
+    """Find everything that would stop training: every file is read, every picture is opened.
+
+    Leaves with status 1 if anything is wrong.
+    """
+    from llava_cmoe.data.check import check_sequence, render
+    from llava_cmoe.data.tasks import load_sequence
+    from llava_cmoe.report.progress import ProgressLine
+
+    console = Console()
+    with ProgressLine(console) as line:
+        report = check_sequence(root, load_sequence(sequence), partial(line, "checking"))
+    console.print(render(report))
+    list_problems(console, "training would stop at", report.problems)
+    list_problems(console, "asked although it is learned, which proves little", report.overlaps)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@plainly()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, such as train/recipes/pocket_cmoe.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's: seed=1 method.probe.alpha=0.5"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained.")] = False,
+) -> None:
+    """Learn a sequence of tasks, evaluating after each one.
+
+    A run that was stopped goes on with the same command. The pocket sequence is rendered first where it is missing.
+
+    On several processes: accelerate launch train/continual.py RECIPE
+    """
+    from llava_cmoe.data.pocket_root import make_pocket_root
+    from llava_cmoe.preview import preview, render
+    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.sequence import learn, processes
+
+    settings = load_recipe(recipe, overrides or ())
+    launched = processes()
+    console = Console(quiet=not launched.is_main_process)
+    if dry_run:
+        resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        console.print(resolved, markup=False, highlight=False, soft_wrap=True)
+        console.print(render(preview(settings)))
+        if not settings.data.root.exists():
+            remedy = "it would be rendered first" if lacks_pocket(settings) else "training needs it"
+            console.print(f"{settings.data.root} does not exist: {remedy}", highlight=False, soft_wrap=True)
+        return
+    with ProgressLine(console) as line:
+        if launched.is_main_process and lacks_pocket(settings):
+            console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
+            make_pocket_root(settings.data.root, partial(line, "rendering"))
+        launched.wait_for_everyone()
+        results = learn(settings, line)
+    show(console, [results])
+    console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
+
+
+@app.command("eval")
+@plainly()
+def evaluate(
+    run: RunFolder,
+    routes: Annotated[
+        str | None,
+        typer.Option(help="Ways to choose routers, measured beside the recipe's own: located,oracle,random"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions answered at once; the recipe's if absent.")] = None,
+) -> None:
+    """Measure what a run has learned so far, and write its results.json.
+
+    What is answered already is not asked again, so this costs little after `train`.
+
+    Routes: located, the run finds out which task a question belongs to; oracle, it is told; random, any learned task.
+    """
+    from llava_cmoe.registry.store import Registry
+    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.sequence import evaluate_run, processes
+
+    recipe = Registry(run).recipe()
+    own = recipe.evaluation
+    wanted = {"routes": [*dict.fromkeys((*own.routes, *(routes.split(",") if routes else ())))]}
+    sizes = {"batch_size": own.batch_size if batch_size is None else batch_size}
+    evaluation = parse_settings(EvaluationSettings, own.model_dump() | wanted | sizes, source="llava-cmoe eval")
+    console = Console(quiet=not processes().is_main_process)
+    with ProgressLine(console) as line:
+        results = evaluate_run(recipe.model_copy(update={"evaluation": evaluation}), line)
+    show(console, [results])
+    console.print(f"In {run}: results.json", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs to put side by side.", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures; the first RUN if absent.")] = None,
+) -> None:
+    """Show accuracy matrices and metrics of finished runs, and draw them.
+
+    Writes matrix.png (accuracy), and for methods that have it confusion.png (locator) and growth.png (experts added).
+    """
+    from llava_cmoe.report.figures import draw_confusion, draw_growth, draw_matrices
+
+    found = [results_of(run) for run in runs]
+    folder, console = out or runs[0], Console()
+    show(console, found)
+    draw_matrices(found, folder / "matrix.png")
+    written = ["matrix.png"]
+    for results in found:
+        name = f"_{results.run}" if len(found) > 1 else ""
+        if results.locator is not None:
+            draw_confusion(results, folder / f"confusion{name}.png")
+            written.append(f"confusion{name}.png")
+        if any(results.growth.values()):
+            draw_growth(results, folder / f"growth{name}.png")
+            written.append(f"growth{name}.png")
+    console.print(f"In {folder}: {', '.join(written)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def chat(
+    run: RunFolder,
+    image: Annotated[Path, typer.Option(help="Picture to talk about.", metavar="FILE")],
+    prompt: Annotated[
+        str | None, typer.Option(help="One question; without it, questions are read until `exit`.")
+    ] = None,
+    after: Annotated[
+        int | None, typer.Option(help="The model as it was after its first N stages; as it is now if absent.", min=0)
+    ] = None,
+) -> None:
+    """Ask a run about a picture; it says which task it took the question for, and answers.
+
+    Questions are best asked as the tasks ask them, with the instruction at the end.
+    """
+    from llava_cmoe.chat.session import open_session
+    from llava_cmoe.chat.terminal import answer, converse
+
+    console, session = Console(), open_session(run, after)
+    if prompt is None:
+        converse(console, session, image)
+    else:
+        answer(console, session, image, prompt)
+
+
+def lacks_pocket(recipe: Recipe) -> bool:
+    """Whether a pocket sequence has to be rendered first; any other data a user brings."""
+    from llava_cmoe.sequence import sequence_of
+
+    return sequence_of(recipe).name == "pocket" and not recipe.data.root.exists()

@@ -1,0 +1,84 @@
+"""The demo: the pocket sequence learned twice on a small budget, once forgetting and once not.
+
+Both runs are ordinary runs of the shipped recipes with fewer rows, so whatever works here works there. A killed demo
+goes on where it was; a finished one is only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from llava_cmoe.data.pocket_root import make_pocket_root
+from llava_cmoe.evaluation.log import Results
+from llava_cmoe.report.figures import draw_matrices
+from llava_cmoe.sequence import learn
+from llava_cmoe.settings import EvaluationSettings, Recipe, load_recipe, shipped
+
+Progress = Callable[[str, str, int, int], None]
+BOTH = TypeAdapter(dict[str, Results])
+"""What the demo's `results.json` holds: results by the name of the run."""
+
+RECIPES = {
+    "sequential_lora": "train/recipes/pocket_sequential_lora.yaml",
+    "cmoe": "train/recipes/pocket_cmoe.yaml",
+}
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo learns and asks: what fits into 12 minutes on 2 cores."""
+
+    train_rows: int = 600
+    test_rows: int = 60
+    epochs: float = 4
+
+
+def run_demo(
+    folder: Path, progress: Progress, size: DemoSize | None = None, overrides: Iterable[str] = ()
+) -> dict[str, Results]:
+    """Render, learn twice, draw `matrix.png`, and write `results.json` last: where it is, the demo is finished.
+
+    Args:
+        folder: gets `data/`, a run folder per method, and the results.
+        progress: told about every step.
+        size: how much is learned.
+        overrides: of the recipes' settings.
+    """
+    finished = folder / "results.json"
+    if finished.exists():
+        return BOTH.validate_json(finished.read_bytes())
+    size = size or DemoSize()
+    data = folder / "data"
+    if not data.exists():
+        rows = {"train_rows": size.train_rows, "test_rows": size.test_rows}
+        make_pocket_root(data, partial(progress, "rendering"), **rows)
+    both = {}
+    for name in RECIPES:
+        both[name] = learn(demo_recipe(name, folder, size, overrides), _named(progress, name))
+    draw_matrices(list(both.values()), folder / "matrix.png")
+    unfinished = folder / ".results.json.unfinished"
+    unfinished.write_bytes(BOTH.dump_json(both, indent=2) + b"\n")
+    unfinished.rename(finished)
+    return both
+
+
+def demo_recipe(name: str, folder: Path, size: DemoSize, overrides: Iterable[str] = ()) -> Recipe:
+    """A shipped recipe with the demo's folder and size."""
+    recipe = load_recipe(shipped(RECIPES[name]), overrides)
+    return recipe.model_copy(
+        update={
+            "run": folder / name,
+            "data": recipe.data.model_copy(update={"root": folder / "data"}),
+            "training": recipe.training.model_copy(update={"epochs": size.epochs}),
+            "evaluation": EvaluationSettings(batch_size=recipe.evaluation.batch_size, routes=("located",)),
+        }
+    )
+
+
+def _named(progress: Progress, run: str) -> Progress:
+    return lambda where, what, done, total: progress(f"{run} {where}", what, done, total)

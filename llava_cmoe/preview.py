@@ -1,0 +1,140 @@
+"""What a recipe would learn, computed on its data and its real backbone without a step of training: the dry run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from rich.console import Group
+from rich.table import Table
+
+from llava_cmoe.backbones.loading import Backbone, load_backbone
+from llava_cmoe.data.coin import read_eval, read_train
+from llava_cmoe.data.encoding import PromptRows, SampleRows
+from llava_cmoe.data.rows import TRAIN_FEATURES
+from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.experts import ledger
+from llava_cmoe.methods.base import Stage, StageData
+from llava_cmoe.records import StageReport
+from llava_cmoe.registry.restore import build_method
+from llava_cmoe.registry.store import Registry
+from llava_cmoe.sequence import draw, sequence_of
+from llava_cmoe.settings import Recipe
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A task, and how many of its rows would be learned and asked; None where the data root is missing."""
+
+    name: str
+    train: int | None
+    evaluate: int | None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What `learn` would do with a recipe.
+
+    Attributes:
+        run: output folder.
+        method: name of the method.
+        num_learned: stages that are learned already and would be restored.
+        tasks: the sequence.
+        stages: what is learned in one go.
+        frozen_parameters: of the backbone.
+        expert_parameters: site name to parameters of one expert there; empty for a method without experts.
+        trainable_parameters: what the optimizer of the first stage would hold.
+    """
+
+    run: Path
+    method: str
+    num_learned: int
+    tasks: tuple[TaskRows, ...]
+    stages: tuple[Stage, ...]
+    frozen_parameters: int
+    expert_parameters: dict[str, int]
+    trainable_parameters: int
+
+
+def preview(recipe: Recipe) -> Preview:
+    """Count rows, load the backbone and grow it for the first stage; nothing is trained and nothing written."""
+    sequence = sequence_of(recipe)
+    tasks = _count_rows(recipe, sequence)
+    backbone = load_backbone(recipe.backbone)
+    frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
+    method = build_method(recipe, backbone)
+    stages = method.stages(sequence.names)
+    if stages[0].learns:
+        method.before_task(_no_rows(stages[0], backbone, recipe), _untaught)
+    banks = getattr(getattr(method, "host", None), "banks", {})
+    return Preview(
+        run=recipe.run,
+        method=recipe.method.name,
+        num_learned=len(Registry(recipe.run).records()),
+        tasks=tasks,
+        stages=stages,
+        frozen_parameters=frozen,
+        expert_parameters={site: ledger.expert_parameters(bank) for site, bank in banks.items()},
+        trainable_parameters=ledger.trainable(method.model).parameters,
+    )
+
+
+def _count_rows(recipe: Recipe, sequence: TaskSequence) -> tuple[TaskRows, ...]:
+    root, data, seed = recipe.data.root, recipe.data, recipe.seed
+    if not root.exists():
+        return tuple(TaskRows(task.name, None, None) for task in sequence.tasks)
+    return tuple(
+        TaskRows(
+            task.name,
+            len(draw(read_train(root, task), data.train_rows, seed)),
+            len(draw(read_eval(root, task), data.eval_rows, seed)),
+        )
+        for task in sequence.tasks
+    )
+
+
+def _no_rows(stage: Stage, backbone: Backbone, recipe: Recipe) -> StageData:
+    """The first stage without rows: a first task is never probed, so its growth does not depend on them."""
+    rows = Dataset.from_dict({name: [] for name in TRAIN_FEATURES}, features=TRAIN_FEATURES)
+    return StageData(
+        index=0,
+        name=stage.name,
+        samples=SampleRows(rows, backbone.processor, recipe.training.max_length),
+        prompts=PromptRows(rows, backbone.processor),
+        seed=recipe.seed,
+    )
+
+
+def _untaught(*_: Any, **__: Any) -> StageReport:
+    return StageReport(steps=0, samples=0, first_loss=0.0, last_loss=0.0, seconds=0.0)
+
+
+def render(found: Preview) -> Group:
+    """The preview as two tables: the tasks with their rows, and what is trained."""
+    stage_of = {task: stage.name for stage in found.stages for task in stage.learns}
+    tasks = Table(title="tasks, in this order")
+    for heading in ("task", "learned in stage"):
+        tasks.add_column(heading)
+    for heading in ("training rows", "evaluation rows"):
+        tasks.add_column(heading, justify="right")
+    for index, task in enumerate(found.tasks):
+        tasks.add_row(task.name, stage_of.get(index, "none"), _number(task.train), _number(task.evaluate))
+    facts = Table(title="what would be trained", show_header=False)
+    state = f"{found.num_learned} stages are learned, the others would follow" if found.num_learned else "nothing yet"
+    facts.add_row("run", str(found.run))
+    facts.add_row("learned", state)
+    facts.add_row("method", found.method)
+    facts.add_row("stages", str(sum(bool(stage.learns) for stage in found.stages)))
+    facts.add_row("frozen parameters", _number(found.frozen_parameters))
+    if sites := tuple(found.expert_parameters):
+        facts.add_row("sites", f"{len(sites)}, from {sites[0]} to {sites[-1]}")
+        sizes = sorted(set(found.expert_parameters.values()))
+        facts.add_row("parameters per expert and site", " or ".join(map(_number, sizes)))
+    facts.add_row("trainable at the first stage", _number(found.trainable_parameters))
+    return Group(tasks, facts)
+
+
+def _number(value: int | None) -> str:
+    return "?" if value is None else f"{value:,}"

@@ -1,0 +1,81 @@
+"""How far a run is: one live line in a terminal, one line per finished part anywhere else.
+
+Knows nothing of runs: it only answers the calls `(where, what, done, total)` that long work makes on its way.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+COLUMNS = (
+    TextColumn("[bold]{task.fields[where]}"),
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TimeElapsedColumn(),
+    TextColumn("left"),
+    TimeRemainingColumn(),
+)
+
+
+class ProgressLine:
+    """Call it with where the work is, what is being done, how much is done and how much there is.
+
+    A change of `where` or `what` begins a new part. In a terminal a line stays for each finished `where`; the parts
+    within it share the live line, because a long sequence is evaluated in hundreds of them.
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Print to `console`; nothing is shown before the first call."""
+        self._console = console
+        self._live = Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = self._live.add_task("", total=None, visible=False, where="")
+        self._where, self._what = "", ""
+        # The first call comes when a part of it is done already, so a part begins where the one before ended.
+        self._where_began = self._what_began = self._last = time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Show the live line."""
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the live line away; what was finished stays, what broke off leaves no line."""
+        self._live.stop()
+        if kind is None:
+            self._end_where()
+
+    def __call__(self, where: str, what: str, done: int, total: int) -> None:
+        """Move on; `done` equal to `total` ends a part."""
+        now = time.monotonic()
+        if where != self._where:
+            self._end_where()
+            self._where, self._where_began, self._what = where, self._last, ""
+        if what != self._what:
+            self._what, self._what_began = what, self._last
+            self._live.reset(self._bar, total=total, visible=True, description=escape(what), where=escape(where))
+        self._live.update(self._bar, completed=done, total=total)
+        self._last = now
+        if done == total and not self._console.is_terminal:
+            self._say(f"{where}: {what}, {clock(now - self._what_began)}")
+
+    def _end_where(self) -> None:
+        if self._where and self._console.is_terminal:
+            self._say(f"{self._where}: done in {clock(self._last - self._where_began)}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds as `1:07`; hours before them where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,42 @@
+"""What a process of its own does in the tests of the sequence: learn recipes, or learn until it is killed at a chosen call."""
+
+import itertools
+import json
+import os
+import signal
+import sys
+from importlib import import_module
+from operator import attrgetter
+from typing import Any
+
+import torch
+
+from llava_cmoe.sequence import learn
+from llava_cmoe.settings import parse_recipe
+
+
+def learn_from(document: dict[str, Any]) -> None:
+    """Learn a recipe given as JSON holds it, on one thread as all tests do: bits depend on how many share a sum."""
+    torch.set_num_threads(1)
+    learn(parse_recipe(document, source="launched.py"))
+
+
+def learn_until_killed(document: dict[str, Any], module: str, function: str, call: int) -> None:
+    """Learn, and die by SIGKILL where `function` of `module` is about to be called for the `call`-th time, from 1."""
+    path, _, name = function.rpartition(".")
+    owner: Any = import_module(module)
+    owner = attrgetter(path)(owner) if path else owner
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def killing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, killing)
+    learn_from(document)
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        learn_from(json.loads(argument))

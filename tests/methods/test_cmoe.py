@@ -1,0 +1,106 @@
+"""Old tasks compute what they computed, and a prompt's route depends on that prompt alone."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import Lesson
+from torch import Tensor
+
+from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.encoding import PromptRows, SampleRows
+from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.sequence import stage_data
+
+
+@pytest.fixture
+def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
+    return lesson_of("cmoe")
+
+
+@pytest.fixture
+def method(lesson: Lesson) -> Cmoe:
+    assert isinstance(lesson.run.method, Cmoe)
+    return lesson.run.method
+
+
+@pytest.fixture
+def prompts(lesson: Lesson) -> list[dict[str, Tensor]]:
+    """All evaluation prompts of both tasks."""
+    return [row for questions in lesson.questions.values() for row in map(questions.prompts.__getitem__, range(6))]
+
+
+def collate(lesson: Lesson, rows: list[dict[str, Tensor]], side: str = "left") -> dict[str, Tensor]:
+    return Collator(lesson.run.backbone.processor.tokenizer.pad_token_id, side)(rows)
+
+
+def test_an_old_task_computes_the_same_bits_after_the_model_grew(lesson: Lesson):
+    first, second = lesson.results.growth.values()
+    assert sum(first.values()) == 4 and sum(second.values()) == 1  # two per layer, then one where the probe was used
+    before, after = (logits[0] for logits in lesson.logits)
+    assert torch.equal(before, after)
+    assert not torch.equal(after, lesson.logits[1][1])  # and it is not that routes do not matter
+
+
+def test_a_layer_that_did_not_grow_still_gets_a_router_for_the_task(method: Cmoe):
+    assert all(len(bank.routers) == 2 for bank in method.host.banks.values())
+    assert sorted(tuple(bank.routers.widths) for bank in method.host.banks.values()) == [(2, 2), (2, 3)]
+
+
+def test_every_route_is_measured_for_every_learned_task(lesson: Lesson):
+    assert set(lesson.results.routes) == {"located", "oracle", "random"}
+    for route in lesson.results.routes.values():
+        assert [[cell is not None for cell in row] for row in route.matrix] == [[True, False], [True, True]]
+
+
+def test_a_mixed_batch_answers_each_prompt_on_its_own_route(lesson: Lesson, method: Cmoe):
+    batch = lesson.prompts()
+    task_B = torch.tensor([1, 0, -1, 1])
+    with torch.no_grad(), method.routed(task_B):
+        mixed = method.model(**batch).logits
+    apart = torch.stack([lesson.logits_of(method, task)[row] for row, task in enumerate(task_B.tolist())])
+    torch.testing.assert_close(mixed, apart, rtol=0, atol=1e-6)
+
+
+def test_a_verdict_does_not_depend_on_batch_mates(lesson: Lesson, method: Cmoe, prompts: list[dict[str, Tensor]]):
+    together = method.locate(collate(lesson, prompts))
+    alone = [method.locate(collate(lesson, [row])) for row in prompts]
+    assert together.task_B.tolist() == [located.task_B.item() for located in alone]
+    torch.testing.assert_close(together.score_BN, torch.cat([located.score_BN for located in alone]), rtol=1e-4, atol=1e-3)
+
+
+def test_a_verdict_does_not_depend_on_the_padding(lesson: Lesson, method: Cmoe, prompts: list[dict[str, Tensor]]):
+    left, right = (method.locate(collate(lesson, prompts, side)) for side in ("left", "right"))
+    assert torch.equal(left.score_BN, right.score_BN)
+
+
+def test_a_verdict_is_about_the_prompt_and_never_about_the_answer(lesson: Lesson, method: Cmoe):
+    data = stage_data(lesson.run, 0, lesson.run.stages[0])
+    samples, prompts = data.samples, data.prompts
+    assert isinstance(samples, SampleRows) and isinstance(prompts, PromptRows)
+    with pytest.raises(ValueError, match="prompts"):
+        method.locate(collate(lesson, [samples[0], samples[1]]))
+
+    def rotated(row: dict) -> dict:
+        question, answer = row["turns"]
+        return {"turns": [question, {"role": "assistant", "text": answer["text"] + " and so on"}]}
+
+    other = PromptRows(prompts.rows.map(rotated), prompts.processor)
+    assert torch.equal(method.features(prompts), method.features(other))
+
+
+def test_experts_never_move_what_the_locator_reads(lesson: Lesson, method: Cmoe, prompts: list[dict[str, Tensor]]):
+    batch = collate(lesson, prompts)
+    plain = method.locate(batch).score_BN
+    with method.routed(torch.ones(len(prompts), dtype=torch.long)):
+        assert torch.equal(method.locate(batch).score_BN, plain)
+
+
+def test_a_batch_learns_on_the_newest_routers_with_the_balance_term(lesson: Lesson, method: Cmoe):
+    batch = lesson.prompts()
+    with torch.no_grad(), method.learning(batch) as extra_loss:
+        logits = method.model(**batch).logits
+        loss = extra_loss()
+    assert torch.equal(logits, lesson.logits[-1][-1])
+    weight = lesson.recipe.method.experts.balance_weight
+    assert 0.5 * weight < loss < 3 * weight  # the balance loss itself is 1 at uniform use, at most the number of experts

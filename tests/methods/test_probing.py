@@ -1,0 +1,189 @@
+"""Probes tell where a task needs experts, and leave nothing behind."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import LlavaForConditionalGeneration
+
+from llava_cmoe.backbones.sites import ffn_sites
+from llava_cmoe.data.collator import Collator
+from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.surgery import ExpertHost, install
+from llava_cmoe.methods import probing
+from llava_cmoe.methods.base import StageData
+from llava_cmoe.methods.probing import count, origin, probe, probe_use, thresholds_of
+from llava_cmoe.settings import ProbeSettings
+
+TOP_K = 2
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Text-only samples of 3 to 12 tokens."""
+
+    def __init__(self, num: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        lengths = (3 + torch.arange(num) % 10).tolist()
+        self.rows = [torch.randint(4, 300, (length,), generator=generator) for length in lengths]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids_T = self.rows[index]
+        return {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T), "labels": ids_T}
+
+
+@pytest.fixture
+def host(tiny_llava: LlavaForConditionalGeneration) -> ExpertHost:
+    """A pool of three experts per layer that do something, learned by one task and frozen."""
+    generator = torch.Generator().manual_seed(0)
+    host = install(tiny_llava, ffn_sites(tiny_llava), rank=3, alpha=6.0, top_k=TOP_K)
+    for bank in host.banks.values():
+        bank.grow(3, generator=generator)
+        bank.add_router(generator=generator)
+        for stack in bank.stacks.values():
+            stack.fresh.B.data.uniform_(-0.5, 0.5, generator=generator)
+    host.freeze()
+    return host
+
+
+@pytest.fixture
+def collator(tiny_llava: LlavaForConditionalGeneration) -> Collator:
+    return Collator(tiny_llava.config.text_config.pad_token_id)
+
+
+def run_probe(
+    model: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator, taught: list[dict[str, Any]], **settings: Any
+) -> tuple[Any, Any]:
+    """Probe task 1 on twenty rows; teaching only moves what it may move, and is written down."""
+
+    @contextmanager
+    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
+        yield float
+
+    def teach(samples: Any, learning: Any, **kwargs: Any) -> None:
+        moved = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        taught.append({"num_samples": len(samples), "moved": moved, **kwargs})
+        generator = torch.Generator().manual_seed(3)
+        for value in moved.values():
+            value.data.add_(0.3 * torch.randn(value.shape, generator=generator))
+
+    data = StageData(index=1, name="second", samples=Rows(20), prompts=None, seed=5)
+    given = ProbeSettings(**{"fraction": 0.5, "holdout": 0.5, **settings})
+    return probe(model, host, data, collator, given, lambda weight: learning, teach)
+
+
+@pytest.mark.parametrize(
+    ("scope", "expected"),
+    [
+        # (0.2, 0.2, 0.6): mean 1/3, variance (2 * (2/15)^2 + (4/15)^2) / 3 = 8/225; (0.5, 0.3, 0.2): mean 1/3, variance 14/900
+        ("layer", {"a": 1 / 3 - 0.5 * math.sqrt(8 / 225), "b": 1 / 3 - 0.5 * math.sqrt(14 / 900)}),
+        # the probes alone, 0.6 and 0.2: mean 0.4, std 0.2
+        ("global", {"a": 0.4 - 0.5 * 0.2, "b": 0.4 - 0.5 * 0.2}),
+    ],
+)
+def test_the_threshold_is_mean_minus_alpha_std(scope: str, expected: dict[str, float]):
+    frequencies = {"a": (0.2, 0.2, 0.6), "b": (0.5, 0.3, 0.2)}
+    settings = ProbeSettings(alpha=0.5, scope=scope)
+    assert thresholds_of(frequencies, settings) == pytest.approx(expected, abs=1e-12)
+
+
+def test_several_probes_of_a_layer_are_judged_by_their_mean():
+    assert probe_use((0.5, 0.1, 0.4), ProbeSettings(max_new_experts=2)) == pytest.approx(0.25)
+    assert probe_use((0.5, 0.1, 0.4), ProbeSettings()) == 0.4
+
+
+@pytest.mark.parametrize(
+    ("init", "used", "expected"),
+    [("most_used", (0.1, 0.4, 0.2, 0.3), 1), ("most_used", (1.0,), None), ("probe", (0.1, 0.4, 0.5), 2), ("lora", (0.6, 0.4), None)],
+)
+def test_new_experts_start_where_the_settings_say(init: str, used: tuple[float, ...], expected: int | None):
+    assert origin(used, ProbeSettings(init=init)) == expected
+
+
+def test_the_pool_is_what_it_was(tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator):
+    before = {name: value.clone() for name, value in tiny_llava.named_parameters()}
+    taught: list[dict[str, Any]] = []
+    run_probe(tiny_llava, host, collator, taught)
+    after = dict(tiny_llava.named_parameters())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert not any(value.requires_grad for value in after.values())
+    assert all(len(bank.routers) == 1 and bank.num_experts == 3 for bank in host.banks.values())
+
+
+def test_only_probes_and_their_routers_are_taught_on_their_share_of_the_rows(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
+):
+    taught: list[dict[str, Any]] = []
+    growth, _ = run_probe(tiny_llava, host, collator, taught, holdout=0.3, batch_size=2, learning_rate=0.1)
+    (call,) = taught
+    assert call["num_samples"] == 7  # half of twenty, less the three that are counted
+    assert (call["epochs"], call["batch_size"], call["learning_rate"]) == (1, 2, 0.1)
+    assert all(".fresh." in name or name.endswith(".routers.task_1") for name in call["moved"])
+    assert growth.probe_parameters == sum(value.numel() for value in call["moved"].values())
+
+
+def test_a_layer_grows_where_its_probe_is_used_more_than_the_threshold(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
+):
+    growth, sources = run_probe(tiny_llava, host, collator, [], scope="global")
+    assert len(growth.new_experts) == 1  # of two layers, one lies above the mean of both
+    for site, used in growth.frequencies.items():
+        assert sum(used) == pytest.approx(1, abs=1e-6) and len(used) == 4
+        assert (site in growth.new_experts) == (used[-1] > growth.thresholds[site])
+    ((site, index),) = growth.init_from.items()
+    assert index == max(range(3), key=growth.frequencies[site].__getitem__)
+    for linear, pair in sources[site].items():
+        assert torch.equal(pair.a_ERI, host.banks[site].expert(index)[linear].a_ERI)
+
+
+def test_a_probe_can_be_handed_on_as_the_new_expert(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
+):
+    taught: list[dict[str, Any]] = []
+    growth, sources = run_probe(tiny_llava, host, collator, taught, scope="global", init="probe")
+    (site,) = growth.new_experts
+    assert growth.init_from == {site: 3}
+    for linear, pair in sources[site].items():
+        probed = taught[0]["moved"][f"{site}.experts.{linear}.fresh.B"]
+        assert torch.equal(pair.b_EOR.mT, probed)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_counts_depend_on_neither_batch_size_nor_padding(
+    tiny_llava: LlavaForConditionalGeneration,
+    host: ExpertHost,
+    collator: Collator,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+):
+    rows, plan = Rows(10), RoutePlan.single(0)
+    together = count(tiny_llava, rows, collator, host, plan)
+    monkeypatch.setattr(probing, "COUNT_BATCH", batch_size)  # 1: nothing is padded
+    apart = count(tiny_llava, rows, collator, host, plan)
+    tokens = sum(len(row["input_ids"]) for row in map(rows.__getitem__, range(10)))
+    for site, counts_E in together.items():
+        assert counts_E.tolist() == apart[site].tolist()
+        assert counts_E.sum() == TOP_K * tokens
+
+
+def test_processes_share_the_counting_even_where_one_has_nothing_to_count(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator, monkeypatch: pytest.MonkeyPatch
+):
+    rows, plan = Rows(1), RoutePlan.single(0)
+    whole = count(tiny_llava, rows, collator, host, plan)
+    parts = []
+    for process in range(2):
+        state = SimpleNamespace(process_index=process, num_processes=2)
+        monkeypatch.setattr(probing, "PartialState", lambda state=state: state)
+        parts.append(count(tiny_llava, rows, collator, host, plan))
+    assert list(parts[1]) == list(whole)  # a site left out here would leave the others waiting for its sum
+    assert all(torch.equal(parts[0][site] + parts[1][site], whole[site]) for site in whole)

@@ -1,0 +1,49 @@
+import io
+
+from rich.console import Console
+
+from llava_cmoe.report.progress import ProgressLine, clock
+
+
+def shown(terminal: bool, broken: bool = False) -> str:
+    """What is left on the screen after two stages, the first of two parts."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
+    try:
+        with ProgressLine(console) as line:
+            for where, what in (("1/2 gqa", "training"), ("1/2 gqa", "gqa (located)"), ("2/2 vqa", "training")):
+                for done in (1, 2, 3):
+                    line(where, what, done, 3)
+            if broken:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    return stream.getvalue()
+
+
+def test_without_a_terminal_every_finished_part_is_one_line():
+    assert shown(terminal=False).splitlines() == [
+        "1/2 gqa: training, 0:00",
+        "1/2 gqa: gqa (located), 0:00",
+        "2/2 vqa: training, 0:00",
+    ]
+
+
+def test_in_a_terminal_a_finished_stage_leaves_one_line():
+    lines = [line for line in shown(terminal=True).splitlines() if "done in" in line]
+    assert [line[line.index("/") - 1 :] for line in lines] == ["1/2 gqa: done in 0:00", "2/2 vqa: done in 0:00"]
+
+
+def test_a_stage_that_broke_off_is_not_called_done():
+    assert shown(terminal=True, broken=True).count("done in") == 1
+
+
+def test_brackets_in_names_are_shown_as_they_are():
+    stream = io.StringIO()
+    with ProgressLine(Console(file=stream, force_terminal=False)) as line:
+        line("[bold]a[/bold]", "[red]b", 1, 1)
+    assert stream.getvalue() == "[bold]a[/bold]: [red]b, 0:00\n"
+
+
+def test_times_are_read_as_a_clock():
+    assert [clock(seconds) for seconds in (0, 59.6, 61, 3600)] == ["0:00", "1:00", "1:01", "1:00:00"]

@@ -1,0 +1,134 @@
+"""The house keeps its shape: rooms import one way, the top level is fixed, nothing unsafe is loaded."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "llava_cmoe"
+TOP_LEVEL = {
+    *(".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"),
+    *("data_configs", "eval", "llava_cmoe", "tests", "train", "zero_configs"),
+}
+ORDER = (
+    *("versions", "fingerprints", "settings", "records"),
+    *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
+    *("report", "chat", "sequence", "cli"),
+)
+"""Rooms and single files of the package; each imports only from those before it."""
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SCRIPTS = sorted(path for folder in ("train", "eval") for path in (ROOT / folder).glob("*.py"))
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def named(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and room of every import of the package's own modules, wherever it stands in a file."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports name the package in full"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "llava_cmoe" else [str(node.module)]
+        for name in names:
+            if name.startswith("llava_cmoe."):
+                yield node.lineno, name.split(".")[1]
+
+
+def unsafe(tree: ast.Module) -> Iterator[str]:
+    """What could run a stranger's code, or swallow an error."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names) if any(name.name.split(".")[0] in ("pickle", "dill", "joblib") for name in names):
+                yield f"line {node.lineno}: imports a pickle"
+            case ast.ImportFrom(module=("pickle" | "dill" | "joblib")):
+                yield f"line {node.lineno}: imports a pickle"
+            case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
+                yield f"line {node.lineno}: torch.load"
+            case ast.ImportFrom(module="torch", names=names) if any(name.name == "load" for name in names):
+                yield f"line {node.lineno}: torch.load"
+            case ast.keyword(arg="trust_remote_code", value=value) if not (
+                isinstance(value, ast.Constant) and value.value is False
+            ):
+                yield f"line {node.value.lineno}: trust_remote_code"
+            case ast.ExceptHandler(type=(None | ast.Name(id=("Exception" | "BaseException")))):
+                yield f"line {node.lineno}: a broad except"
+
+
+def test_the_top_level_holds_what_the_design_says_and_nothing_else():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {line.split("/")[0] for line in listed} <= TOP_LEVEL
+    assert {name for name in TOP_LEVEL if not (ROOT / name).exists()} == set()
+
+
+def test_every_room_has_its_place_in_the_order():
+    assert {room_of(path) for path in MODULES} - {"__init__"} == set(ORDER)
+
+
+@named(MODULES)
+def test_imports_point_to_earlier_rooms_only(path: Path):
+    room = room_of(path)
+    allowed = {*ORDER, "_shipped"} if room == "__init__" else {*ORDER[: ORDER.index(room)], room}
+    assert [found for found in imported_rooms(tree_of(path)) if found[1] not in allowed] == []
+
+
+@named([*MODULES, *SCRIPTS])
+def test_every_file_says_its_job(path: Path):
+    docstring = ast.get_docstring(tree_of(path))
+    assert docstring and docstring.splitlines()[0].rstrip().endswith((".", ":", "?"))
+
+
+@named([*MODULES, *SCRIPTS])
+def test_nothing_unsafe_is_loaded_and_no_error_is_swallowed(path: Path):
+    assert list(unsafe(tree_of(path))) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "from pickle import loads",
+        "torch.load(path)",
+        "from torch import load",
+        "f(trust_remote_code=True)",
+        "f(trust_remote_code=given)",
+        "try:\n    f()\nexcept:\n    pass",
+        "try:\n    f()\nexcept Exception:\n    pass",
+    ],
+)
+def test_the_check_sees_what_is_unsafe(line: str):
+    assert list(unsafe(ast.parse(line)))
+
+
+def test_the_check_sees_an_import_inside_a_function():
+    tree = ast.parse("def f():\n    from llava_cmoe.methods.base import Method\n    from llava_cmoe import cli")
+    assert list(imported_rooms(tree)) == [(2, "methods"), (3, "cli")]
+
+
+def test_scripts_are_no_packages_and_hide_no_installed_module():
+    assert not [path for path in (ROOT / "train", ROOT / "eval") if (path / "__init__.py").exists()]
+    hidden = sys.stdlib_module_names | packages_distributions().keys()
+    assert [path.name for path in SCRIPTS if path.stem in hidden] == []
+
+
+def test_every_test_file_lies_beside_what_it_tests():
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    folders = {path.parent.relative_to(ROOT / "tests").parts[0] for path in (ROOT / "tests").glob("*/**/test_*.py")}
+    assert folders <= rooms and not list((ROOT / "tests").rglob("__init__.py"))

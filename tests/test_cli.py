@@ -1,0 +1,277 @@
+"""What people type: every command says what it does, does it, and answers a mistake with one clear message."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import Result
+from tiny import Lesson, files_of
+from typer.testing import CliRunner
+
+from llava_cmoe import sequence
+from llava_cmoe.cli import app, main
+from llava_cmoe.data import pocket_root
+from llava_cmoe.evaluation.log import comparable, read_results
+from llava_cmoe.settings import Recipe
+
+REPOSITORY = Path(__file__).parent.parent
+COMMANDS = {
+    "": ["demo", "data", "train", "eval", "report", "chat"],
+    "demo": ["--run"],
+    "data": ["make-pocket", "check"],
+    "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
+    "data check": ["--sequence", "--root"],
+    "train": ["recipe", "KEY=VALUE", "--dry-run"],
+    "eval": ["RUN", "--routes", "--batch-size"],
+    "report": ["RUN", "--out"],
+    "chat": ["RUN", "--image", "--prompt", "--after"],
+}
+
+
+def type_in(*words: object) -> Result:
+    """Run a command in a wide terminal; its output holds what goes to either stream."""
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+
+def refused(*words: object) -> str:
+    """What a command answers to a mistake: status 2, a message, and no traceback."""
+    result = type_in(*words)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    assert "Traceback" not in result.output
+    return result.output
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[Recipe], Path]:
+    """Writes a recipe as the YAML file that people write."""
+
+    def write(settings: Recipe) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
+    return lesson_of("cmoe")
+
+
+@pytest.fixture
+def run(lesson: Lesson, tmp_path: Path) -> Path:
+    """A finished run to do anything with."""
+    return Path(shutil.copytree(lesson.recipe.run, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_everything_a_command_takes(command: str):
+    result = type_in(*command.split(), "--help")
+    assert result.exit_code == 0
+    assert [word for word in COMMANDS[command] if word not in result.output] == []
+
+
+def test_help_does_not_wait_for_torch():
+    heavy = "{'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    code = f"import sys, llava_cmoe.cli; sys.exit(str({heavy}) if {heavy} else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        ("train/continual.py", "train"),
+        ("eval/evaluate.py", "eval"),
+        ("eval/report.py", "report"),
+        ("eval/chat.py", "chat"),
+    ],
+)
+def test_a_script_is_its_command(script: str, command: str, monkeypatch, capsys):
+    outputs = []
+    for start in (lambda: runpy.run_path(str(REPOSITORY / script), run_name="__main__"), lambda: main(command)):
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            start()
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and f"llava-cmoe {command}" in outputs[0]
+
+
+def test_an_unknown_key_is_answered_with_the_nearest_known_one():
+    told = refused("train", REPOSITORY / "train/recipes/pocket_cmoe.yaml", "method.prob.alpha=1", "--dry-run")
+    assert "unknown key method.prob; did you mean method.probe?" in told
+
+
+@pytest.mark.parametrize("method", ["cmoe", "sequential_lora"])
+def test_a_dry_run_tells_what_training_then_trains(method, lesson_of, written, tmp_path):
+    learned = lesson_of(method)
+    fresh = learned.recipe.model_copy(update={"run": tmp_path / "run"})
+    result = type_in("train", written(fresh), "--dry-run", "seed=7")
+    assert result.exit_code == 0, result.output
+    document, _, tables = result.output.partition("\n\n")
+    assert yaml.safe_load(document) == fresh.model_copy(update={"seed": 7}).model_dump(mode="json")
+    trained = learned.results.trainable_parameters["colours"]
+    assert f"{trained:,}" in tables
+    rows = [line.replace("│", " ").split() for line in tables.splitlines()]
+    assert ["colours", "colours", "24", "6"] in rows and ["sides", "sides", "24", "6"] in rows
+    assert not fresh.run.exists()
+
+
+def test_a_dry_run_without_data_says_so(lesson, written, tmp_path):
+    root = tmp_path / "nowhere"
+    result = type_in("train", written(lesson.recipe), "--dry-run", f"data.root={root}", f"run={tmp_path / 'run'}")
+    assert result.exit_code == 0, result.output
+    assert f"{root} does not exist: training needs it" in result.output
+    assert (
+        "rendered first"
+        in type_in("train", written(lesson.recipe), "--dry-run", "data.sequence=pocket", f"data.root={root}").output
+    )
+
+
+def test_training_a_finished_run_again_changes_nothing(lesson, run, written):
+    before = files_of(run / "tasks")
+    result = type_in("train", written(lesson.recipe.model_copy(update={"run": run})))
+    assert result.exit_code == 0, result.output
+    assert files_of(run / "tasks") == before
+    assert comparable(read_results(run / "results.json")) == comparable(lesson.results)
+    assert "located right" in result.output
+
+
+def test_training_renders_a_pocket_sequence_that_is_missing(lesson, written, tmp_path, monkeypatch):
+    rendered: list[Path] = []
+    monkeypatch.setattr(pocket_root, "make_pocket_root", lambda root, progress: rendered.append(root))
+    monkeypatch.setattr(sequence, "learn", lambda recipe, progress: lesson.results)
+    path, root = written(lesson.recipe), tmp_path / "pocket"
+    assert type_in("train", path, "data.sequence=pocket", f"data.root={root}").exit_code == 0
+    assert rendered == [root]
+    root.mkdir()
+    assert type_in("train", path, "data.sequence=pocket", f"data.root={root}").exit_code == 0
+    assert type_in("train", path, f"data.root={tmp_path / 'mine'}").exit_code == 0
+    assert rendered == [root]
+
+
+def test_another_recipe_on_a_begun_run_is_refused(run, lesson, written):
+    path = written(lesson.recipe.model_copy(update={"run": run}))
+    assert "method.locator.beta" in refused("train", path, "method.locator.beta=0.5")
+
+
+def test_a_backbone_that_is_not_there_is_refused(lesson, written, tmp_path):
+    path = written(lesson.recipe)
+    assert "backbone.path" in refused("train", path, "--dry-run", "backbone.path=not/a/model/folder")
+
+
+def test_evaluating_measures_what_is_learned_and_learns_nothing(lesson, run):
+    for later in ("tasks/02_sides", "answers/after_02"):
+        shutil.rmtree(run / later)
+    (run / "results.json").unlink()
+    before = files_of(run / "tasks")
+    result = type_in("eval", run)
+    assert result.exit_code == 0, result.output
+    assert files_of(run / "tasks") == before
+    measured = read_results(run / "results.json")
+    assert measured.headline.matrix == lesson.results.headline.matrix[:1]
+    assert list(measured.routes) == ["located", "oracle", "random"]
+
+
+def test_routes_are_measured_beside_those_of_the_recipe(lesson_of, tmp_path, tiny_data, tiny_backbone):
+    learned = lesson_of("sequential_lora")
+    run = Path(shutil.copytree(learned.recipe.run, tmp_path / "run"))
+    begun = json.loads((run / "run.json").read_text())
+    begun["recipe"]["evaluation"]["routes"] = ["oracle"]
+    (run / "run.json").write_text(json.dumps(begun))
+    assert type_in("eval", run, "--routes", "random,oracle").exit_code == 0
+    assert list(read_results(run / "results.json").routes) == ["oracle", "random"]
+
+
+def test_evaluating_refuses_what_it_cannot_measure(run, tmp_path):
+    assert "run.json" in refused("eval", tmp_path / "nothing")
+    assert "orcle" in refused("eval", run, "--routes", "orcle")
+    assert "batch_size" in refused("eval", run, "--batch-size", "0")
+    shutil.rmtree(run / "tasks")
+    assert "nothing is learned yet" in refused("eval", run)
+
+
+def test_a_report_draws_what_a_run_has(lesson, lesson_of, tmp_path):
+    plain = lesson_of("sequential_lora")
+    result = type_in("report", lesson.recipe.run, "--out", tmp_path / "one")
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["confusion.png", "growth.png", "matrix.png"]
+    assert type_in("report", plain.recipe.run, "--out", tmp_path / "two").exit_code == 0
+    assert [path.name for path in (tmp_path / "two").iterdir()] == ["matrix.png"]
+    both = type_in("report", plain.recipe.run, lesson.recipe.run, "--out", tmp_path / "both")
+    assert "sequential_lora" in both.output and "cmoe" in both.output
+    assert len(list((tmp_path / "both").iterdir())) == 3
+
+
+def test_a_report_of_nothing_says_how_to_get_results(run):
+    (run / "results.json").write_text("{}")
+    assert "not a results file" in refused("report", run)
+    (run / "results.json").unlink()
+    assert f"llava-cmoe eval {run}" in refused("report", run)
+
+
+def test_chat_says_which_task_it_located_and_answers(lesson, tiny_data):
+    picture = next((tiny_data / "cl_dataset" / "sides").rglob("*.png"))
+    result = type_in("chat", lesson.recipe.run, "--image", picture, "--prompt", "Which side?", "--after", "1")
+    assert result.exit_code == 0, result.output
+    assert "colours, z = " in result.output.splitlines()[0]
+
+
+def test_chat_refuses_a_picture_or_a_stage_that_is_not_there(lesson, tiny_data, tmp_path):
+    picture = next((tiny_data / "cl_dataset" / "sides").rglob("*.png"))
+    assert "missing" in refused("chat", lesson.recipe.run, "--image", tmp_path / "no.png", "--prompt", "Which side?")
+    assert "2 stages are learned, not 3" in refused("chat", lesson.recipe.run, "--image", picture, "--after", "3")
+
+
+def test_check_leaves_with_status_1_exactly_if_training_would_fail(tiny_data, tmp_path):
+    root = Path(shutil.copytree(tiny_data, tmp_path / "root"))
+    words = ("data", "check", "--root", root, "--sequence", root / "sequence.yaml")
+    assert type_in(*words).exit_code == 0
+    lost = next((root / "cl_dataset").rglob("*.png"))
+    lost.unlink()
+    result = type_in(*words)
+    assert result.exit_code == 1 and f"{lost} " in result.output.replace(")", " ")
+    shutil.rmtree(root / "Instructions_Original")
+    result = type_in(*words)
+    assert result.exit_code == 1 and "no instruction folder" in result.output
+
+
+def test_check_counts_the_problems_it_does_not_spell_out(tiny_data, tmp_path):
+    root = Path(shutil.copytree(tiny_data, tmp_path / "root"))
+    shutil.rmtree(root / "cl_dataset" / "sides")
+    result = type_in("data", "check", "--root", root, "--sequence", root / "sequence.yaml")
+    assert result.output.count("is missing") == 20 and "and 10 more" in result.output
+
+
+def test_check_of_an_unknown_sequence_names_the_nearest():
+    assert "did you mean pocket?" in refused("data", "check", "--sequence", "pockt")
+
+
+def test_one_seed_renders_one_tree_and_another_seed_another(tmp_path):
+    trees = []
+    for name, seed in (("one", 3), ("two", 3), ("three", 4)):
+        size = ("--train-rows", 2, "--test-rows", 1)
+        result = type_in("data", "make-pocket", tmp_path / name, "--seed", seed, *size)
+        assert result.exit_code == 0, result.output
+        trees.append({path: content for path, (content, _) in files_of(tmp_path / name).items()})
+    assert trees[0] == trees[1] != trees[2]
+    assert "holds files already" in refused("data", "make-pocket", tmp_path / "one")
+
+
+def test_rendering_that_is_killed_leaves_no_root_and_can_be_repeated(tmp_path):
+    def kill(task: str, done: int, total: int) -> None:
+        if task == "GQA":
+            raise KeyboardInterrupt
+
+    root = tmp_path / "data" / "pocket"
+    with pytest.raises(KeyboardInterrupt):
+        pocket_root.make_pocket_root(root, kill, train_rows=2, test_rows=1)
+    assert not root.exists()
+    pocket_root.make_pocket_root(root, lambda *_: None, train_rows=1, test_rows=1)
+    assert [path.name for path in root.parent.iterdir()] == ["pocket"]
+    assert len(json.loads((root / "Instructions_Original/ScienceQA/train.json").read_text())) == 1

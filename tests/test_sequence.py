@@ -1,0 +1,183 @@
+"""A run ends the same, however often it was killed, started again or spread over processes."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import launched
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tiny import Lesson, files_of
+
+from llava_cmoe import sequence
+from llava_cmoe.evaluation.log import comparable, read_results
+from llava_cmoe.registry.store import Registry
+from llava_cmoe.settings import Recipe
+from llava_cmoe.versions import versions
+
+TESTS = Path(__file__).parent
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
+    """An uninterrupted run."""
+    return lesson_of("cmoe")
+
+
+@pytest.fixture
+def recipe_in(tmp_path: Path, tiny_data: Path, tiny_backbone: Path) -> Make:
+    """A tiny recipe in a folder of its own; `run` is the folder's name, which results tell."""
+
+    def make(place: str, method: str = "cmoe", *overrides: str) -> Recipe:
+        return tiny.recipe(tmp_path / place / "run", tiny_data, tiny_backbone, method, *overrides)
+
+    return make
+
+
+def document(recipe: Recipe) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(recipe.model_dump_json())
+    return plain
+
+
+def killed_at(recipe: Recipe, module: str, function: str, call: int) -> None:
+    """Start or go on with a run in a process that dies at a chosen call."""
+    context = multiprocessing.get_context("forkserver")  # imports once, forks before the first tensor
+    context.set_forkserver_preload(["llava_cmoe.sequence"])
+    process = context.Process(target=launched.learn_until_killed, args=(document(recipe), module, function, call))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def answers_of(run: Path) -> dict[str, list[str]]:
+    """Every answers file's texts."""
+    files = sorted((run / "answers").rglob("*.jsonl"))
+    return {str(file.relative_to(run)): [json.loads(line)["text"] for line in file.open()] for file in files}
+
+
+def test_a_finished_run_learns_and_asks_nothing_again(lesson: Lesson, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a finished run trains and generates nothing")
+
+    monkeypatch.setattr(sequence, "train_stage", refuse)
+    monkeypatch.setattr("llava_cmoe.evaluation.generate.answer_batch", refuse)
+    before = files_of(lesson.recipe.run)
+    again = sequence.learn(lesson.recipe)
+    after = files_of(lesson.recipe.run)
+    assert again == lesson.results
+    assert after.keys() == before.keys()
+    rewritten = {name for name in after if after[name] != before[name]}
+    assert rewritten <= {"results.json"} and after["results.json"][0] == before["results.json"][0]
+
+
+def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson, recipe_in: Make):
+    recipe = recipe_in("killed")
+    run = recipe.run
+    killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 4)  # in the first task's training
+    assert not list((run / "tasks").iterdir()) and not (run / "answers").exists()
+
+    killed_at(recipe, "llava_cmoe.evaluation.generate", "_append", 2)  # in its evaluation
+    assert [path.name for path in (run / "tasks").iterdir()] == ["01_colours"]
+    (part,) = (run / "answers").rglob("*.part")
+    assert part.read_bytes().count(b"\n") == tiny.BATCH
+
+    killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 2)  # in the second task's probing
+    killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 6)  # in its training
+    assert not list((run / "tasks").glob("*02_sides*"))
+
+    killed_at(recipe, "llava_cmoe.registry.store", "_write", 1)  # in its commit: tensors are there, the record is not
+    (partial,) = (run / "tasks").glob(".*.partial")
+    assert {file.name for file in partial.iterdir()} == {f"{group}.safetensors" for group in ("experts", "routers", "locator")}
+
+    killed_at(recipe, "llava_cmoe.evaluation.generate", "write_answers", 3)  # where the answers of a cell are merged
+    killed_at(recipe, "llava_cmoe.sequence", "write_results", 1)
+    assert not (run / "results.json").exists()
+
+    results = sequence.learn(recipe)
+    assert comparable(results) == comparable(lesson.results) == comparable(read_results(run / "results.json"))
+    last, uninterrupted = (Registry(folder).records()[-1] for folder in (run, lesson.recipe.run))
+    assert last.sha256 == uninterrupted.sha256  # of every tensor, through the chain of records
+    assert not [*run.rglob("*.part*"), *run.rglob(".*")]
+
+
+def test_the_seed_decides_the_run_and_nothing_else_does(lesson: Lesson, recipe_in: Make):
+    same = sequence.learn(recipe_in("same"))
+    assert comparable(same) == comparable(lesson.results)
+    other = recipe_in("other", "cmoe", "seed=1")
+    sequence.learn(other)
+    left, right = (load_file(run / "tasks/01_colours/experts.safetensors") for run in (lesson.recipe.run, other.run))
+    assert left.keys() == right.keys() and not any(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_run_goes_on_after_its_last_task_was_taken_back(lesson: Lesson, recipe_in: Make):
+    recipe = recipe_in("back")
+    shutil.copytree(lesson.recipe.run, recipe.run)
+    for gone in ("tasks/02_sides", "answers/after_02"):
+        shutil.rmtree(recipe.run / gone)
+    assert comparable(sequence.learn(recipe)) == comparable(lesson.results)
+
+
+def test_results_say_what_made_them(lesson: Lesson):
+    results = lesson.results
+    assert results.versions == versions()
+    assert results.base == lesson.run.backbone.fingerprint and results.data == lesson.run.data_fingerprint
+    assert results.recipe["seed"] == results.seed == 0 and "run" not in results.recipe
+    assert set(results.sites) == set(lesson.run.method.host.banks)
+    assert set(results.seconds["sides"]) == {"growing", "probing", "training", "locating"}
+    assert results.stored_bytes["sides"] == sum(
+        file.stat().st_size for file in (lesson.recipe.run / "tasks" / "02_sides").glob("*.safetensors")
+    )
+
+
+def test_a_draw_of_rows_is_seeded_and_a_short_file_is_taken_whole():
+    rows = Dataset.from_dict({"id": list(range(20))})
+    drawn = sequence.draw(rows, 5, seed=3)
+    assert len(set(drawn["id"])) == 5
+    assert drawn["id"][:] == sequence.draw(rows, 5, seed=3)["id"][:] != sequence.draw(rows, 5, seed=4)["id"][:]
+    assert sequence.draw(rows, None, seed=3) is rows and sequence.draw(rows, 21, seed=3) is rows
+
+
+def test_two_processes_learn_what_one_does(recipe_in: Make):
+    # Each process takes means over its own tokens, of losses and of the balance term's factors: without that term, and
+    # with as many learned tokens in every sample, two of batch 2 and one of batch 4 are the same sums in another order.
+    equal = {
+        "cmoe": ("method.experts.balance_weight=0", "method.probe.balance_weight=0", "training.learning_rate=1e-3"),
+        "sequential_lora": ("training.learning_rate=1e-3",),
+    }
+    one = [recipe_in(f"one_{method}", method, *overrides) for method, overrides in equal.items()]
+    halves = ("training.batch_size=2",)
+    two = [recipe_in(f"two_{method}", method, *overrides, *halves) for method, overrides in equal.items()]
+    launch(two)
+    for alone, together in zip(one, two, strict=True):
+        sequence.learn(alone)
+        assert read_results(together.run / "results.json").processes == 2
+        assert answers_of(together.run) == answers_of(alone.run)
+        for left, right in zip(Registry(alone.run).records(), Registry(together.run).records(), strict=True):
+            assert left.facts["growth"]["new_experts"] == right.facts["growth"]["new_experts"]
+            assert left.files.keys() == right.files.keys()
+            folder = f"tasks/{left.index + 1:02d}_{left.name}"
+            for name in left.files:
+                torch.testing.assert_close(
+                    load_file(together.run / folder / name), load_file(alone.run / folder / name), rtol=0, atol=1e-5
+                )
+
+
+def launch(recipes: list[Recipe]) -> None:
+    """Two processes learn some recipes, one after the other. (`--multi_gpu` is what starts several, also without a GPU.)"""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(TESTS / "launched.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [recipe.model_dump_json() for recipe in recipes]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]

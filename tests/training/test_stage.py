@@ -1,0 +1,133 @@
+"""A stage trains what requires gradients, the same from the same seed, with the method's terms in the loss."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import LlavaForConditionalGeneration
+
+from llava_cmoe.records import StageReport
+from llava_cmoe.settings import TrainingSettings
+from llava_cmoe.training.stage import train_stage
+
+NUM_ROWS, TRAINED = 12, "lm_head.weight"
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """Samples of 6 to 9 tokens of which the last two are learned."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.rows = [torch.randint(4, 300, (6 + number % 4,), generator=generator) for number in range(NUM_ROWS)]
+
+    def __len__(self) -> int:
+        return NUM_ROWS
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids_T = self.rows[index]
+        labels_T = ids_T.clone()
+        labels_T[:-2] = -100
+        return {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T), "labels": labels_T}
+
+
+@contextmanager
+def plain(batch: Mapping[str, Tensor]) -> Iterator[Any]:
+    yield float
+
+
+@pytest.fixture
+def student(tiny_llava: LlavaForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """A model of which one matrix may be trained."""
+    tiny_llava.requires_grad_(False).get_parameter(TRAINED).requires_grad_()
+    return tiny_llava
+
+
+def train(
+    model: LlavaForConditionalGeneration, folder: Path, learning: Any = plain, seed: int = 0, **settings: Any
+) -> tuple[Tensor, StageReport]:
+    """Train a copy of the model; what its one matrix became, and the report."""
+    student = deepcopy(model)
+    given = TrainingSettings(**{"batch_size": 4, "learning_rate": 1e-2, **settings})
+    report = train_stage(student, Rows(), learning, given, pad_token_id=0, seed=seed, folder=folder)
+    assert not student.training
+    changed = [name for name, value in student.named_parameters() if not torch.equal(value, model.get_parameter(name))]
+    assert changed == [TRAINED]
+    return student.get_parameter(TRAINED).detach(), report
+
+
+def test_a_seed_makes_a_stage_the_same_bits(student: LlavaForConditionalGeneration, tmp_path: Path):
+    first, report = train(student, tmp_path)
+    torch.rand(3)  # what was drawn before does not matter
+    second, again = train(student, tmp_path)
+    other, _ = train(student, tmp_path, seed=1)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    assert (report.first_loss, report.last_loss) == (again.first_loss, again.last_loss)
+
+
+def test_a_report_counts_steps_and_samples_and_the_loss_falls(student: LlavaForConditionalGeneration, tmp_path: Path):
+    _, report = train(student, tmp_path, epochs=10)
+    assert (report.steps, report.samples) == (10 * NUM_ROWS // 4, NUM_ROWS)
+    assert report.last_loss < report.first_loss - 0.5 and report.seconds > 0
+
+
+def test_progress_is_told_after_every_step(student: LlavaForConditionalGeneration, tmp_path: Path):
+    told: list[tuple[int, int]] = []
+    train_stage(
+        student,
+        Rows(),
+        plain,
+        TrainingSettings(batch_size=4),
+        pad_token_id=0,
+        seed=0,
+        folder=tmp_path,
+        progress=lambda done, total: told.append((done, total)),
+    )
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_nothing_is_written(student: LlavaForConditionalGeneration, tmp_path: Path):
+    train(student, tmp_path / "trainer")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_constant_term_raises_the_loss_and_teaches_nothing(student: LlavaForConditionalGeneration, tmp_path: Path):
+    @contextmanager
+    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
+        yield lambda: 3.0
+
+    without, report = train(student, tmp_path)
+    with_term, raised = train(student, tmp_path, learning)
+    assert torch.equal(without, with_term)
+    assert raised.first_loss == pytest.approx(report.first_loss + 3, abs=1e-5)
+
+
+def test_terms_are_read_after_forward_and_the_context_lasts_through_backward(
+    student: LlavaForConditionalGeneration, tmp_path: Path
+):
+    seen: list[str] = []
+
+    @contextmanager
+    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
+        seen.append(f"open {len(batch['input_ids'])}")
+        yield lambda: seen.append("term") or 0.0
+        seen.append("close")
+
+    watched = deepcopy(student)
+    watched.lm_head.register_forward_hook(lambda *_: seen.append("forward"))
+    watched.lm_head.weight.register_post_accumulate_grad_hook(lambda _: seen.append("backward"))
+    settings = TrainingSettings(batch_size=12)
+    train_stage(watched, Rows(), learning, settings, pad_token_id=0, seed=0, folder=tmp_path)
+    assert seen == ["open 12", "forward", "term", "backward", "close"]
+
+
+def test_accumulated_batches_are_one_large_batch(student: LlavaForConditionalGeneration, tmp_path: Path):
+    whole, report = train(student, tmp_path, batch_size=4)
+    parts, same = train(student, tmp_path, batch_size=2, accumulation=2)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)
+    assert same.steps == report.steps and same.first_loss == pytest.approx(report.first_loss, abs=1e-5)
