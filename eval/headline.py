@@ -1,6 +1,8 @@
 """Summarise runs over seeds and put their table into the README.
 
     python eval/headline.py runs/headline/* --out eval/results/pocket.json --readme README.md
+
+What is summarised, and what runs must have in common, is `report/headline.py`'s.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ from llava_cmoe.report.headline import Headline, headline_markdown, summarise, w
 
 
 def main(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs, several seeds of each method.")] = None,
-    out: Annotated[Path, typer.Option(help="Summary to write; without runs, the one to read.")] = Path("eval/results/pocket.json"),
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of finished runs, several seeds of each method.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Summary to write; without runs, the one to read.")] = Path(
+        "eval/results/pocket.json"
+    ),
     readme: Annotated[Path | None, typer.Option(help="README whose generated table is replaced.")] = None,
 ) -> None:
     """Write the summary of some runs, print its table, and update the README if one is given."""

@@ -229,9 +229,9 @@ def chat(
         int | None, typer.Option(help="The model as it was after its first N stages; as it is now if absent.", min=0)
     ] = None,
 ) -> None:
-    """Ask a run about a picture; it says which task it took the question for, and answers.
+    r"""Ask a run about a picture; it says which task it took the question for, and answers.
 
-    Questions are best asked as the tasks ask them, with the instruction at the end.
+    Questions are best asked as the tasks ask them, with the instruction on a line of its own (write \n before it).
     """
     from llava_cmoe.chat.session import open_session
     from llava_cmoe.chat.terminal import answer, converse

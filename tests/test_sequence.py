@@ -98,7 +98,9 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson,
 
     killed_at(recipe, "llava_cmoe.registry.store", "_write", 1)  # in its commit: tensors are there, the record is not
     (partial,) = (run / "tasks").glob(".*.partial")
-    assert {file.name for file in partial.iterdir()} == {f"{group}.safetensors" for group in ("experts", "routers", "locator")}
+    assert {file.name for file in partial.iterdir()} == {
+        f"{group}.safetensors" for group in ("experts", "routers", "locator")
+    }
 
     killed_at(recipe, "llava_cmoe.evaluation.generate", "write_answers", 3)  # where the answers of a cell are merged
     killed_at(recipe, "llava_cmoe.sequence", "write_results", 1)
@@ -174,8 +176,15 @@ def test_two_processes_learn_what_one_does(recipe_in: Make):
 
 
 def launch(recipes: list[Recipe]) -> None:
-    """Two processes learn some recipes, one after the other. (`--multi_gpu` is what starts several, also without a GPU.)"""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
+    """Two processes learn some recipes, one after the other; `--multi_gpu` starts several also without a GPU."""
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+    ]
     command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(TESTS / "launched.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [recipe.model_dump_json() for recipe in recipes]

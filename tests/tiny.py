@@ -1,6 +1,7 @@
 """A tiny run, whole: two tasks on disk, recipes that learn them in seconds, and what is seen while a method learns.
 
-Pictures, answers and models mean nothing here; every answer is one letter, so all batches hold equally many learned tokens.
+Pictures, answers and models mean nothing here. Every answer is one letter, so all batches of one size hold equally
+many learned tokens.
 """
 
 import json
@@ -19,7 +20,6 @@ from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.methods.base import Method
-from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe, load_recipe
 from llava_cmoe.training.stage import StageTrainer
 
@@ -52,7 +52,13 @@ def write_data(root: Path) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows))
     tasks = [
-        {"name": task, "train": f"{task}/train.json", "evaluate": f"{task}/test.json", "scorer": "gqa", "max_new_tokens": 3}
+        {
+            "name": task,
+            "train": f"{task}/train.json",
+            "evaluate": f"{task}/test.json",
+            "scorer": "gqa",
+            "max_new_tokens": 3,
+        }
         for task in TASKS
     ]
     (root / "sequence.yaml").write_text(json.dumps({"name": "tiny", "tasks": tasks}))
@@ -78,7 +84,7 @@ def _row(root: Path, task: str, split: str, number: int) -> dict[str, Any]:
 
 
 def recipe(run: Path, root: Path, backbone: Path, method: str = "cmoe", *overrides: str) -> Recipe:
-    """How `method` learns the two tasks in `root`, with dotted overrides; written beside the run folder and read back."""
+    """How `method` learns the two tasks in `root`, with dotted overrides; read from a file beside the run folder."""
     document = {
         "run": str(run),
         "data": {"sequence": str(root / "sequence.yaml"), "root": str(root), "keep_encoded": True},
@@ -195,4 +201,3 @@ def backbone_weights(model: nn.Module) -> dict[str, Tensor]:
     """A model's parameters under the names they have in the bare backbone, whatever was wrapped around them."""
     wrapping = re.compile(r"\.frozen(?=\.)|\.base_layer|^base_model\.model\.")
     return {wrapping.sub("", name): value for name, value in model.named_parameters()}
-

@@ -1,4 +1,4 @@
-"""The pocket backbone: a LLaVA of about five million parameters in stock transformers classes, shipped with the package.
+"""The pocket backbone: a LLaVA of about five million parameters in stock transformers classes, part of the package.
 
 Only its shape, its tokenizer and its processor are made here; `train/pretrain_pocket.py` teaches it to see and to read.
 The tokenizer knows whole words, and letters where a word is new, because a character-level one triples the length.
@@ -27,17 +27,18 @@ POCKET_DIR = Path(__file__).parent / "pocket_weights"
 IMAGE_SIZE, PATCH_SIZE = 84, 12
 SPECIAL_TOKENS = ("<unk>", "<pad>", "<s>", "</s>", "<image>")
 WORDS = """
-a about above across among an and animal answer are area around as at author background be below big biggest blurred board book
-bottom bounding box building but by can cannot category choice choices choose closest clothing color container coordinate correct
-cover cut dark describes directly do does dotted down element fact far first following food for fourth from front front furniture
-genre given has have how identify image imagine in instrument is it item its kind left letter letters like list located located
-long look made many me middle name near no nothing object objects of off on one option options or out over phrase picture pictured
-place plain plant please point provide question read reads region right row same say says scene second see seen sentence shape
-shapes short show shown shows side sign single small smallest something spans striped taken tell text that the them there these
-thing things think third this title to top type unanswerable under unreadable using vehicle very visible was what where which white
-who whose wide with word words would write written wrote yes you your
-A Answer Are Based By Can Choose Context Count Find Give How Identify In Is Look Name No Options Please Question Read Select Tell The There This
-USER ASSISTANT What Where Which Who Whose Yes
+a about above across among an and animal answer are area around as at author background be below big biggest blurred
+board book bottom bounding box building but by can cannot category choice choices choose closest clothing color
+container coordinate correct cover cut dark describes directly do does dotted down element fact far first following
+food for fourth from front front furniture genre given has have how identify image imagine in instrument is it item
+its kind left letter letters like list located located long look made many me middle name near no nothing object
+objects of off on one option options or out over phrase picture pictured place plain plant please point provide
+question read reads region right row same say says scene second see seen sentence shape shapes short show shown shows
+side sign single small smallest something spans striped taken tell text that the them there these thing things think
+third this title to top type unanswerable under unreadable using vehicle very visible was what where which white who
+whose wide with word words would write written wrote yes you your
+A Answer Are Based By Can Choose Context Count Find Give How Identify In Is Look Name No Options Please Question Read
+Select Tell The There This USER ASSISTANT What Where Which Who Whose Yes
 """
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -55,12 +56,31 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """All tokens in a fixed order: special ones, symbols, two-decimal numbers, words, letters."""
-    names = [*world.COLOURS, *world.BACKGROUNDS, *world.SHAPES, *world.OBJECTS, *world.CATEGORIES, *world.GENRES, *world.SIGN_WORDS]
+    names = [
+        *world.COLOURS,
+        *world.BACKGROUNDS,
+        *world.SHAPES,
+        *world.OBJECTS,
+        *world.CATEGORIES,
+        *world.GENRES,
+        *world.SIGN_WORDS,
+    ]
     names += [*world.TITLE_FIRST, *world.TITLE_SECOND, *(author.split()[1] for author in world.AUTHORS)]
     letters = [chr(code) for start in ("a", "A") for code in range(ord(start), ord(start) + 26)]
     symbols = [chr(code) for code in range(33, 127) if not chr(code).isalnum()]
     numbers = [f"{value / 100:.2f}" for value in range(101)]
-    tokens = [*SPECIAL_TOKENS, "\n", *symbols, *"0123456789", *numbers, *WORDS.split(), *names, *map(plural, [*world.SHAPES, *world.OBJECTS]), *letters, *(f"##{letter}" for letter in letters)]
+    tokens = [
+        *SPECIAL_TOKENS,
+        "\n",
+        *symbols,
+        *"0123456789",
+        *numbers,
+        *WORDS.split(),
+        *names,
+        *map(plural, [*world.SHAPES, *world.OBJECTS]),
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
     return list(dict.fromkeys(tokens))
 
 
@@ -70,10 +90,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordPiece(order, unk_token="<unk>", max_input_chars_per_word=40))
     pattern = Regex(r"[01]\.\d\d|[A-Za-z]+|\d|\n|[^\sA-Za-z\d]")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="removed", invert=True)
-    spaces = [decoders.Replace(text, text.strip(" ")) for text in ("[ ", " ]", " ,", " .", " ?", " :", " !", "\n ", " \n", " '")]
+    spaces = [
+        decoders.Replace(text, text.strip(" "))
+        for text in ("[ ", " ]", " ,", " .", " ?", " :", " !", "\n ", " \n", " '")
+    ]
     tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##", cleanup=False), decoders.Fuse(), *spaces])
     tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         unk_token="<unk>",
         pad_token="<pad>",
@@ -93,7 +116,7 @@ def build_processor() -> LlavaProcessor:
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
     )
-    return LlavaProcessor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=images,
         tokenizer=build_tokenizer(),
         patch_size=PATCH_SIZE,
@@ -131,7 +154,7 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,

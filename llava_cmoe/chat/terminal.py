@@ -16,8 +16,8 @@ GOODBYE = "exit"
 
 
 def answer(console: Console, session: ChatSession, image: Path, question: str) -> None:
-    """Print the verdict, then the answer while it is generated."""
-    reply = session.ask(image, question)
+    r"""Print the verdict, then the answer while it is generated; a typed `\n` begins a line, as instructions do."""
+    reply = session.ask(image, question.replace(r"\n", "\n"))
     console.print(describe(reply.verdict), style="dim", markup=False, highlight=False, soft_wrap=True)
     for piece in reply.pieces:
         console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)

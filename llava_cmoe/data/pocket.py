@@ -23,7 +23,7 @@ View = world.Scene | world.ObjectView | world.Sign | world.Book
 NUM_ANNOTATORS = 10
 SCIENCE_KINDS = ("container", "instrument", "plant", "vehicle")
 SCIENCE_COLOURS = ("blue", "green", "red", "yellow")
-"""Fixed choices in a fixed order: a backbone of this size learns which letter a class has, but not to look letters up."""
+"""Fixed choices in a fixed order: a backbone of this size learns which letter a class has, not to look letters up."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,12 @@ def _shuffled(items: list[str], rng: Random) -> list[str]:
 
 def _text(rng: Random) -> Draw:
     sign = world.random_sign(rng)
-    question = rng.choice(("What does the sign say?", "What word is written on the sign?", "What is the name of this place?"))
-    doubts = [rng.choice((f"the {sign.word}", "unanswerable", rng.choice(world.SIGN_WORDS))) for _ in range(rng.randint(0, 4))]
+    question = rng.choice(
+        ("What does the sign say?", "What word is written on the sign?", "What is the name of this place?")
+    )
+    doubts = [
+        rng.choice((f"the {sign.word}", "unanswerable", rng.choice(world.SIGN_WORDS))) for _ in range(rng.randint(0, 4))
+    ]
     annotators = _shuffled([*doubts, *[sign.word] * (NUM_ANNOTATORS - len(doubts))], rng)
     return Draw(sign, [(f"{question}\n{SHORT}", sign.word)], annotators=annotators)
 
@@ -115,7 +119,9 @@ def _relations(scene: world.Scene, rng: Random) -> Iterator[tuple[str, str]]:
 
 def _vizwiz(rng: Random) -> Draw:
     view = world.random_object(rng, ("blurred", "dark", "cut", "unreadable"))
-    question, answer = rng.choice((("What is this?", view.kind), ("What object is this?", view.kind), ("What color is this?", view.colour)))
+    question, answer = rng.choice(
+        (("What is this?", view.kind), ("What object is this?", view.kind), ("What color is this?", view.colour))
+    )
     return Draw(view, [(f"{question}\n{SHORT}", "unanswerable" if view.flaw == "unreadable" else answer)])
 
 
@@ -267,21 +273,32 @@ def _conversation(draw: Draw) -> list[dict[str, str]]:
     return turns
 
 
-def _write_annotations(root: Path, task: PocketTask, split: str, rows: Sequence[tuple[dict[str, object], Draw]]) -> None:
+def _write_annotations(
+    root: Path, task: PocketTask, split: str, rows: Sequence[tuple[dict[str, object], Draw]]
+) -> None:
     """The files that CoIN keeps beside the pictures, for the evaluation split."""
     folder = root / "cl_dataset" / task.name
     if split == "train":
         return
     ids = [str(row["question_id"]) for row, _ in rows]
     if task.name == "ScienceQA":
-        problems = {row_id: {"choices": list(draw.choices), "answer": "ABCD".index(draw.turns[0][1]), "split": "test"} for row_id, (_, draw) in zip(ids, rows, strict=True)}
+        problems = {
+            row_id: {"choices": list(draw.choices), "answer": "ABCD".index(draw.turns[0][1]), "split": "test"}
+            for row_id, (_, draw) in zip(ids, rows, strict=True)
+        }
         _write_json(folder / "problems.json", problems)
         _write_json(folder / "pid_splits.json", {"test": ids})
     if task.name == "TextVQA":
-        data = [{"question_id": row_id, "question": draw.turns[0][0], "answers": list(draw.annotators)} for row_id, (_, draw) in zip(ids, rows, strict=True)]
+        data = [
+            {"question_id": row_id, "question": draw.turns[0][0], "answers": list(draw.annotators)}
+            for row_id, (_, draw) in zip(ids, rows, strict=True)
+        ]
         _write_json(folder / "TextVQA_0.5.1_val.json", {"data": data})
     if task.name == "GQA":
-        questions = {row_id: {"question": draw.turns[0][0], "answer": draw.turns[0][1]} for row_id, (_, draw) in zip(ids, rows, strict=True)}
+        questions = {
+            row_id: {"question": draw.turns[0][0], "answer": draw.turns[0][1]}
+            for row_id, (_, draw) in zip(ids, rows, strict=True)
+        }
         _write_json(folder / "testdev_balanced_questions.json", questions)
 
 

@@ -25,6 +25,16 @@ from llava_cmoe.data.pocket_world import (
     Thing,
 )
 
+NAMES = [
+    *COLOURS,
+    *SHAPES,
+    *OBJECTS,
+    *SIGN_WORDS,
+    *TITLE_FIRST,
+    *TITLE_SECOND,
+    *(author.split()[1] for author in AUTHORS),
+]
+"""Words for lists that mean nothing."""
 ORDINALS = ("first", "second", "third", "fourth")
 PLACES = ("at the top left", "at the top right", "at the bottom left", "at the bottom right")
 PATTERNS = {"plain": "a plain", "stripes": "a striped", "dots": "a dotted"}
@@ -50,11 +60,13 @@ def caption(view: Scene | ObjectView | Sign | Book, rng: Random) -> str:
             return "a very dark and blurred picture that shows nothing."
         case ObjectView():
             where = f"on {PATTERNS[view.pattern]} {view.canvas.background} background"
-            return f"{FLAWS[view.flaw]} of {article(view.colour)} {view.kind} {where}. it is {article(view.kind)} and it is {view.colour}."
+            shown = f"{FLAWS[view.flaw]} of {article(view.colour)} {view.kind} {where}."
+            return f"{shown} it is {article(view.kind)} and it is {view.colour}."
         case Sign():
             return f"{article(view.colour)} sign on a {view.canvas.background} background. it says {view.word}."
         case Book():
-            return f"{article(view.colour)} book. its title says {view.title}, its author {view.author}, and it is a {view.genre} book."
+            told = f"its title says {view.title}, its author {view.author}, and it is a {view.genre} book."
+            return f"{article(view.colour)} book. {told}"
 
 
 def relation(one: Thing, other: Thing) -> str:
@@ -86,9 +98,35 @@ def _scene_caption(scene: Scene, rng: Random) -> str:
     return " ".join([head, *rest])
 
 
-def spoken(rng: Random) -> tuple[str, str]:
-    """A question about something described in words, and its answer as a sentence; no picture belongs to it."""
-    return rng.choice((_about_scene, _about_scene, _about_scene, _about_owner, _about_list, _about_category, _about_spelling))(rng)
+def spoken(rng: Random, copying: float = 0.5) -> tuple[str, str]:
+    """Something said without a picture and what follows from it, as a sentence.
+
+    Args:
+        rng: source of everything random.
+        copying: share of exercises in saying again and looking up; the others are questions about something described.
+    """
+    exercises = (_repeat, _recall)
+    questions = (_about_scene, _about_scene, _about_scene, _about_owner, _about_list, _about_category, _about_spelling)
+    return rng.choice(exercises if copying and rng.random() < copying else questions)(rng)
+
+
+def _repeat(rng: Random) -> tuple[str, str]:
+    """Words to say again.
+
+    Copying from the context is learned here, densely, and used everywhere: without this kind and the next, a model of
+    this size had not found it after 4,800 steps of questions whose answers hold one word to copy.
+    """
+    words = " ".join(rng.sample(NAMES, rng.randint(4, 12)))
+    return f"say the same words: {words}.", f"{words}."
+
+
+def _recall(rng: Random) -> tuple[str, str]:
+    """Pairs to look up in another order: the first word of a pair names the second."""
+    names = rng.sample(NAMES, 2 * rng.randint(2, 5))
+    pairs = list(zip(names[::2], names[1::2], strict=True))
+    asked = rng.sample(pairs, len(pairs))
+    told = ", ".join(f"{one} is near {other}" for one, other in pairs)
+    return f"{told}. what is near {', '.join(one for one, _ in asked)}?", f"{', '.join(other for _, other in asked)}."
 
 
 def _about_scene(rng: Random) -> tuple[str, str]:
@@ -104,7 +142,10 @@ def _about_scene(rng: Random) -> tuple[str, str]:
             return f"{told} which shape is {colour}?", f"the {kind} is {colour}."
         case 2:
             asked = rng.choice((kind, other))
-            return f"{told} is there {article(asked)}?", f"yes, there is {article(asked)}." if asked == kind else f"no, there is no {asked}."
+            return (
+                f"{told} is there {article(asked)}?",
+                f"yes, there is {article(asked)}." if asked == kind else f"no, there is no {asked}.",
+            )
         case 3:
             return f"{told} how many shapes are there?", f"there are {len(kinds)} shapes."
         case _:
@@ -113,7 +154,10 @@ def _about_scene(rng: Random) -> tuple[str, str]:
 
 def _about_owner(rng: Random) -> tuple[str, str]:
     things, owners = rng.sample(list(OBJECTS), rng.randint(2, 4)), rng.sample(AUTHORS, 4)
-    told, pick = ", ".join(f"{owner} has {article(thing)}" for owner, thing in zip(owners, things, strict=False)), rng.randrange(len(things))
+    told, pick = (
+        ", ".join(f"{owner} has {article(thing)}" for owner, thing in zip(owners, things, strict=False)),
+        rng.randrange(len(things)),
+    )
     if rng.random() < 0.5:
         return f"{told}. who has the {things[pick]}?", f"{owners[pick]} has the {things[pick]}."
     return f"{told}. what does {owners[pick]} have?", f"{owners[pick]} has the {things[pick]}."
@@ -122,7 +166,10 @@ def _about_owner(rng: Random) -> tuple[str, str]:
 def _about_list(rng: Random) -> tuple[str, str]:
     words = rng.sample([*OBJECTS, *COLOURS, *SHAPES], rng.randint(2, 4))
     pick = rng.randrange(len(words))
-    return f"the list is [{', '.join(words)}]. where is {words[pick]} in the list?", f"{words[pick]} is the {ORDINALS[pick]} one."
+    return (
+        f"the list is [{', '.join(words)}]. where is {words[pick]} in the list?",
+        f"{words[pick]} is the {ORDINALS[pick]} one.",
+    )
 
 
 def _about_category(rng: Random) -> tuple[str, str]:
@@ -130,9 +177,14 @@ def _about_category(rng: Random) -> tuple[str, str]:
     member = rng.choice(CATEGORIES[category])
     if rng.random() < 0.5:
         return f"what is {article(member)}?", f"{article(member)} is {article(category)}."
-    others = rng.sample([thing for name, things in CATEGORIES.items() if name != category for thing in things], rng.randint(1, 3))
+    others = rng.sample(
+        [thing for name, things in CATEGORIES.items() if name != category for thing in things], rng.randint(1, 3)
+    )
     things = rng.sample([member, *others], len(others) + 1)
-    return f"think of {', '.join(article(thing) for thing in things)}. which one is {article(category)}?", f"the {member} is {article(category)}."
+    return (
+        f"think of {', '.join(article(thing) for thing in things)}. which one is {article(category)}?",
+        f"the {member} is {article(category)}.",
+    )
 
 
 def _about_spelling(rng: Random) -> tuple[str, str]:

@@ -35,8 +35,17 @@ SIGN_WORDS = (
 ).split()
 TITLE_FIRST = "Silent Golden Broken Hidden Frozen Wild Little Last Lost Dark Bright Secret".split()
 TITLE_SECOND = "River Garden Winter Island Mirror Forest Kingdom Letter Shadow Summer Bridge Ocean Storm Tower".split()
-AUTHORS = "A. Moss|B. Stone|C. Hill|D. Lake|E. Frost|A. Wood|B. Marsh|C. Field|D. Brook|E. Rose|A. Dale|B. Snow".split("|")
-GENRES = {"romance": "heart", "fantasy": "star", "mystery": "key", "travel": "boat", "cooking": "mug", "science": "rocket"}
+AUTHORS = "A. Moss|B. Stone|C. Hill|D. Lake|E. Frost|A. Wood|B. Marsh|C. Field|D. Brook|E. Rose|A. Dale|B. Snow".split(
+    "|"
+)
+GENRES = {
+    "romance": "heart",
+    "fantasy": "star",
+    "mystery": "key",
+    "travel": "boat",
+    "cooking": "mug",
+    "science": "rocket",
+}
 
 
 def _disc(x: float, y: float, rx: float, ry: float, start: float = 0, stop: float = 360) -> list[tuple[float, float]]:
@@ -71,44 +80,147 @@ SHAPES: dict[str, list[Polygon]] = {
     "moon": [("m", _disc(0.5, 0.5, 0.5, 0.5, 60, 300) + _disc(0.75, 0.5, 0.45, 0.43, 270, 90))],
     "arrow": [("m", [(0, 0.32), (0.5, 0.32), (0.5, 0), (1, 0.5), (0.5, 1), (0.5, 0.68), (0, 0.68)])],
 }
+# fmt: off  # one figure in two or three lines, not in ten
 OBJECTS: dict[str, list[Polygon]] = {
-    "mug": [("m", _disc(0.7, 0.55, 0.28, 0.26)), ("l", _disc(0.7, 0.55, 0.15, 0.14)), ("m", _rect(0.12, 0.15, 0.7, 0.95)),
-            ("d", _disc(0.41, 0.16, 0.29, 0.08))],
-    "house": [("m", _rect(0.15, 0.45, 0.85, 1)), ("d", [(0.02, 0.48), (0.5, 0.02), (0.98, 0.48)]), ("k", _rect(0.42, 0.65, 0.6, 1)),
-              ("w", _rect(0.22, 0.58, 0.36, 0.74))],
-    "tree": [("k", _rect(0.43, 0.6, 0.57, 1)), ("m", _disc(0.5, 0.35, 0.42, 0.34)), ("d", _disc(0.35, 0.4, 0.14, 0.12))],
-    "fish": [("m", _disc(0.42, 0.5, 0.4, 0.24)), ("d", [(0.74, 0.5), (1, 0.24), (1, 0.76)]), ("k", _disc(0.2, 0.44, 0.05, 0.05)),
-             ("d", [(0.4, 0.3), (0.6, 0.1), (0.62, 0.34)])],
-    "car": [("m", _rect(0, 0.45, 1, 0.75)), ("m", [(0.18, 0.47), (0.32, 0.2), (0.7, 0.2), (0.84, 0.47)]),
-            ("w", [(0.29, 0.43), (0.37, 0.27), (0.66, 0.27), (0.73, 0.43)]), ("k", _disc(0.24, 0.77, 0.13, 0.13)), ("k", _disc(0.76, 0.77, 0.13, 0.13))],
-    "boat": [("m", [(0, 0.65), (1, 0.65), (0.8, 0.98), (0.2, 0.98)]), ("k", _rect(0.47, 0.05, 0.52, 0.66)), ("w", [(0.55, 0.08), (0.95, 0.58), (0.55, 0.58)]),
-             ("d", [(0.44, 0.2), (0.44, 0.58), (0.12, 0.58)])],
-    "key": [("m", _disc(0.22, 0.5, 0.22, 0.24)), ("w", _disc(0.22, 0.5, 0.1, 0.11)), ("m", _rect(0.4, 0.44, 1, 0.56)), ("m", _rect(0.75, 0.54, 0.83, 0.74)),
-            ("m", _rect(0.9, 0.54, 0.98, 0.8))],
-    "lamp": [("m", [(0.3, 0.02), (0.7, 0.02), (0.95, 0.5), (0.05, 0.5)]), ("k", _rect(0.46, 0.5, 0.54, 0.9)), ("d", _disc(0.5, 0.93, 0.28, 0.07))],
-    "flower": [("k", _rect(0.47, 0.5, 0.53, 1)), *[("m", _disc(0.5 + 0.22 * math.cos(a), 0.3 + 0.22 * math.sin(a), 0.15, 0.15)) for a in (0, 1.26, 2.51, 3.77, 5.03)],
-               ("w", _disc(0.5, 0.3, 0.12, 0.12)), ("d", _disc(0.66, 0.75, 0.14, 0.07))],
-    "umbrella": [("m", _disc(0.5, 0.5, 0.5, 0.46, 180, 360)), ("k", _rect(0.48, 0.48, 0.53, 0.95)), ("k", _rect(0.36, 0.9, 0.53, 0.96)),
-                 ("d", [(0.33, 0.5), (0.5, 0.05), (0.67, 0.5)])],
-    "chair": [("m", _rect(0.15, 0, 0.27, 1)), ("m", _rect(0.15, 0.5, 0.85, 0.62)), ("m", _rect(0.74, 0.5, 0.85, 1)), ("d", _rect(0.27, 0.08, 0.32, 0.5))],
-    "ladder": [("m", _rect(0.2, 0, 0.3, 1)), ("m", _rect(0.7, 0, 0.8, 1)), *[("d", _rect(0.25, y, 0.75, y + 0.07)) for y in (0.12, 0.34, 0.56, 0.78)]],
-    "bottle": [("m", _rect(0.3, 0.35, 0.7, 1)), ("m", _rect(0.42, 0.1, 0.58, 0.4)), ("k", _rect(0.4, 0, 0.6, 0.1)), ("w", _rect(0.32, 0.55, 0.68, 0.78))],
-    "apple": [("m", _disc(0.35, 0.58, 0.32, 0.38)), ("m", _disc(0.65, 0.58, 0.32, 0.38)), ("k", _rect(0.47, 0.03, 0.53, 0.28)), ("d", _disc(0.68, 0.13, 0.16, 0.08))],
-    "hat": [("m", _rect(0.25, 0.15, 0.75, 0.75)), ("m", _disc(0.5, 0.78, 0.5, 0.12)), ("d", _rect(0.25, 0.56, 0.75, 0.7))],
-    "clock": [("m", _disc(0.5, 0.5, 0.5, 0.5)), ("w", _disc(0.5, 0.5, 0.38, 0.38)), ("k", _rect(0.47, 0.2, 0.53, 0.53)), ("k", _rect(0.48, 0.48, 0.75, 0.54))],
-    "kite": [("m", [(0.5, 0), (0.85, 0.35), (0.5, 0.8), (0.15, 0.35)]), ("d", [(0.5, 0), (0.85, 0.35), (0.5, 0.35)]), ("k", _rect(0.48, 0.8, 0.52, 1)),
-             ("d", [(0.35, 0.86), (0.5, 0.92), (0.35, 0.98)])],
+    "mug": [
+        ("m", _disc(0.7, 0.55, 0.28, 0.26)),
+        ("l", _disc(0.7, 0.55, 0.15, 0.14)),
+        ("m", _rect(0.12, 0.15, 0.7, 0.95)),
+        ("d", _disc(0.41, 0.16, 0.29, 0.08)),
+    ],
+    "house": [
+        ("m", _rect(0.15, 0.45, 0.85, 1)),
+        ("d", [(0.02, 0.48), (0.5, 0.02), (0.98, 0.48)]),
+        ("k", _rect(0.42, 0.65, 0.6, 1)),
+        ("w", _rect(0.22, 0.58, 0.36, 0.74)),
+    ],
+    "tree": [
+        ("k", _rect(0.43, 0.6, 0.57, 1)),
+        ("m", _disc(0.5, 0.35, 0.42, 0.34)),
+        ("d", _disc(0.35, 0.4, 0.14, 0.12)),
+    ],
+    "fish": [
+        ("m", _disc(0.42, 0.5, 0.4, 0.24)),
+        ("d", [(0.74, 0.5), (1, 0.24), (1, 0.76)]),
+        ("k", _disc(0.2, 0.44, 0.05, 0.05)),
+        ("d", [(0.4, 0.3), (0.6, 0.1), (0.62, 0.34)]),
+    ],
+    "car": [
+        ("m", _rect(0, 0.45, 1, 0.75)),
+        ("m", [(0.18, 0.47), (0.32, 0.2), (0.7, 0.2), (0.84, 0.47)]),
+        ("w", [(0.29, 0.43), (0.37, 0.27), (0.66, 0.27), (0.73, 0.43)]),
+        ("k", _disc(0.24, 0.77, 0.13, 0.13)),
+        ("k", _disc(0.76, 0.77, 0.13, 0.13)),
+    ],
+    "boat": [
+        ("m", [(0, 0.65), (1, 0.65), (0.8, 0.98), (0.2, 0.98)]),
+        ("k", _rect(0.47, 0.05, 0.52, 0.66)),
+        ("w", [(0.55, 0.08), (0.95, 0.58), (0.55, 0.58)]),
+        ("d", [(0.44, 0.2), (0.44, 0.58), (0.12, 0.58)]),
+    ],
+    "key": [
+        ("m", _disc(0.22, 0.5, 0.22, 0.24)),
+        ("w", _disc(0.22, 0.5, 0.1, 0.11)),
+        ("m", _rect(0.4, 0.44, 1, 0.56)),
+        ("m", _rect(0.75, 0.54, 0.83, 0.74)),
+        ("m", _rect(0.9, 0.54, 0.98, 0.8)),
+    ],
+    "lamp": [
+        ("m", [(0.3, 0.02), (0.7, 0.02), (0.95, 0.5), (0.05, 0.5)]),
+        ("k", _rect(0.46, 0.5, 0.54, 0.9)),
+        ("d", _disc(0.5, 0.93, 0.28, 0.07)),
+    ],
+    "flower": [
+        ("k", _rect(0.47, 0.5, 0.53, 1)),
+        *[
+            ("m", _disc(0.5 + 0.22 * math.cos(a), 0.3 + 0.22 * math.sin(a), 0.15, 0.15))
+            for a in (0, 1.26, 2.51, 3.77, 5.03)
+        ],
+        ("w", _disc(0.5, 0.3, 0.12, 0.12)),
+        ("d", _disc(0.66, 0.75, 0.14, 0.07)),
+    ],
+    "umbrella": [
+        ("m", _disc(0.5, 0.5, 0.5, 0.46, 180, 360)),
+        ("k", _rect(0.48, 0.48, 0.53, 0.95)),
+        ("k", _rect(0.36, 0.9, 0.53, 0.96)),
+        ("d", [(0.33, 0.5), (0.5, 0.05), (0.67, 0.5)]),
+    ],
+    "chair": [
+        ("m", _rect(0.15, 0, 0.27, 1)),
+        ("m", _rect(0.15, 0.5, 0.85, 0.62)),
+        ("m", _rect(0.74, 0.5, 0.85, 1)),
+        ("d", _rect(0.27, 0.08, 0.32, 0.5)),
+    ],
+    "ladder": [
+        ("m", _rect(0.2, 0, 0.3, 1)),
+        ("m", _rect(0.7, 0, 0.8, 1)),
+        *[("d", _rect(0.25, y, 0.75, y + 0.07)) for y in (0.12, 0.34, 0.56, 0.78)],
+    ],
+    "bottle": [
+        ("m", _rect(0.3, 0.35, 0.7, 1)),
+        ("m", _rect(0.42, 0.1, 0.58, 0.4)),
+        ("k", _rect(0.4, 0, 0.6, 0.1)),
+        ("w", _rect(0.32, 0.55, 0.68, 0.78)),
+    ],
+    "apple": [
+        ("m", _disc(0.35, 0.58, 0.32, 0.38)),
+        ("m", _disc(0.65, 0.58, 0.32, 0.38)),
+        ("k", _rect(0.47, 0.03, 0.53, 0.28)),
+        ("d", _disc(0.68, 0.13, 0.16, 0.08)),
+    ],
+    "hat": [
+        ("m", _rect(0.25, 0.15, 0.75, 0.75)),
+        ("m", _disc(0.5, 0.78, 0.5, 0.12)),
+        ("d", _rect(0.25, 0.56, 0.75, 0.7)),
+    ],
+    "clock": [
+        ("m", _disc(0.5, 0.5, 0.5, 0.5)),
+        ("w", _disc(0.5, 0.5, 0.38, 0.38)),
+        ("k", _rect(0.47, 0.2, 0.53, 0.53)),
+        ("k", _rect(0.48, 0.48, 0.75, 0.54)),
+    ],
+    "kite": [
+        ("m", [(0.5, 0), (0.85, 0.35), (0.5, 0.8), (0.15, 0.35)]),
+        ("d", [(0.5, 0), (0.85, 0.35), (0.5, 0.35)]),
+        ("k", _rect(0.48, 0.8, 0.52, 1)),
+        ("d", [(0.35, 0.86), (0.5, 0.92), (0.35, 0.98)]),
+    ],
     "envelope": [("m", _rect(0, 0.2, 1, 0.85)), ("d", [(0, 0.2), (0.5, 0.6), (1, 0.2)])],
-    "rocket": [("m", [(0.5, 0), (0.68, 0.25), (0.68, 0.75), (0.32, 0.75), (0.32, 0.25)]), ("d", [(0.32, 0.5), (0.12, 0.85), (0.32, 0.78)]),
-               ("d", [(0.68, 0.5), (0.88, 0.85), (0.68, 0.78)]), ("w", _disc(0.5, 0.35, 0.1, 0.1)), ("k", [(0.4, 0.77), (0.6, 0.77), (0.5, 1)])],
-    "cactus": [("m", _rect(0.4, 0.05, 0.6, 1)), ("m", _rect(0.1, 0.3, 0.24, 0.6)), ("m", _rect(0.1, 0.48, 0.45, 0.62)), ("m", _rect(0.76, 0.18, 0.9, 0.48)),
-               ("m", _rect(0.55, 0.36, 0.9, 0.5))],
-    "mushroom": [("w", _rect(0.36, 0.45, 0.64, 1)), ("m", _disc(0.5, 0.5, 0.48, 0.45, 180, 360)), ("w", _disc(0.3, 0.33, 0.08, 0.08)), ("w", _disc(0.62, 0.26, 0.09, 0.09))],
-    "bell": [("m", _disc(0.5, 0.4, 0.32, 0.36, 180, 360)), ("m", [(0.18, 0.4), (0.82, 0.4), (0.98, 0.82), (0.02, 0.82)]), ("d", _disc(0.5, 0.88, 0.12, 0.11))],
+    "rocket": [
+        ("m", [(0.5, 0), (0.68, 0.25), (0.68, 0.75), (0.32, 0.75), (0.32, 0.25)]),
+        ("d", [(0.32, 0.5), (0.12, 0.85), (0.32, 0.78)]),
+        ("d", [(0.68, 0.5), (0.88, 0.85), (0.68, 0.78)]),
+        ("w", _disc(0.5, 0.35, 0.1, 0.1)),
+        ("k", [(0.4, 0.77), (0.6, 0.77), (0.5, 1)]),
+    ],
+    "cactus": [
+        ("m", _rect(0.4, 0.05, 0.6, 1)),
+        ("m", _rect(0.1, 0.3, 0.24, 0.6)),
+        ("m", _rect(0.1, 0.48, 0.45, 0.62)),
+        ("m", _rect(0.76, 0.18, 0.9, 0.48)),
+        ("m", _rect(0.55, 0.36, 0.9, 0.5)),
+    ],
+    "mushroom": [
+        ("w", _rect(0.36, 0.45, 0.64, 1)),
+        ("m", _disc(0.5, 0.5, 0.48, 0.45, 180, 360)),
+        ("w", _disc(0.3, 0.33, 0.08, 0.08)),
+        ("w", _disc(0.62, 0.26, 0.09, 0.09)),
+    ],
+    "bell": [
+        ("m", _disc(0.5, 0.4, 0.32, 0.36, 180, 360)),
+        ("m", [(0.18, 0.4), (0.82, 0.4), (0.98, 0.82), (0.02, 0.82)]),
+        ("d", _disc(0.5, 0.88, 0.12, 0.11)),
+    ],
     "flag": [("k", _rect(0.1, 0, 0.18, 1)), ("m", _rect(0.18, 0.04, 0.95, 0.55)), ("w", _rect(0.18, 0.21, 0.95, 0.38))],
-    "guitar": [("m", _disc(0.5, 0.78, 0.27, 0.22)), ("m", _disc(0.5, 0.53, 0.2, 0.17)), ("k", _disc(0.5, 0.66, 0.09, 0.08)), ("d", _rect(0.46, 0.02, 0.54, 0.58)),
-               ("k", _rect(0.41, 0, 0.59, 0.1))],
+    "guitar": [
+        ("m", _disc(0.5, 0.78, 0.27, 0.22)),
+        ("m", _disc(0.5, 0.53, 0.2, 0.17)),
+        ("k", _disc(0.5, 0.66, 0.09, 0.08)),
+        ("d", _rect(0.46, 0.02, 0.54, 0.58)),
+        ("k", _rect(0.41, 0, 0.59, 0.1)),
+    ],
 }
+# fmt: on
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "vehicle": ("car", "boat", "rocket"),
     "plant": ("tree", "flower", "cactus"),
@@ -174,7 +286,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class ObjectView:
-    """One object in some pose; `flaw` says how badly it was photographed (`clear`, `blurred`, `dark`, `cut`, `unreadable`)."""
+    """One object in some pose; `flaw` is how badly it was photographed: clear, blurred, dark, cut or unreadable."""
 
     canvas: Canvas
     kind: str
@@ -256,7 +368,9 @@ def random_object(rng: Random, flaws: tuple[str, ...] = ("clear",)) -> ObjectVie
 def random_sign(rng: Random) -> Sign:
     """A sign with one of `SIGN_WORDS`."""
     shift = (rng.uniform(-0.06, 0.06), rng.uniform(-0.15, 0.15))
-    return Sign(random_canvas(rng, 0.9, 1.5), rng.choice(SIGN_WORDS), rng.choice(list(COLOURS)), rng.uniform(0.75, 0.88), shift)
+    return Sign(
+        random_canvas(rng, 0.9, 1.5), rng.choice(SIGN_WORDS), rng.choice(list(COLOURS)), rng.uniform(0.75, 0.88), shift
+    )
 
 
 def random_book(rng: Random) -> Book:
@@ -306,7 +420,9 @@ def _draw(
         points = []
         for x, y in outline:
             dx, dy = (0.5 - x if mirrored else x - 0.5), y - 0.5
-            points.append((corner[0] + side * (0.5 + dx * cosine - dy * sine), corner[1] + side * (0.5 + dx * sine + dy * cosine)))
+            points.append(
+                (corner[0] + side * (0.5 + dx * cosine - dy * sine), corner[1] + side * (0.5 + dx * sine + dy * cosine))
+            )
         draw.polygon(points, fill=_paint(slot, COLOURS[colour]))
 
 
@@ -334,12 +450,22 @@ def _render_object(image: Image.Image, view: ObjectView) -> Image.Image:
     return image
 
 
-def _text(image: Image.Image, text: str, centre: tuple[float, float], width: float, fill: tuple[int, int, int], tallest: float) -> None:
+def _text(
+    image: Image.Image, text: str, centre: tuple[float, float], width: float, fill: tuple[int, int, int], tallest: float
+) -> None:
     """Write `text` about `centre`, as large as `width` and `tallest` (pixels) allow."""
     probe = ImageFont.load_default(size=40)
     box = probe.getbbox(text)
     size = max(6, int(40 * min(width / (box[2] - box[0]), tallest / (box[3] - box[1]))))
-    ImageDraw.Draw(image).text(centre, text, fill=fill, font=ImageFont.load_default(size=size), anchor="mm", stroke_width=size // 24, stroke_fill=fill)
+    ImageDraw.Draw(image).text(
+        centre,
+        text,
+        fill=fill,
+        font=ImageFont.load_default(size=size),
+        anchor="mm",
+        stroke_width=size // 24,
+        stroke_fill=fill,
+    )
 
 
 def _ink(colour: str) -> tuple[int, int, int]:
@@ -360,7 +486,9 @@ def _render_sign(image: Image.Image, sign: Sign) -> None:
 
 def _render_book(image: Image.Image, book: Book) -> None:
     width, height = image.size
-    ImageDraw.Draw(image).rectangle((3, 2, width - 4, height - 3), fill=COLOURS[book.colour], outline=(60, 60, 60), width=2)
+    ImageDraw.Draw(image).rectangle(
+        (3, 2, width - 4, height - 3), fill=COLOURS[book.colour], outline=(60, 60, 60), width=2
+    )
     ink = _ink(book.colour)
     for text, level in ((book.first, 0.13), (book.second, 0.31), (book.author, 0.9)):
         _text(image, text, (width / 2, height * level), width * 0.84, ink, height * 0.14)

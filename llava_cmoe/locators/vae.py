@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -190,7 +191,7 @@ def _initial_vae(
 ) -> dict[str, Tensor]:
     """Leaves for one VAE (N = 1), uniform in +-1/sqrt(in) as `nn.Linear` starts."""
     sizes = (width, settings.hidden, 2 * settings.latent), (settings.latent, settings.hidden, width)
-    shapes = [pair for size in sizes for pair in zip(size, size[1:], strict=False)]
+    shapes = [pair for size in sizes for pair in pairwise(size)]
     vae = {}
     for linear, (num_in, num_out) in zip(LINEARS, shapes, strict=True):
         for name, shape in ((f"{linear}.weight", (1, num_in, num_out)), (f"{linear}.bias", (1, num_out))):

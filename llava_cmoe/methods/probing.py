@@ -1,4 +1,4 @@
-"""Probe-guided knowledge extension, first half: which layers does a new task need experts in? (METHODS: PGKE)
+"""Probe-guided knowledge extension (PGKE), first half: which layers does a new task need experts in?
 
 Temporary experts and a temporary router are put beside the frozen pool and learn a small part of the task; a layer
 whose probe is used more than its threshold gets new experts. The probes are gone when `probe` returns. Adding the
@@ -57,7 +57,9 @@ def probe(
     """
     began = time.monotonic()
     generator = torch.Generator().manual_seed(data.seed)
-    order = torch.randperm(len(data.samples), generator=generator)[: max(2, round(len(data.samples) * settings.fraction))]
+    order = torch.randperm(len(data.samples), generator=generator)[
+        : max(2, round(len(data.samples) * settings.fraction))
+    ]
     num_counted = max(1, round(len(order) * settings.holdout))
     for bank in host.banks.values():
         bank.grow(settings.max_new_experts, generator=generator)
@@ -107,7 +109,9 @@ def count(
             with host.context.use(replace(plan, mask_BT=inputs["attention_mask"].bool())):
                 model.base_model(**inputs, use_cache=False)
     # Each process sums each site, also one that had no row to count: a sum waits for all of them.
-    none = {site: torch.zeros(bank.num_experts, dtype=torch.long, device=model.device) for site, bank in host.banks.items()}
+    none = {
+        site: torch.zeros(bank.num_experts, dtype=torch.long, device=model.device) for site, bank in host.banks.items()
+    }
     return {site: reduce(counts_E, "sum") for site, counts_E in (none | seen.counts).items()}
 
 

@@ -36,7 +36,9 @@ class SequentialLora(Method):
 
     def after_task(self, data: StageData, growth: Growth) -> Learned:
         """The whole adapter as it is now: the next task changes all of it."""
-        adapter = {name: value.detach().to("cpu", copy=True) for name, value in get_peft_model_state_dict(self.model).items()}
+        adapter = {
+            name: value.detach().to("cpu", copy=True) for name, value in get_peft_model_state_dict(self.model).items()
+        }
         return Learned({"adapter": adapter}, {"trainable_parameters": ledger.trainable(self.model).parameters})
 
     def restore(self, tensors: Tensors) -> None:

@@ -12,7 +12,9 @@ from llava_cmoe.settings import ZeroShotSettings
 class ZeroShot(Method):
     """No stage at all, and one row of the matrix."""
 
-    def __init__(self, settings: ZeroShotSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+    def __init__(
+        self, settings: ZeroShotSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int
+    ) -> None:
         """Take the backbone."""
         del settings, seed
         self.model, self.processor = model, processor

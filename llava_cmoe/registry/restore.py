@@ -40,6 +40,6 @@ def restore_stage(method: Method, registry: Registry, index: int, backbone: Back
     if record.backbone_fingerprint != backbone.fingerprint:
         raise RegistryError(
             f"{registry.run}: {record.name} was learned on another backbone "
-            f"({record.backbone_fingerprint[:12]}, this one is {backbone.fingerprint[:12]}); set backbone.path to that one"
+            f"({record.backbone_fingerprint[:12]}, this one is {backbone.fingerprint[:12]}); set backbone.path to it"
         )
     method.restore(registry.load(index))

@@ -1,7 +1,7 @@
 """Several seeds of several methods as one summary: mean and spread of every number that the README states.
 
-Everything comes from the runs' `results.json`; the summary is committed under `eval/results/`, and the README's table is
-generated from it.
+Everything comes from the runs' `results.json`; the summary is committed under `eval/results/`, and the README's table
+is generated from it.
 """
 
 from __future__ import annotations
@@ -70,14 +70,16 @@ def summarise(runs: Sequence[Results]) -> Headline:
     """Group runs by method, in the order in which methods first occur.
 
     Raises:
-        ValueError: runs that cannot stand in one table: another base, data, task list, protocol or number of samples, or
-            one method with several recipes.
+        ValueError: runs that cannot stand in one table: another base, data, task list, protocol or number of samples,
+            or one method with several recipes.
     """
     first = runs[0]
     for run in runs:
         for key in ("base", "data", "tasks", "num_samples", "protocol", "protocol_version", "versions"):
             if getattr(run, key) != getattr(first, key):
-                raise ValueError(f"runs {first.run} and {run.run} differ in {key}; their numbers cannot stand in one table")
+                raise ValueError(
+                    f"runs {first.run} and {run.run} differ in {key}; their numbers cannot stand in one table"
+                )
     methods = []
     for name in dict.fromkeys(run.method for run in runs):
         group = sorted((run for run in runs if run.method == name), key=lambda run: run.seed)
@@ -85,9 +87,15 @@ def summarise(runs: Sequence[Results]) -> Headline:
         if any(recipe != recipes[0] for recipe in recipes):
             raise ValueError(f"{name}: the seeds were run with different recipes; run them with one")
         measured = {key: [measure(run) for run in group] for key, measure in MEASURES.items()}
-        numbers = {key: _spread([v for v in values if v is not None]) for key, values in measured.items() if None not in values}
+        numbers = {
+            key: _spread([v for v in values if v is not None]) for key, values in measured.items() if None not in values
+        }
         details = tuple(run.model_dump(mode="json", include=DETAILS) for run in group)
-        methods.append(MethodSummary(method=name, seeds=tuple(run.seed for run in group), numbers=numbers, recipe=recipes[0], results=details))
+        methods.append(
+            MethodSummary(
+                method=name, seeds=tuple(run.seed for run in group), numbers=numbers, recipe=recipes[0], results=details
+            )
+        )
     return Headline(
         base=first.base,
         data=first.data,
@@ -99,7 +107,18 @@ def summarise(runs: Sequence[Results]) -> Headline:
     )
 
 
-DETAILS = {"run", "seed", "routes", "locator", "growth", "trainable_parameters", "stored_bytes", "threads", "processes", "seconds"}
+DETAILS = {
+    "run",
+    "seed",
+    "routes",
+    "locator",
+    "growth",
+    "trainable_parameters",
+    "stored_bytes",
+    "threads",
+    "processes",
+    "seconds",
+}
 """Fields of every run's results that the summary keeps; the rest is the same in all of them."""
 
 
@@ -123,12 +142,16 @@ MEASURES: dict[str, Callable[[Results], float | None]] = {
     "located_right": lambda run: run.locator.mean_accuracy if run.locator else None,
     "oracle_minus_located": _oracle_minus_located,
     "partly_grown": _partly_grown,
-    "mean_trainable_parameters": lambda run: statistics.fmean(run.trainable_parameters.values()) if run.trainable_parameters else None,
+    "mean_trainable_parameters": lambda run: (
+        statistics.fmean(run.trainable_parameters.values()) if run.trainable_parameters else None
+    ),
 }
 
 
 def _spread(values: Sequence[float]) -> Spread:
-    return Spread(mean=statistics.fmean(values), std=statistics.stdev(values) if len(values) > 1 else 0.0, values=tuple(values))
+    return Spread(
+        mean=statistics.fmean(values), std=statistics.stdev(values) if len(values) > 1 else 0.0, values=tuple(values)
+    )
 
 
 def headline_markdown(headline: Headline) -> str:
@@ -142,7 +165,10 @@ def headline_markdown(headline: Headline) -> str:
             return f"{spread.mean / 1e6:.2f} M"
         return number(spread.mean) if len(summary.seeds) == 1 else f"{number(spread.mean)} ± {number(spread.std)}"
 
-    rows = [[summary.method, str(len(summary.seeds)), *(cell(summary, key) for key in COLUMNS)] for summary in headline.methods]
+    rows = [
+        [summary.method, str(len(summary.seeds)), *(cell(summary, key) for key in COLUMNS)]
+        for summary in headline.methods
+    ]
     return markdown(["method", "seeds", *COLUMNS.values()], rows, num_text_columns=1)
 
 

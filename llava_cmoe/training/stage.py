@@ -36,7 +36,7 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # a mean per batch: the terms below are means, too
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward inside the method's context: gradient checkpointing runs layers again in backward."""
+        """One forward and backward inside the method's context: checkpointing runs layers again in backward."""
         with self._learning(inputs) as self._extra_loss:
             return super().training_step(model, inputs, *args, **kwargs)
 

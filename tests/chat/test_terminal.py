@@ -46,6 +46,13 @@ def test_the_task_stands_before_the_answer(monkeypatch):
     assert said.splitlines()[1:5] == ["(located: gqa, z = 0.2)", "[what] [is] ", "(located: gqa, z = 0.2)", "[it] "]
 
 
+def test_an_instruction_can_stand_on_its_own_line(monkeypatch):
+    asked: list[str] = []
+    monkeypatch.setattr(Parrot, "_words", lambda self, question: iter(asked.append(question) or []))
+    chatted([r"What is it?\nAnswer with one word."], monkeypatch)
+    assert asked == ["What is it?\nAnswer with one word."]
+
+
 def test_exit_ends_the_chat(monkeypatch):
     assert "located" not in chatted(["exit", "never read"], monkeypatch)
 

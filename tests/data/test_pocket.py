@@ -1,4 +1,4 @@
-"""The pocket sequence is CoIN in miniature: its files, its order, its answer formats, and the same bytes from a seed."""
+"""The pocket sequence is CoIN in miniature: files, order and answer formats, and the same bytes from a seed."""
 
 import hashlib
 import json
@@ -113,7 +113,10 @@ def test_rows_keep_coins_instructions_and_answer_formats():
             for question, answer in draw.turns:
                 if task.name == "ScienceQA":
                     assert question.endswith(LETTER) and answer in "ABCD"[: len(draw.choices)]
-                    assert question.split("\n")[1 + "ABCD".index(answer)] == f"{answer}. {draw.choices['ABCD'.index(answer)]}"
+                    assert (
+                        question.split("\n")[1 + "ABCD".index(answer)]
+                        == f"{answer}. {draw.choices['ABCD'.index(answer)]}"
+                    )
                 elif task.name == "Grounding":
                     assert question.startswith(LOCATE) and re.fullmatch(r"\[(\d\.\d\d, ){3}\d\.\d\d\]", answer)
                 else:
@@ -164,13 +167,13 @@ def test_grounding_and_vqav2_ask_about_the_same_pictures(root: Path):
         assert [row["image"] for row in left] == [row["image"] for row in right]
 
 
-def test_a_box_lies_around_the_thing_it_names(root: Path):
+def test_a_box_lies_around_the_thing_it_names():
     checked = 0
     for draw in draws(TASK["Grounding"], 60):
         assert isinstance(draw.view, world.Scene)
         square = np.asarray(pad_to_square(world.render(draw.view), PAD))
         for question, answer in draw.turns:
-            colour, kind = question.removeprefix(LOCATE).rstrip(".").split()
+            colour, kind = question.removeprefix(f"{LOCATE}the ").rstrip(".").split()
             others = [thing for thing in draw.view.things if thing.colour == colour and thing.kind != kind]
             checked += 1
             _assert_around(square, world.COLOURS[colour], box_of(answer), [t.box(draw.view.canvas) for t in others])
@@ -180,7 +183,7 @@ def test_a_box_lies_around_the_thing_it_names(root: Path):
 def test_the_files_hold_these_boxes_and_pictures(root: Path):
     (task,) = [task for task in load_sequence("pocket").tasks if task.name == "grounding"]
     for row in read_eval(root, task):
-        colour = row["turns"][0]["text"].removeprefix("<image>\n").removeprefix(LOCATE).split()[0]
+        colour = row["turns"][0]["text"].removeprefix(f"<image>\n{LOCATE}the ").split()[0]
         square = np.asarray(pad_to_square(Image.open(row["image"]), PAD))
         x0, y0, x1, y1 = (int(value * len(square)) for value in row["box"])
         assert (square[y0:y1, x0:x1] == world.COLOURS[colour]).all(axis=-1).any()
@@ -196,8 +199,9 @@ def _assert_around(
     """The colour fills much of the box and occurs nowhere outside of it, other things of that colour aside."""
     side, margin = len(square), 2  # a box has two decimals: up to one pixel, and half a pixel of rounding in drawing
     painted = (square == colour).all(axis=-1)
-    for x0, y0, x1, y1 in others:
-        painted[int(y0 * side) - margin : int(y1 * side) + margin, int(x0 * side) - margin : int(x1 * side) + margin] = False
+    for other in others:
+        x0, y0, x1, y1 = (int(value * side) for value in other)
+        painted[max(0, y0 - margin) : y1 + margin, max(0, x0 - margin) : x1 + margin] = False
     rows, columns = np.nonzero(painted)
     x0, y0, x1, y1 = (value * side for value in box)
     assert x0 - margin <= columns.min() and columns.max() <= x1 + margin
@@ -214,12 +218,16 @@ def test_the_backbones_tokenizer_knows_every_word_of_tasks_and_captions(tokenize
         rng = Random(f"words/{number}")
         views = (world.random_scene(rng), world.random_object(rng), world.random_sign(rng), world.random_book(rng))
         texts |= {*spoken(rng), *(caption(view, rng) for view in views)}
-    spelled = {token for text in texts for token in tokenizer.tokenize(text) if token.startswith("##") or token == "<unk>"}
+    spelled = {
+        token for text in texts for token in tokenizer.tokenize(text) if token.startswith("##") or token == "<unk>"
+    }
     assert not spelled
     assert "##" in "".join(tokenizer.tokenize("zyzzyva"))  # what it does with a word that it does not know
 
 
 def test_a_sequence_that_runs_out_of_new_rows_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("llava_cmoe.data.pocket.TASKS", (PocketTask("Same", lambda rng: Draw(None, [("?", "a")]), ("a", "b")),))
+    monkeypatch.setattr(
+        "llava_cmoe.data.pocket.TASKS", (PocketTask("Same", lambda rng: Draw(None, [("?", "a")]), ("a", "b")),)
+    )
     with pytest.raises(ValueError, match="Same: no new row after 1000 draws; ask for fewer rows than 2"):
         make_pocket(tmp_path, train_rows=2, test_rows=1)

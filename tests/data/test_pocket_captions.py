@@ -1,4 +1,4 @@
-"""What the pocket backbone reads before the tasks holds none of them: no instruction, no answer format, only sentences."""
+"""What the pocket backbone reads before the tasks holds none of them: no instruction, no answer format."""
 
 import re
 from collections.abc import Callable
@@ -44,21 +44,23 @@ def test_a_caption_is_sentences_without_question_instruction_or_box(captions: li
 
 def test_a_spoken_question_holds_no_instruction_and_no_box(spoken_turns: list[tuple[str, str]]):
     for question, _ in spoken_turns:
-        assert question.endswith("?") and "<image>" not in question and not BOX.search(question)
+        assert question.endswith(("?", ".")) and "<image>" not in question and not BOX.search(question)
         assert not any(instruction in question.lower() for instruction in INSTRUCTIONS)
         assert not re.search(r"\b[A-D]\. \w+\n", question)  # no lettered options
 
 
 def test_a_spoken_answer_is_a_sentence(spoken_turns: list[tuple[str, str]]):
     for _, answer in spoken_turns:
-        assert answer.endswith(".") and len(answer.split()) >= 3 and not BOX.search(answer)
+        assert answer.endswith(".") and len(answer.split()) >= 2 and not BOX.search(answer)
 
 
 def test_a_spoken_answer_follows_from_the_question(spoken_turns: list[tuple[str, str]]):
     known = {*world.OBJECTS, *world.SHAPES, *world.COLOURS, *world.SIGN_WORDS}
     for question, answer in spoken_turns:
         if not question.startswith("what is"):  # of what kind a thing is, is to be known
-            assert {word for word in re.findall(r"[a-z]+", answer) if word in known} <= set(re.findall(r"[a-z]+", question))
+            assert {word for word in re.findall(r"[a-z]+", answer) if word in known} <= set(
+                re.findall(r"[a-z]+", question)
+            )
 
 
 @given(seed=SEEDS)
@@ -70,7 +72,9 @@ def test_a_scene_caption_tells_the_truth(seed: int):
     by_name = {thing.name: thing for thing in scene.things}
     for one, where, other in re.findall(r"the (\w+ \w+) is (left of|right of|above|below) the (\w+ \w+)\.", text):
         assert relation(by_name[one], by_name[other]) == where
-    for name, *box in re.findall(r"the (\w+ \w+) spans ([\d.]+) to ([\d.]+) across and ([\d.]+) to ([\d.]+) down\.", text):
+    for name, *box in re.findall(
+        r"the (\w+ \w+) spans ([\d.]+) to ([\d.]+) across and ([\d.]+) to ([\d.]+) down\.", text
+    ):
         x0, x1, y0, y1 = map(float, box)
         assert by_name[name].box(scene.canvas) == (x0, y0, x1, y1)
     ((count, counted, total),) = re.findall(r"there (?:is|are) (\d) (\w+) among (\d) shapes", text)

@@ -1,4 +1,4 @@
-"""What holds for every method: it starts as the base model, trains what it says, and comes back from disk bit for bit."""
+"""What holds for every method: it starts as the base model, trains what it says, and comes back from disk."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -112,5 +112,7 @@ def test_trainable_parameters_follow_the_closed_formula(learned: Lesson):
         assert record.facts["trainable_parameters"] == expected
         assert learned.results.trainable_parameters[record.name] == expected
         stored = Registry(learned.recipe.run).load(record.index)
-        tensors: list[Tensor] = [t for group in ("adapter", "experts", "routers") for t in stored.get(group, {}).values()]
+        tensors: list[Tensor] = [
+            t for group in ("adapter", "experts", "routers") for t in stored.get(group, {}).values()
+        ]
         assert sum(tensor.numel() for tensor in tensors) == expected

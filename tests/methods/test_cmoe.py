@@ -66,7 +66,9 @@ def test_a_verdict_does_not_depend_on_batch_mates(lesson: Lesson, method: Cmoe, 
     together = method.locate(collate(lesson, prompts))
     alone = [method.locate(collate(lesson, [row])) for row in prompts]
     assert together.task_B.tolist() == [located.task_B.item() for located in alone]
-    torch.testing.assert_close(together.score_BN, torch.cat([located.score_BN for located in alone]), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(
+        together.score_BN, torch.cat([located.score_BN for located in alone]), rtol=1e-4, atol=1e-3
+    )
 
 
 def test_a_verdict_does_not_depend_on_the_padding(lesson: Lesson, method: Cmoe, prompts: list[dict[str, Tensor]]):
@@ -103,4 +105,6 @@ def test_a_batch_learns_on_the_newest_routers_with_the_balance_term(lesson: Less
         loss = extra_loss()
     assert torch.equal(logits, lesson.logits[-1][-1])
     weight = lesson.recipe.method.experts.balance_weight
-    assert 0.5 * weight < loss < 3 * weight  # the balance loss itself is 1 at uniform use, at most the number of experts
+    assert (
+        0.5 * weight < loss < 3 * weight
+    )  # the balance loss itself is 1 at uniform use, at most the number of experts

@@ -60,7 +60,11 @@ def collator(tiny_llava: LlavaForConditionalGeneration) -> Collator:
 
 
 def run_probe(
-    model: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator, taught: list[dict[str, Any]], **settings: Any
+    model: LlavaForConditionalGeneration,
+    host: ExpertHost,
+    collator: Collator,
+    taught: list[dict[str, Any]],
+    **settings: Any,
 ) -> tuple[Any, Any]:
     """Probe task 1 on twenty rows; teaching only moves what it may move, and is written down."""
 
@@ -83,7 +87,7 @@ def run_probe(
 @pytest.mark.parametrize(
     ("scope", "expected"),
     [
-        # (0.2, 0.2, 0.6): mean 1/3, variance (2 * (2/15)^2 + (4/15)^2) / 3 = 8/225; (0.5, 0.3, 0.2): mean 1/3, variance 14/900
+        # (0.2, 0.2, 0.6) and (0.5, 0.3, 0.2): means 1/3, mean squares 0.44/3 and 0.38/3, so variances 8/225 and 14/900
         ("layer", {"a": 1 / 3 - 0.5 * math.sqrt(8 / 225), "b": 1 / 3 - 0.5 * math.sqrt(14 / 900)}),
         # the probes alone, 0.6 and 0.2: mean 0.4, std 0.2
         ("global", {"a": 0.4 - 0.5 * 0.2, "b": 0.4 - 0.5 * 0.2}),
@@ -102,7 +106,12 @@ def test_several_probes_of_a_layer_are_judged_by_their_mean():
 
 @pytest.mark.parametrize(
     ("init", "used", "expected"),
-    [("most_used", (0.1, 0.4, 0.2, 0.3), 1), ("most_used", (1.0,), None), ("probe", (0.1, 0.4, 0.5), 2), ("lora", (0.6, 0.4), None)],
+    [
+        ("most_used", (0.1, 0.4, 0.2, 0.3), 1),
+        ("most_used", (1.0,), None),
+        ("probe", (0.1, 0.4, 0.5), 2),
+        ("lora", (0.6, 0.4), None),
+    ],
 )
 def test_new_experts_start_where_the_settings_say(init: str, used: tuple[float, ...], expected: int | None):
     assert origin(used, ProbeSettings(init=init)) == expected

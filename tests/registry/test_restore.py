@@ -25,7 +25,9 @@ def backbone(lesson: Lesson) -> Backbone:
     return load_backbone(lesson.recipe.backbone)
 
 
-def test_deleting_the_last_task_gives_back_the_model_of_the_task_before(lesson: Lesson, backbone: Backbone, tmp_path: Path):
+def test_deleting_the_last_task_gives_back_the_model_of_the_task_before(
+    lesson: Lesson, backbone: Backbone, tmp_path: Path
+):
     shutil.copytree(lesson.recipe.run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/tasks/02_sides")
     method = restore_method(lesson.recipe, backbone, Registry(tmp_path / "run"))

@@ -20,7 +20,7 @@ def make_results(method: str, num_learned: int = 3, located: bool = False) -> Re
     learned = TASKS[:num_learned]
     locator = LocatorResults(
         columns=(*learned, "base"),
-        confusion=tuple(tuple(9 if i == j else 0 for j in range(num_learned)) + (1,) for i in range(num_learned)),
+        confusion=tuple((*(9 if i == j else 0 for j in range(num_learned)), 1) for i in range(num_learned)),
         accuracy=dict.fromkeys(learned, 90.0),
         mean_accuracy=90.0,
     )
