@@ -24,11 +24,11 @@ from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.data.tasks import TaskSequence, load_sequence
 from llava_cmoe.evaluation.generate import Candidate, Questions
 from llava_cmoe.evaluation.log import Results, RunFacts, write_results
-from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after
+from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after, forget_answers
 from llava_cmoe.fingerprints import fingerprint_files
 from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
 from llava_cmoe.records import Growth, Learned, StageReport
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.manifest import RegistryError, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
@@ -62,6 +62,7 @@ class Run:
 def learn(recipe: Recipe, progress: Progress = lambda *_: None) -> Results:
     """Learn the whole sequence, or go on where it was interrupted; every process of a launch calls this."""
     run = open_run(recipe, writer=True)
+    check_lengths(run)  # before the recipe is written down, so that its limit can still be raised
     if run.processes.is_main_process:
         run.registry.open_run(recipe)
     run.processes.wait_for_everyone()
@@ -84,6 +85,7 @@ def evaluate_run(recipe: Recipe, progress: Progress = lambda *_: None) -> Result
 
 def walk(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Results:
     """Stage by stage: bring back what was learned or learn it, then evaluate."""
+    check_data(run)
     questions = encode_questions(run.exam, run.backbone.processor, keep=run.recipe.data.keep_encoded)
     num_learned = len(run.registry.records())
     for index, stage in enumerate(stages):
@@ -93,13 +95,14 @@ def walk(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Results:
         elif stage.learns:
             learn_stage(run, index, stage, at)
         evaluate(run, questions, stage, at)
-    return report(run)
+    return report(run, stages)
 
 
 def learn_stage(run: Run, index: int, stage: Stage, at: Callable[[str, int, int], None]) -> None:
     """Probe, grow, train, locate, commit."""
     data = stage_data(run, index, stage)
-    data.samples.check_lengths()
+    if run.processes.is_main_process:
+        forget_answers(run.exam, stage.after)
     teach = teacher(run, data, at)
     method, clock = run.method, Clock()
     set_seed(data.seed)
@@ -127,9 +130,9 @@ def evaluate(run: Run, questions: dict[str, Questions], stage: Stage, at: Callab
     evaluate_after(run.exam, questions, candidate, stage.after, run.processes, at)
 
 
-def report(run: Run) -> Results:
-    """Score all answers and write `results.json`."""
-    results = aggregate(run.exam, facts_of_run(run))
+def report(run: Run, stages: tuple[Stage, ...]) -> Results:
+    """Score the answers after these stages and write `results.json`."""
+    results = aggregate(run.exam, facts_of_run(run), [stage.after for stage in stages])
     if run.processes.is_main_process:
         write_results(run.recipe.run / "results.json", results)
     run.processes.wait_for_everyone()
@@ -172,6 +175,34 @@ def sequence_of(recipe: Recipe) -> TaskSequence:
 def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
     """A seeded draw of `count` rows; all of them where fewer exist or none is asked for."""
     return rows if count is None or count >= len(rows) else rows.shuffle(seed=seed).select(range(count))
+
+
+def check_data(run: Run) -> None:
+    """Stop if a stage was learned from other data than is there now: one run is one sequence, asked the same questions.
+
+    Raises:
+        RegistryError: names the stage and both fingerprints.
+    """
+    for record in run.registry.records():
+        if record.data_fingerprint != run.data_fingerprint:
+            raise RegistryError(
+                f"{run.recipe.run}: {record.name} was learned from other data than {run.recipe.data.root} holds now "
+                f"(fingerprint {record.data_fingerprint[:12]}, now {run.data_fingerprint[:12]}); "
+                "bring those files back, or learn the new ones in a run folder of their own"
+            )
+
+
+def check_lengths(run: Run) -> None:
+    """Stop at the first sample that is too long among all that are still to be learned.
+
+    Raises:
+        DataError: names the file and the sample.
+    """
+    num_learned, limit = len(run.registry.records()), run.recipe.training.max_length
+    for task in (task for stage in run.stages[num_learned:] for task in stage.learns):
+        spec = run.sequence.tasks[task]
+        train_file, *_ = files_of(run.recipe.data.root, spec)
+        SampleRows(run.train_rows[spec.name], run.backbone.processor, limit).check_lengths(train_file)
 
 
 def stage_data(run: Run, index: int, stage: Stage) -> StageData:
@@ -230,7 +261,7 @@ def facts_of_run(run: Run) -> RunFacts:
         run=recipe.run.name,
         method=recipe.method.name,
         seed=recipe.seed,
-        recipe=recipe.model_dump(mode="json", exclude={"run"}),
+        recipe=recipe_facts(run.registry.recipe()),  # an evaluation may have measured with other settings than it says
         base=run.backbone.fingerprint,
         data=run.data_fingerprint,
         sites=tuple(getattr(getattr(run.method, "host", None), "banks", ())),

@@ -235,7 +235,11 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         key, separator, value = override.partition("=")
         if not separator:
             raise RecipeError(f"override {override!r}: write it as dotted.key=value")
-        _set_dotted(document, key.split("."), yaml.safe_load(value))
+        try:
+            plain = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {override!r}: the value is not valid YAML; close or quote it") from error
+        _set_dotted(document, key.split("."), plain)
     return parse_recipe(document, source=str(path))
 
 

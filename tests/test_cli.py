@@ -1,6 +1,7 @@
 """What people type: every command says what it does, does it, and answers a mistake with one clear message."""
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import yaml
 from click.testing import Result
 from tiny import Lesson, files_of
@@ -160,6 +162,36 @@ def test_another_recipe_on_a_begun_run_is_refused(run, lesson, written):
     assert "method.locator.beta" in refused("train", path, "method.locator.beta=0.5")
 
 
+def test_a_broken_override_is_refused_by_its_text(written, lesson):
+    told = refused("train", written(lesson.recipe), "--dry-run", "data.tasks=[colours")
+    assert "'data.tasks=[colours'" in told
+
+
+def test_a_sample_that_is_too_long_is_refused_before_the_run_begins(written, lesson, tmp_path):
+    path = written(lesson.recipe.model_copy(update={"run": tmp_path / "run"}))
+    told = refused("train", path, "training.max_length=20")
+    assert re.search(r"colours/train\.json \(id colours-train-0\): sample of \d\d tokens; at most 20 fit", told)
+    assert "training.max_length" in told
+    assert not (tmp_path / "run").exists()  # so that the same run may begin with a larger limit
+
+
+def test_a_run_goes_on_only_with_the_data_it_began_with(written, tiny_data, tiny_backbone, tmp_path):
+    root = Path(shutil.copytree(tiny_data, tmp_path / "root"))
+    words = ("data.tasks=[colours]", "evaluation.routes=[oracle]")
+    path = written(tiny.recipe(tmp_path / "run", root, tiny_backbone, "sequential_lora", *words))
+    assert type_in("train", path).exit_code == 0
+    [learned] = (tmp_path / "run" / "tasks").iterdir()
+    changed = root / "Instructions_Original/colours/test.json"
+    changed.write_text(changed.read_text() + " ")
+    for command in (("train", path), ("eval", tmp_path / "run")):
+        told = refused(*command)
+        assert "colours was learned from other data" in told and str(root) in told
+        assert json.loads((learned / "record.json").read_text())["data_fingerprint"][:12] in told
+    picture = next((root / "cl_dataset" / "colours").rglob("*.png"))
+    asked = type_in("chat", tmp_path / "run", "--image", picture, "--prompt", "Which colour?")
+    assert asked.exit_code == 0, asked.output  # it reads no rows
+
+
 def test_a_backbone_that_is_not_there_is_refused(lesson, written, tmp_path):
     path = written(lesson.recipe)
     assert "backbone.path" in refused("train", path, "--dry-run", "backbone.path=not/a/model/folder")
@@ -176,6 +208,24 @@ def test_evaluating_measures_what_is_learned_and_learns_nothing(lesson, run):
     measured = read_results(run / "results.json")
     assert measured.headline.matrix == lesson.results.headline.matrix[:1]
     assert list(measured.routes) == ["located", "oracle", "random"]
+
+
+def test_answers_of_a_task_that_was_taken_back_are_neither_counted_nor_kept(lesson, run, written):
+    shutil.rmtree(run / "tasks" / "02_sides")
+    stale = run / "answers/after_02/sides.oracle.jsonl"
+    lines = [json.loads(line) | {"text": "stale"} for line in stale.read_text().splitlines()]
+    stale.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert type_in("eval", run).exit_code == 0
+    assert len(read_results(run / "results.json").routes["oracle"].matrix) == 1
+    result = type_in("train", written(lesson.recipe.model_copy(update={"run": run})))
+    assert result.exit_code == 0, result.output
+    assert comparable(read_results(run / "results.json")) == comparable(lesson.results)
+
+
+def test_another_batch_size_measures_the_same_run(lesson, run):
+    shutil.rmtree(run / "answers/after_02")
+    assert type_in("eval", run, "--batch-size", "2").exit_code == 0
+    assert comparable(read_results(run / "results.json")) == comparable(lesson.results)
 
 
 def test_routes_are_measured_beside_those_of_the_recipe(lesson_of, tmp_path, tiny_data, tiny_backbone):

@@ -125,8 +125,9 @@ def test_the_seed_decides_the_run_and_nothing_else_does(lesson: Lesson, recipe_i
 def test_a_run_goes_on_after_its_last_task_was_taken_back(lesson: Lesson, recipe_in: Make):
     recipe = recipe_in("back")
     shutil.copytree(lesson.recipe.run, recipe.run)
-    for gone in ("tasks/02_sides", "answers/after_02"):
-        shutil.rmtree(recipe.run / gone)
+    shutil.rmtree(recipe.run / "tasks/02_sides")
+    for stale in (recipe.run / "answers/after_02").iterdir():  # of a model that is gone; nothing may read them again
+        stale.write_text(stale.read_text().replace('"text": "', '"text": "stale '))
     assert comparable(sequence.learn(recipe)) == comparable(lesson.results)
 
 

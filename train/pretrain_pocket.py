@@ -13,11 +13,11 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -60,12 +60,29 @@ class Phase:
 
 
 # The first phase alone left a base that sees but does not look anything up in its context (54 % of text-only questions)
-# and hardly reads (17 % of signs); hence a second one, half of whose text is copying and most of whose pictures hold words.
+# and hardly reads (17 % of signs); hence a second one: half of its text is copying, most of its pictures hold words.
 PHASES = (
-    Phase(4800, (Part("scene", 24, 144), Part("short", 24, 84), Part("text", 16, 96)), ("object", "sign", "book"), 0.0, 1.2e-3),
-    Phase(3400, (Part("scene", 20, 144), Part("short", 32, 84), Part("text", 32, 96)), ("object", "sign", "sign", "book", "book"), 0.5, 1.2e-3),
+    Phase(
+        steps=4800,
+        parts=(Part("scene", 24, 144), Part("short", 24, 84), Part("text", 16, 96)),
+        short=("object", "sign", "book"),
+        copying=0.0,
+        learning_rate=1.2e-3,
+    ),
+    Phase(
+        steps=2800,
+        parts=(Part("scene", 20, 144), Part("short", 32, 84), Part("text", 32, 96)),
+        short=("object", "sign", "sign", "book", "book"),
+        copying=0.5,
+        learning_rate=1.2e-3,
+    ),
 )
-DRAW = {"object": lambda rng: world.random_object(rng, FLAWS), "sign": world.random_sign, "book": world.random_book}
+View = world.Scene | world.ObjectView | world.Sign | world.Book
+DRAW: dict[str, Callable[[Random], View]] = {
+    "object": lambda rng: world.random_object(rng, FLAWS),
+    "sign": world.random_sign,
+    "book": world.random_book,
+}
 
 
 def phase_at(step: int) -> tuple[Phase, int]:
@@ -99,21 +116,21 @@ class Steps(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """All tensors of one step, keyed `kind.name`."""
         rng, phase = Random(f"{self.seed}/{self.first + index}"), phase_at(self.first + index)[0]
-        return {f"{part.kind}.{key}": value for part in phase.parts for key, value in self._part(phase, part, rng).items()}
+        parts = ((part.kind, self._part(phase, part, rng)) for part in phase.parts)
+        return {f"{kind}.{key}": value for kind, tensors in parts for key, value in tensors.items()}
 
     def _part(self, phase: Phase, part: Part, rng: Random) -> dict[str, Tensor]:
-        rows = [
-            self._text_row(phase, part, rng) if part.kind == "text" else self._caption_row(phase, part, rng) for _ in range(part.rows)
-        ]
+        draw = self._text_row if part.kind == "text" else self._caption_row
+        rows = [draw(phase, part, rng) for _ in range(part.rows)]
         ids, learned = (torch.tensor([row[name] for row in rows]) for name in ("ids", "learned"))
         batch = {"ids": ids, "labels": torch.where(learned, ids, -100)}
         if part.kind != "text":
             batch["pixels"] = torch.from_numpy(np.stack([row["pixels"] for row in rows]))
         return batch
 
-    def _caption_row(self, phase: Phase, part: Part, rng: Random) -> dict[str, object]:
+    def _caption_row(self, phase: Phase, part: Part, rng: Random) -> dict[str, Any]:
         view = world.random_scene(rng) if part.kind == "scene" else DRAW[rng.choice(phase.short)](rng)
-        turns = [
+        turns: list[dict[str, Any]] = [
             {"role": "user", "content": [{"type": "image"}]},
             {"role": "assistant", "content": captions.caption(view, rng)},
         ]
@@ -122,7 +139,7 @@ class Steps(Dataset[dict[str, Tensor]]):
         head = self._tokens(prompt.replace("<image>", "<image>" * NUM_IMAGE_TOKENS))
         return self._row(part, head, self._tokens(answer)) | {"pixels": square(world.render(view))}
 
-    def _text_row(self, phase: Phase, part: Part, rng: Random) -> dict[str, object]:
+    def _text_row(self, phase: Phase, part: Part, rng: Random) -> dict[str, Any]:
         tokens: list[int] = []
         while len(tokens) < part.tokens:  # conversations are packed; the last one is cut off
             question, answer = captions.spoken(rng, phase.copying)
@@ -133,7 +150,7 @@ class Steps(Dataset[dict[str, Tensor]]):
     def _tokens(self, text: str) -> list[int]:
         return list(self.processor.tokenizer(text, add_special_tokens=False).input_ids)
 
-    def _row(self, part: Part, head: list[int], text: list[int]) -> dict[str, object]:
+    def _row(self, part: Part, head: list[int], text: list[int]) -> dict[str, Any]:
         ids = (head + text)[: part.tokens]
         pad = part.tokens - len(ids)
         learned = [False] * len(head) + [True] * (len(ids) - len(head)) + [False] * pad
@@ -237,7 +254,7 @@ def main(
                 labels = batch[f"{part.kind}.labels"]
                 with torch.autocast("cpu", torch.bfloat16):
                     loss = step_loss(model, batch[f"{part.kind}.ids"], labels, pixels)
-                (loss / learned).backward()
+                (loss / learned).backward()  # type: ignore[no-untyped-call]
                 losses[part.kind] = loss.item() / int((labels >= 0).sum())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -251,7 +268,7 @@ def main(
             if (step + 1) % 250 == 0:
                 save(out / "checkpoint", step + 1, model, optimizer)
     finished = out / "pocket_weights"
-    model.half().save_pretrained(finished)
+    model.half().save_pretrained(finished)  # type: ignore[no-untyped-call]
     build_processor().save_pretrained(finished)
     typer.echo(f"saved {finished}")
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from llava_cmoe.data import pocket_world as world
 from llava_cmoe.data.pocket_captions import plural
+from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
 
 POCKET_DIR = Path(__file__).parent / "pocket_weights"
 IMAGE_SIZE, PATCH_SIZE = 84, 12
@@ -59,8 +60,8 @@ def vocabulary() -> list[str]:
     names = [
         *world.COLOURS,
         *world.BACKGROUNDS,
-        *world.SHAPES,
-        *world.OBJECTS,
+        *SHAPES,
+        *OBJECTS,
         *world.CATEGORIES,
         *world.GENRES,
         *world.SIGN_WORDS,
@@ -77,7 +78,7 @@ def vocabulary() -> list[str]:
         *numbers,
         *WORDS.split(),
         *names,
-        *map(plural, [*world.SHAPES, *world.OBJECTS]),
+        *map(plural, [*SHAPES, *OBJECTS]),
         *letters,
         *(f"##{letter}" for letter in letters),
     ]
@@ -154,7 +155,7 @@ def build_model(seed: int) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
         tie_word_embeddings=True,

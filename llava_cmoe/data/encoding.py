@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from llava_cmoe.data.conversation import check_length, count_tokens, encode_prompt, encode_sample
 from llava_cmoe.data.images import centre_crop, open_image, pad_to_square
+from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry
 
@@ -74,25 +75,29 @@ class SampleRows(EncodedRows):
         """The conversation's tokens and labels."""
         return encode_sample(self.processor, turns, image, self.max_length)
 
-    def check_lengths(self) -> None:
+    def check_lengths(self, file: Path) -> None:
         """Raise for the first sample that is too long, before hours of training reach it.
 
         No picture is opened (about 1 ms a row), so the answer is exact for processors that give every square picture
         the same number of tokens, as LLaVA's does.
 
+        Args:
+            file: where the rows come from, for the error.
+
         Raises:
-            ValueError: names the row, its length and the limit.
+            DataError: names the file, the row's id, its length and the limit.
         """
         image_tokens = 0
         if any(path is not None for path in self.rows["image"]):
             turns: list[Turn] = [{"role": "user", "text": MARKER}]
             grey = encode_prompt(self.processor, turns, Image.new("RGB", (8, 8)))
             image_tokens = len(grey["input_ids"]) - count_tokens(self.processor, turns, image_tokens=0)
-        for index, row in enumerate(self.rows):
+        for row in self.rows:
             try:
                 check_length(count_tokens(self.processor, row["turns"], image_tokens), self.max_length)
             except ValueError as error:
-                raise ValueError(f"row {index} (id {row['id']}): {error}") from error
+                # No index: these rows may be a draw of the file's.
+                raise DataError(Problem(file, str(error), row_id=row["id"])) from error
 
 
 class PromptRows(EncodedRows):

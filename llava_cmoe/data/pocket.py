@@ -15,6 +15,7 @@ from random import Random
 
 from llava_cmoe.data import pocket_world as world
 from llava_cmoe.data.pocket_captions import article, plural, relation
+from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -142,7 +143,7 @@ def _vqa(rng: Random) -> Draw:
 
 def _counts(scene: world.Scene, rng: Random) -> Iterator[tuple[str, str]]:
     kinds = [thing.kind for thing in scene.things]
-    present, absent = rng.choice(kinds), rng.choice([kind for kind in world.SHAPES if kind not in kinds])
+    present, absent = rng.choice(kinds), rng.choice([kind for kind in SHAPES if kind not in kinds])
     yes = rng.random() < 0.5
     yield f"Is there {article(present if yes else absent)} in the picture?", "yes" if yes else "no"
     yield "How many shapes are in the picture?", str(len(kinds))
@@ -259,7 +260,7 @@ def _image_name(task: PocketTask, row_id: str, draw: Draw) -> str:
     if task.name == "ScienceQA":
         return f"{row_id}/image.png"
     if isinstance(draw.view, world.ObjectView) and task.name == "ImageNet":
-        return f"n{list(world.OBJECTS).index(draw.view.kind):08d}/{row_id}.png"
+        return f"n{list(OBJECTS).index(draw.view.kind):08d}/{row_id}.png"
     return f"{row_id}.png"
 
 

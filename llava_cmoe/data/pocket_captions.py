@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from random import Random
 
+from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
 from llava_cmoe.data.pocket_world import (
     AUTHORS,
     CATEGORIES,
     COLOURS,
-    OBJECTS,
-    SHAPES,
     SIGN_WORDS,
     TITLE_FIRST,
     TITLE_SECOND,

@@ -3,7 +3,8 @@
 What differs from a plain loop: batches are fixed by the rows' order and the batch size alone (batch b belongs to
 process b modulo the number of processes), and answers are appended batch by batch. So one process or two, killed or
 not, the same batches are computed and the same bytes end up in the answers file. A batch that a kill cut in two is
-computed again whole, because the last bits of its logits may depend on who shares the batch.
+computed again whole, because the last bits of its logits may depend on who shares the batch; for the same reason an
+evaluation that goes on with another batch size begins the unfinished file anew.
 """
 
 from __future__ import annotations
@@ -130,22 +131,22 @@ def generate_answers(
 ) -> None:
     """Answer every question and write `path`, going on where an earlier call was interrupted; all processes call this.
 
-    While the work goes on, process p appends to `path` with the suffix `.p.part`. The main process then merges these in
-    the questions' order, under the final name, in one step. A complete file is left as it is.
+    While the work goes on, process p appends to `path` with the suffix `.{batch size}.{p}.part`. The main process then
+    merges these in the questions' order, under the final name, in one step. A complete file is left as it is.
 
     Raises:
         ValueError: the file, or what is left of an interrupted one, holds other ids than the questions.
     """
     if not path.exists():
         candidate.model.eval()
-        answered = {answer.id for part in _parts(path) for answer in read_answers(part)}
+        answered = {answer.id for part in _parts(path, batch_size) for answer in read_answers(part)}
         processes.wait_for_everyone()  # everyone has read before anyone writes
         _refuse_foreign(answered, questions, path)
         size = len(questions.ids)
         batches = [range(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
         mine = batches[processes.process_index :: processes.num_processes]
         num_done, num_mine = 0, sum(map(len, mine))
-        with _open_to_append(_part(path, processes.process_index)) as stream:
+        with _open_to_append(path.with_name(f"{path.name}.{batch_size}.{processes.process_index}.part")) as stream:
             for batch in mine:
                 if not answered.issuperset(questions.ids[index] for index in batch):
                     _append(stream, answer_batch(candidate, questions, batch, route))
@@ -154,7 +155,7 @@ def generate_answers(
                     progress(num_done, num_mine)
         processes.wait_for_everyone()
         if processes.is_main_process:
-            _merge(questions, path)
+            _merge(questions, path, batch_size)
     elif processes.is_main_process:
         _finish(questions, path)
     processes.wait_for_everyone()  # nobody reads the file before it is there
@@ -207,12 +208,8 @@ def _greedy(candidate: Candidate, max_new_tokens: int) -> dict[str, Any]:
     }
 
 
-def _part(path: Path, process_index: int) -> Path:
-    return path.with_name(f"{path.name}.{process_index}.part")
-
-
-def _parts(path: Path) -> list[Path]:
-    return sorted(path.parent.glob(f"{path.name}.*.part"))
+def _parts(path: Path, batch_size: int | Literal["*"]) -> list[Path]:
+    return sorted(path.parent.glob(f"{path.name}.{batch_size}.*.part"))
 
 
 def _open_to_append(part: Path) -> BinaryIO:
@@ -236,9 +233,9 @@ def _refuse_foreign(found: set[str], questions: Questions, path: Path) -> None:
         raise ValueError(f"{path}: holds an answer to {foreign[0]!r}, which is not asked; delete it to generate again")
 
 
-def _merge(questions: Questions, path: Path) -> None:
+def _merge(questions: Questions, path: Path, batch_size: int) -> None:
     """Write the answers of all parts in the questions' order; of a batch computed twice the later answers stand."""
-    by_id = {answer.id: answer for part in _parts(path) for answer in read_answers(part)}
+    by_id = {answer.id: answer for part in _parts(path, batch_size) for answer in read_answers(part)}
     write_answers(path, [by_id[sample_id] for sample_id in questions.ids])
     _finish(questions, path)
 
@@ -246,5 +243,5 @@ def _merge(questions: Questions, path: Path) -> None:
 def _finish(questions: Questions, path: Path) -> None:
     """Check a complete file and remove its parts, which a kill right after merging leaves behind."""
     _refuse_foreign({answer.id for answer in read_answers(path)}, questions, path)
-    for part in _parts(path):
+    for part in _parts(path, "*"):
         part.unlink()

@@ -7,8 +7,9 @@ scorer costs no generation. Who learned what, and when this is called, is left t
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,9 +47,13 @@ class Exam:
     settings: EvaluationSettings
     seed: int
 
+    def answers_folder(self, after: int) -> Path:
+        """Folder of one row of the matrix; `after` counts from 0."""
+        return self.folder / f"after_{after + 1:02d}"
+
     def answers_path(self, after: int, task: int, route: RouteName) -> Path:
         """Answers file of one cell; `after` and `task` count from 0."""
-        return self.folder / f"after_{after + 1:02d}" / f"{self.sequence.names[task]}.{route}.jsonl"
+        return self.answers_folder(after) / f"{self.sequence.names[task]}.{route}.jsonl"
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,13 @@ def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str,
         )
         for task in exam.sequence.tasks
     }
+
+
+def forget_answers(exam: Exam, after: int) -> None:
+    """Remove the answers of row `after` and those below: whoever learns that task anew makes another model."""
+    for row in range(after, len(exam.sequence.names)):
+        if exam.answers_folder(row).exists():
+            shutil.rmtree(exam.answers_folder(row))
 
 
 def evaluate_after(
@@ -166,10 +178,16 @@ def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, sour
     return scores
 
 
-def aggregate(exam: Exam, facts: RunFacts) -> Results:
-    """Everything `results.json` holds, from the answers files and what the caller knows about the run."""
+def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
+    """Everything `results.json` holds, from the answers files and what the caller knows about the run.
+
+    Args:
+        exam: what was asked.
+        facts: about the run.
+        rows: of the matrix, whose models the run holds; answers of a task that was deleted may still lie there.
+    """
     names = exam.sequence.names
-    cells = [cell for after in range(len(names)) for cell in score_after(exam, after)]
+    cells = [cell for after in rows for cell in score_after(exam, after)]
     if not cells:
         raise ValueError(f"{exam.folder}: no answers yet; evaluate the run first")
     last = max(cell.after for cell in cells)

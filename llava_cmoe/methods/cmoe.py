@@ -50,7 +50,6 @@ class Cmoe(Method):
         self.settings, self.model, self.processor = settings, model, processor
         self.host = install(model, ffn_sites(model), rank=experts.rank, alpha=experts.alpha, top_k=experts.top_k)
         self.locator = ProbabilisticTaskLocator(settings.locator, device=model.device)
-        self.seed = seed
 
     def before_task(self, data: StageData, teach: Teach) -> Growth:
         """Probe (from the second task on), then add experts where the probes were used and a router everywhere."""

@@ -79,11 +79,11 @@ def test_prompts_of_training_and_evaluation_rows_are_first_questions(
 def test_a_long_row_is_named_when_read_and_by_the_check_before(tiny_processor: Any, rows: datasets.Dataset) -> None:
     lengths = [len(sample["input_ids"]) for sample in SampleRows(rows, tiny_processor, max_length=512)]
     longest = max(lengths)
-    SampleRows(rows, tiny_processor, max_length=longest).check_lengths()
+    SampleRows(rows, tiny_processor, max_length=longest).check_lengths(Path("train.json"))
     samples = SampleRows(rows, tiny_processor, max_length=longest - 1)
     index = lengths.index(longest)
-    message = rf"row {index} \(id {rows[index]['id']}\): sample of {longest} tokens; at most {longest - 1} fit"
-    with pytest.raises(ValueError, match=message):
+    message = rf"\(id {rows[index]['id']}\): sample of {longest} tokens; at most {longest - 1} fit"
+    with pytest.raises(ValueError, match=f"row {index} {message}"):
         samples[index]
-    with pytest.raises(ValueError, match=message):
-        samples.check_lengths()
+    with pytest.raises(DataError, match=rf"train\.json {message}"):
+        samples.check_lengths(Path("train.json"))

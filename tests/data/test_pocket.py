@@ -20,6 +20,7 @@ from llava_cmoe.data.coin import read_eval, read_train
 from llava_cmoe.data.images import pad_to_square
 from llava_cmoe.data.pocket import LETTER, LOCATE, SHORT, TASKS, Draw, PocketTask, make_pocket
 from llava_cmoe.data.pocket_captions import caption, spoken
+from llava_cmoe.data.pocket_drawings import OBJECTS
 from llava_cmoe.data.tasks import load_sequence
 
 COIN_ORDER = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
@@ -144,8 +145,8 @@ def test_pictures_differ_in_size_and_aspect_ratio(root: Path):
 
 
 def test_there_are_twenty_classes_of_objects_and_more():
-    assert len(world.OBJECTS) >= 20
-    assert {draw.turns[0][1] for draw in draws(TASK["ImageNet"], 1000)} == set(world.OBJECTS)
+    assert len(OBJECTS) >= 20
+    assert {draw.turns[0][1] for draw in draws(TASK["ImageNet"], 1000)} == set(OBJECTS)
 
 
 def test_vizwiz_says_unanswerable_where_nothing_can_be_seen():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llava_cmoe.data import pocket_world as world
 from llava_cmoe.data.pocket import LETTER, LOCATE, SHORT
 from llava_cmoe.data.pocket_captions import article, caption, plural, relation, spoken
+from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
 
 FLAWS = ("clear", "blurred", "dark", "cut", "unreadable")
 INSTRUCTIONS = tuple(text.strip().lower().rstrip(".:") for text in (SHORT, LETTER, LOCATE))
@@ -55,7 +56,7 @@ def test_a_spoken_answer_is_a_sentence(spoken_turns: list[tuple[str, str]]):
 
 
 def test_a_spoken_answer_follows_from_the_question(spoken_turns: list[tuple[str, str]]):
-    known = {*world.OBJECTS, *world.SHAPES, *world.COLOURS, *world.SIGN_WORDS}
+    known = {*OBJECTS, *SHAPES, *world.COLOURS, *world.SIGN_WORDS}
     for question, answer in spoken_turns:
         if not question.startswith("what is"):  # of what kind a thing is, is to be known
             assert {word for word in re.findall(r"[a-z]+", answer) if word in known} <= set(
@@ -78,7 +79,7 @@ def test_a_scene_caption_tells_the_truth(seed: int):
         x0, x1, y0, y1 = map(float, box)
         assert by_name[name].box(scene.canvas) == (x0, y0, x1, y1)
     ((count, counted, total),) = re.findall(r"there (?:is|are) (\d) (\w+) among (\d) shapes", text)
-    singular = next(kind for kind in world.SHAPES if counted in (kind, plural(kind)))
+    singular = next(kind for kind in SHAPES if counted in (kind, plural(kind)))
     assert int(count) == kinds.count(singular) and int(total) == len(kinds)
     ((present, absent),) = re.findall(r"it has an? (\w+) but no (\w+)\.", text)
     assert present in kinds and absent not in kinds

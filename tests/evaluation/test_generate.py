@@ -218,7 +218,7 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(
         kill_after(2, patch)
         with pytest.raises(Killed):
             generate(candidate, questions, path)
-    part = tmp_path / "killed.jsonl.0.part"
+    part = tmp_path / "killed.jsonl.3.0.part"
     assert not path.exists() and part.read_bytes() == whole[: part.stat().st_size]
     os.truncate(part, max(0, part.stat().st_size - num_bytes_lost))
     noted = kill_after(99, monkeypatch)
@@ -236,7 +236,7 @@ def test_an_evaluation_interrupted_on_two_processes_goes_on_with_one(
     whole = generate(candidate, questions, tmp_path / "whole.jsonl")
     path = tmp_path / "killed.jsonl"
     generate_answers(candidate, questions, ORACLE, path, batch_size=3, processes=Process(1, 2))
-    part = tmp_path / "killed.jsonl.1.part"
+    part = tmp_path / "killed.jsonl.3.1.part"
     os.truncate(part, part.stat().st_size - 3)
     noted = kill_after(99, monkeypatch)
     assert generate(candidate, questions, path) == whole
@@ -244,19 +244,33 @@ def test_an_evaluation_interrupted_on_two_processes_goes_on_with_one(
     assert not part.exists()
 
 
+def test_an_evaluation_that_goes_on_with_another_batch_size_mixes_no_batches_of_two_sizes(
+    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "killed.jsonl"
+    with monkeypatch.context() as patch:
+        kill_after(2, patch)
+        with pytest.raises(Killed):
+            generate(candidate, questions, path)
+    noted = kill_after(99, monkeypatch)
+    generate(candidate, questions, path, batch_size=4)
+    assert noted == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_complete_file_is_not_generated_again_and_left_over_parts_go(
     candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.jsonl"
     whole = generate(candidate, questions, path)
-    left_over = tmp_path / "a.jsonl.0.part"
+    left_over = tmp_path / "a.jsonl.3.0.part"
     left_over.write_bytes(whole[:100])
     kill_after(0, monkeypatch)
     assert generate(candidate, questions, path) == whole
     assert not left_over.exists()
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.0.part"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.3.0.part"])
 def test_answers_to_other_questions_are_refused_by_id(
     candidate: Candidate, questions: Questions, tmp_path: Path, name: str
 ) -> None:

@@ -17,7 +17,15 @@ from llava_cmoe.data.rows import EVAL_FEATURES
 from llava_cmoe.data.tasks import TaskSequence, TaskSpec
 from llava_cmoe.evaluation.generate import Candidate
 from llava_cmoe.evaluation.log import Answer, RunFacts, comparable, write_answers
-from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after, score_after, score_answers
+from llava_cmoe.evaluation.runner import (
+    Exam,
+    aggregate,
+    encode_questions,
+    evaluate_after,
+    forget_answers,
+    score_after,
+    score_answers,
+)
 from llava_cmoe.evaluation.scorers import SCORERS
 from llava_cmoe.records import Located
 from llava_cmoe.settings import EvaluationSettings
@@ -103,12 +111,12 @@ def test_a_run_is_asked_every_learned_task_under_every_route_and_only_once(
 
     unasked = replace(candidate, model=None)  # any generation would now fail
     assert evaluate_after(exam, questions, unasked, 1, PartialState()) == cells
-    results = aggregate(exam, FACTS)
+    results = aggregate(exam, FACTS, range(2))
     assert results.locator is not None and results.locator.accuracy == {"GQA": 0.0, "Grounding": 100.0}
 
     shutil.rmtree(exam.folder / "after_02")  # an evaluation done again gives the same results
     evaluate_after(exam, questions, candidate, 1, PartialState())
-    assert comparable(aggregate(exam, FACTS)) == comparable(results)
+    assert comparable(aggregate(exam, FACTS, range(2))) == comparable(results)
 
 
 def test_oracle_asks_the_true_task_and_random_any_task_learned_so_far(
@@ -140,7 +148,7 @@ def test_results_hold_the_matrix_the_metrics_and_the_mean_overlap_per_route(exam
     write_cell(exam, 1, 0, ["cat", "dog", "dog", "dog"], [0, 0, 0, 1])
     write_cell(exam, 1, 1, box, [1, -1, 1, 1])
     write_cell(exam, 1, 0, wrong, [None] * 4, route="oracle")
-    results = aggregate(exam, FACTS)
+    results = aggregate(exam, FACTS, range(2))
     assert list(results.routes) == ["located", "oracle"]
     assert results.headline.matrix == ((100.0, None, None), (25.0, 100.0, None))
     assert results.headline.detail == {"iou": ((None, None, None), (None, 1.0, None))}
@@ -155,7 +163,7 @@ def test_confusion_counts_the_verdicts_after_the_last_task_with_a_column_for_the
     write_cell(exam, 0, 0, ["cat"] * 4, [0] * 4)
     write_cell(exam, 1, 0, ["cat"] * 4, [0, 0, 0, 1])
     write_cell(exam, 1, 1, ["cat"] * 4, [1, -1, 1, -1])
-    locator = aggregate(exam, FACTS).locator
+    locator = aggregate(exam, FACTS, range(2)).locator
     assert locator is not None
     assert locator.columns == ("GQA", "Grounding", "base")
     assert locator.confusion == ((3, 1, 0), (0, 2, 2))
@@ -165,28 +173,44 @@ def test_confusion_counts_the_verdicts_after_the_last_task_with_a_column_for_the
 
 def test_a_method_that_locates_nothing_has_no_confusion(exam: Exam) -> None:
     write_cell(exam, 0, 0, ["cat"] * 4, [None] * 4)
-    assert aggregate(exam, FACTS).locator is None
+    assert aggregate(exam, FACTS, [0]).locator is None
 
 
 def test_a_run_measured_only_at_its_end_has_only_a_last_row(exam: Exam) -> None:
     """The joint method learns all tasks at once."""
     for task in range(3):
         write_cell(exam, 2, task, ["cat"] * 4, [None] * 4)
-    headline = aggregate(exam, FACTS).headline
+    headline = aggregate(exam, FACTS, [2]).headline
     assert headline.matrix == ((None,) * 3, (None,) * 3, (100.0, 0.0, 100.0))
     assert headline.metrics["last"] == pytest.approx(200 / 3) and headline.metrics["immediate"] is None
 
 
 def test_a_corrected_answer_changes_the_results_without_a_model(exam: Exam) -> None:
     write_cell(exam, 0, 0, ["dog"] * 4, [0] * 4)
-    before = aggregate(exam, FACTS).headline.matrix
+    before = aggregate(exam, FACTS, [0]).headline.matrix
     write_cell(exam, 0, 0, ["cat"] * 4, [0] * 4)
-    assert (before, aggregate(exam, FACTS).headline.matrix) == (((0.0, None, None),), ((100.0, None, None),))
+    assert (before, aggregate(exam, FACTS, [0]).headline.matrix) == (((0.0, None, None),), ((100.0, None, None),))
 
 
 def test_a_run_without_answers_is_refused(exam: Exam) -> None:
     with pytest.raises(ValueError, match="no answers yet"):
-        aggregate(exam, FACTS)
+        aggregate(exam, FACTS, range(3))
+
+
+def test_answers_of_a_row_that_the_run_no_longer_holds_do_not_count(exam: Exam) -> None:
+    write_cell(exam, 0, 0, ["cat"] * 4, [0] * 4)
+    alone = aggregate(exam, FACTS, [0])
+    for task in range(2):
+        write_cell(exam, 1, task, ["dog"] * 4, [1] * 4)
+    assert aggregate(exam, FACTS, [0]) == alone != aggregate(exam, FACTS, [0, 1])
+
+
+def test_forgetting_a_row_forgets_those_below_it_and_none_above(exam: Exam) -> None:
+    for after in range(3):
+        write_cell(exam, after, 0, ["cat"] * 4, [0] * 4)
+    forget_answers(exam, 1)
+    forget_answers(exam, 1)  # nothing there is no error
+    assert [path.name for path in exam.folder.iterdir()] == ["after_01"]
 
 
 @pytest.mark.parametrize(

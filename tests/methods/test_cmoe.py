@@ -7,9 +7,12 @@ import torch
 from tiny import Lesson
 from torch import Tensor
 
+from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.registry.restore import restore_method
+from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import stage_data
 
 
@@ -45,6 +48,20 @@ def test_an_old_task_computes_the_same_bits_after_the_model_grew(lesson: Lesson)
 def test_a_layer_that_did_not_grow_still_gets_a_router_for_the_task(method: Cmoe):
     assert all(len(bank.routers) == 2 for bank in method.host.banks.values())
     assert sorted(tuple(bank.routers.widths) for bank in method.host.banks.values()) == [(2, 2), (2, 3)]
+
+
+def test_new_experts_start_as_the_most_used_old_one_and_routers_with_the_rows_they_inherit(lesson: Lesson):
+    method = restore_method(lesson.recipe, load_backbone(lesson.recipe.backbone), Registry(lesson.recipe.run), stages=1)
+    assert isinstance(method, Cmoe)
+    growth = method.before_task(stage_data(lesson.run, 1, lesson.run.stages[1]), teach=lambda *args, **kwargs: None)
+    ((site, index),) = growth.init_from.items()
+    bank = method.host.banks[site]
+    for linear, copied in bank.expert(2).items():
+        original = bank.expert(index)[linear]
+        assert torch.equal(copied.a_ERI, original.a_ERI) and torch.equal(copied.b_EOR, original.b_EOR)
+        assert original.b_EOR.any()  # learned: not what a fresh expert starts as
+    for bank in method.host.banks.values():
+        assert torch.equal(bank.routers.weight(1)[:2], bank.routers.weight(0))
 
 
 def test_every_route_is_measured_for_every_learned_task(lesson: Lesson):
