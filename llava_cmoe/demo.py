@@ -33,8 +33,8 @@ RECIPES = {
 class DemoSize:
     """How much the demo learns and asks: what fits into 12 minutes on 2 cores."""
 
-    train_rows: int = 600
-    test_rows: int = 60
+    train_rows: int = 480
+    test_rows: int = 48
     epochs: float = 4
 
 

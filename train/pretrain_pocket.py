@@ -30,13 +30,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration
 
+from llava_cmoe.backbones.loading import Backbone, load_backbone
 from llava_cmoe.backbones.pocket import IMAGE_SIZE, PATCH_SIZE, build_model, build_processor
+from llava_cmoe.backbones.pocket_abilities import PADDING, examine
 from llava_cmoe.data import pocket_captions as captions
 from llava_cmoe.data import pocket_world as world
+from llava_cmoe.data.images import pad_to_square
+from llava_cmoe.settings import BackboneSettings
 
 NUM_IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 FLAWS = ("clear", "clear", "clear", "blurred", "dark", "cut", "unreadable")
-PAD_COLOUR = (122, 116, 104)  # the image processor's mean colour, as LLaVA pads
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,7 @@ PHASES = (
         learning_rate=1.2e-3,
     ),
 )
-View = world.Scene | world.ObjectView | world.Sign | world.Book
-DRAW: dict[str, Callable[[Random], View]] = {
+DRAW: dict[str, Callable[[Random], captions.View]] = {
     "object": lambda rng: world.random_object(rng, FLAWS),
     "sign": world.random_sign,
     "book": world.random_book,
@@ -96,10 +98,7 @@ def phase_at(step: int) -> tuple[Phase, int]:
 
 def square(image: Image.Image) -> np.ndarray:
     """Pad to a centred square and scale, as the data room and the image processor do for a task's pictures."""
-    side = max(image.size)
-    padded = Image.new("RGB", (side, side), PAD_COLOUR)
-    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(padded.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
+    return np.asarray(pad_to_square(image, PADDING).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC))
 
 
 class Steps(Dataset[dict[str, Tensor]]):
@@ -267,10 +266,18 @@ def main(
                     )
             if (step + 1) % 250 == 0:
                 save(out / "checkpoint", step + 1, model, optimizer)
-    finished = out / "pocket_weights"
+    finished, processor = out / "pocket_weights", build_processor()
     model.half().save_pretrained(finished)  # type: ignore[no-untyped-call]
-    build_processor().save_pretrained(finished)
-    typer.echo(f"saved {finished}")
+    processor.save_pretrained(finished)
+    report(load_backbone(BackboneSettings(path=str(finished))), out, seed)
+
+
+def report(backbone: Backbone, out: Path, seed: int) -> None:
+    """Write and print what the saved backbone can do, as it will be loaded from its float16 file."""
+    abilities = examine(backbone.model, backbone.processor)
+    document = {"seed": seed, "base": backbone.fingerprint, "percent_right": abilities}
+    (out / "abilities.json").write_text(json.dumps(document, indent=1) + "\n")
+    typer.echo(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,12 @@ from pathlib import Path
 from random import Random
 
 from llava_cmoe.data import pocket_world as world
-from llava_cmoe.data.pocket_captions import article, plural, relation
+from llava_cmoe.data.pocket_captions import View, article, plural, relation
 from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 LOCATE = "Please provide the bounding box coordinate of the region this sentence describes: "
-View = world.Scene | world.ObjectView | world.Sign | world.Book
 NUM_ANNOTATORS = 10
 SCIENCE_KINDS = ("container", "instrument", "plant", "vehicle")
 SCIENCE_COLOURS = ("blue", "green", "red", "yellow")

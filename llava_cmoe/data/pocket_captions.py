@@ -40,6 +40,9 @@ PATTERNS = {"plain": "a plain", "stripes": "a striped", "dots": "a dotted"}
 FLAWS = {"clear": "a picture", "blurred": "a blurred picture", "dark": "a dark picture", "cut": "a cut off picture"}
 
 
+View = Scene | ObjectView | Sign | Book
+
+
 def article(noun: str) -> str:
     """The noun with `a` or `an`."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
@@ -50,7 +53,7 @@ def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def caption(view: Scene | ObjectView | Sign | Book, rng: Random) -> str:
+def caption(view: View, rng: Random) -> str:
     """A dense caption of a view: true sentences, those of a scene in random order."""
     match view:
         case Scene():
@@ -76,10 +79,15 @@ def relation(one: Thing, other: Thing) -> str:
     return "above" if dy < 0 else "below"
 
 
+def opening(scene: Scene) -> str:
+    """The sentence with which every caption of a scene begins: its things from left to right."""
+    names = " and ".join(article(thing.name) for thing in scene.things)
+    return f"{article(scene.canvas.background)} picture with {names}."
+
+
 def _scene_caption(scene: Scene, rng: Random) -> str:
     things = list(scene.things)
-    names = " and ".join(article(thing.name) for thing in things)
-    sentences = [f"{article(scene.canvas.background)} picture with {names}."]
+    sentences = [opening(scene)]
     for thing in rng.sample(things, min(2, len(things))):
         x0, y0, x1, y1 = thing.box(scene.canvas)
         sentences.append(f"the {thing.name} spans {x0:.2f} to {x1:.2f} across and {y0:.2f} to {y1:.2f} down.")
