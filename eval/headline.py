@@ -26,15 +26,18 @@ def main(
     readme: Annotated[Path | None, typer.Option(help="README whose generated table is replaced.")] = None,
 ) -> None:
     """Write the summary of some runs, print its table, and update the README if one is given."""
-    if runs:
-        headline = summarise([read_results(run / "results.json") for run in runs])
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(headline.model_dump_json(indent=1) + "\n")
-    else:
-        headline = Headline.model_validate_json(out.read_bytes())
+    try:
+        if runs:
+            headline = summarise([read_results(run / "results.json") for run in runs])
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(headline.model_dump_json(indent=1) + "\n")
+        else:
+            headline = Headline.model_validate_json(out.read_bytes())
+        if readme is not None:
+            write_into(readme, headline)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
     typer.echo(headline_markdown(headline))
-    if readme is not None:
-        write_into(readme, headline)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
 from llava_cmoe.evaluation.log import Results
-from llava_cmoe.report.tables import markdown, number
+from llava_cmoe.registry.manifest import differing_keys
+from llava_cmoe.report.tables import NOTHING, markdown, number
 
 BEGIN, END = "<!-- headline: begin -->", "<!-- headline: end -->"
 
@@ -24,7 +26,7 @@ class _Summarised(BaseModel):
 
 
 class Spread(_Summarised):
-    """A number over seeds, in the order of `MethodSummary.seeds`."""
+    """A number over seeds, in the order of `MethodSummary.seeds`; `std` is the sample's, 0 for a single seed."""
 
     mean: float
     std: float
@@ -49,81 +51,32 @@ class Headline(_Summarised):
     tasks: tuple[str, ...]
     num_samples: dict[str, int]
     protocol: str
+    protocol_version: int
     versions: dict[str, str]
     methods: tuple[MethodSummary, ...]
 
 
-COLUMNS = {
-    "immediate": "immediate",
-    "last": "last",
-    "maa": "MAA",
-    "bwt": "BWT",
-    "located_right": "located right",
-    "oracle_minus_located": "oracle − located",
-    "partly_grown": "tasks that grew in fewer than all layers",
-    "mean_trainable_parameters": "trainable per task",
-}
-"""Numbers of the README's table, with their headings."""
+SHARED = Headline.model_fields.keys() - {"methods"}
+"""Fields of the results in which all runs must agree."""
+
+PER_RUN = Results.model_fields.keys() - SHARED - {"format", "method", "recipe", "definitions"}
+"""Fields that the summary keeps of every run."""
 
 
-def summarise(runs: Sequence[Results]) -> Headline:
-    """Group runs by method, in the order in which methods first occur.
+@dataclass(frozen=True)
+class Measure:
+    """A column of the README's table: its heading, and its number for one run (None where it was not measured)."""
 
-    Raises:
-        ValueError: runs that cannot stand in one table: another base, data, task list, protocol or number of samples,
-            or one method with several recipes.
-    """
-    first = runs[0]
-    for run in runs:
-        for key in ("base", "data", "tasks", "num_samples", "protocol", "protocol_version", "versions"):
-            if getattr(run, key) != getattr(first, key):
-                raise ValueError(
-                    f"runs {first.run} and {run.run} differ in {key}; their numbers cannot stand in one table"
-                )
-    methods = []
-    for name in dict.fromkeys(run.method for run in runs):
-        group = sorted((run for run in runs if run.method == name), key=lambda run: run.seed)
-        recipes = [{key: value for key, value in run.recipe.items() if key != "seed"} for run in group]
-        if any(recipe != recipes[0] for recipe in recipes):
-            raise ValueError(f"{name}: the seeds were run with different recipes; run them with one")
-        measured = {key: [measure(run) for run in group] for key, measure in MEASURES.items()}
-        numbers = {
-            key: _spread([v for v in values if v is not None]) for key, values in measured.items() if None not in values
-        }
-        details = tuple(run.model_dump(mode="json", include=DETAILS) for run in group)
-        methods.append(
-            MethodSummary(
-                method=name, seeds=tuple(run.seed for run in group), numbers=numbers, recipe=recipes[0], results=details
-            )
-        )
-    return Headline(
-        base=first.base,
-        data=first.data,
-        tasks=first.tasks,
-        num_samples=first.num_samples,
-        protocol=f"{first.protocol} v{first.protocol_version}",
-        versions=first.versions,
-        methods=tuple(methods),
-    )
-
-
-DETAILS = {
-    "run",
-    "seed",
-    "routes",
-    "locator",
-    "growth",
-    "trainable_parameters",
-    "stored_bytes",
-    "threads",
-    "processes",
-    "seconds",
-}
-"""Fields of every run's results that the summary keeps; the rest is the same in all of them."""
+    heading: str
+    of: Callable[[Results], float | None]
 
 
 def _metric(name: str) -> Callable[[Results], float | None]:
     return lambda run: run.headline.metrics[name]
+
+
+def _located_right(run: Results) -> float | None:
+    return run.locator.mean_accuracy if run.locator else None
 
 
 def _oracle_minus_located(run: Results) -> float | None:
@@ -132,44 +85,91 @@ def _oracle_minus_located(run: Results) -> float | None:
 
 
 def _partly_grown(run: Results) -> float | None:
-    """Tasks after the first that grew in fewer than all layers; the first has no pool, hence no choice."""
+    """Tasks that left some layer as it was; the first has no pool, hence no choice."""
     later = list(run.growth.values())[1:]
-    return float(sum(len(grown) < len(run.sites) for grown in later)) if run.sites and later and run.locator else None
+    return float(sum(len(grown) < len(run.sites) for grown in later)) if any(run.growth.values()) else None
 
 
-MEASURES: dict[str, Callable[[Results], float | None]] = {
-    **{name: _metric(name) for name in ("immediate", "last", "maa", "bwt")},
-    "located_right": lambda run: run.locator.mean_accuracy if run.locator else None,
-    "oracle_minus_located": _oracle_minus_located,
-    "partly_grown": _partly_grown,
-    "mean_trainable_parameters": lambda run: (
-        statistics.fmean(run.trainable_parameters.values()) if run.trainable_parameters else None
-    ),
+def _trained_thousands(run: Results) -> float | None:
+    return statistics.fmean(run.trainable_parameters.values()) / 1000 if run.trainable_parameters else None
+
+
+MEASURES = {
+    "immediate": Measure("immediate", _metric("immediate")),
+    "last": Measure("last", _metric("last")),
+    "maa": Measure("MAA", _metric("maa")),
+    "bwt": Measure("BWT", _metric("bwt")),
+    "located_right": Measure("located right", _located_right),
+    "oracle_minus_located": Measure("oracle − located", _oracle_minus_located),
+    "partly_grown": Measure("tasks that grew in fewer than all layers", _partly_grown),
+    "trained_thousands": Measure("parameters trained per task (thousands)", _trained_thousands),
 }
 
 
-def _spread(values: Sequence[float]) -> Spread:
-    return Spread(
-        mean=statistics.fmean(values), std=statistics.stdev(values) if len(values) > 1 else 0.0, values=tuple(values)
+def summarise(runs: Sequence[Results]) -> Headline:
+    """Group finished runs by method, in the order in which methods first occur.
+
+    Raises:
+        ValueError: a run that is not finished, or runs that cannot stand in one table: they differ in one of `SHARED`,
+            or a method has several recipes, or one seed twice.
+    """
+    first = runs[0]
+    for run in runs:
+        if len(run.headline.matrix) < len(run.tasks):
+            raise ValueError(
+                f"{run.run}: {len(run.headline.matrix)} of {len(run.tasks)} tasks are learned; go on first"
+            )
+        for key in sorted(SHARED):
+            if getattr(run, key) != getattr(first, key):
+                raise ValueError(
+                    f"runs {first.run} and {run.run} differ in {key}; their numbers cannot stand in one table"
+                )
+    methods = dict.fromkeys(run.method for run in runs)
+    summaries = tuple(_summarise_method([run for run in runs if run.method == method]) for method in methods)
+    return Headline(**first.model_dump(include=SHARED), methods=summaries)
+
+
+def _summarise_method(runs: Sequence[Results]) -> MethodSummary:
+    runs = sorted(runs, key=lambda run: run.seed)
+    method, seeds = runs[0].method, tuple(run.seed for run in runs)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{method}: a seed occurs twice among {seeds}; the same run twice shows no spread")
+    recipe, *others = ({key: value for key, value in run.recipe.items() if key != "seed"} for run in runs)
+    for other in others:
+        if differences := list(differing_keys(recipe, other)):
+            raise ValueError(f"{method}: its recipes differ in {', '.join(differences)}; only the seed may differ")
+    measured = {key: [measure.of(run) for run in runs] for key, measure in MEASURES.items()}
+    return MethodSummary(
+        method=method,
+        seeds=seeds,
+        numbers={
+            key: _spread([v for v in values if v is not None]) for key, values in measured.items() if None not in values
+        },
+        recipe=recipe,
+        results=tuple(run.model_dump(mode="json", include=PER_RUN) for run in runs),
     )
 
 
+def _spread(values: Sequence[float]) -> Spread:
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Spread(mean=statistics.fmean(values), std=std, values=tuple(values))
+
+
 def headline_markdown(headline: Headline) -> str:
-    """The README's table: mean ± standard deviation over seeds."""
+    """The README's table: mean ± standard deviation over seeds, the mean alone where there is one seed."""
 
     def cell(summary: MethodSummary, key: str) -> str:
         spread = summary.numbers.get(key)
         if spread is None:
-            return number(None)
-        if key == "mean_trainable_parameters":
-            return f"{spread.mean / 1e6:.2f} M"
-        return number(spread.mean) if len(summary.seeds) == 1 else f"{number(spread.mean)} ± {number(spread.std)}"
+            return NOTHING
+        return number(spread.mean) + (f" ± {number(spread.std)}" if len(spread.values) > 1 else "")
 
+    headings = ["method", "seeds", *(measure.heading for measure in MEASURES.values())]
     rows = [
-        [summary.method, str(len(summary.seeds)), *(cell(summary, key) for key in COLUMNS)]
+        [summary.method, str(len(summary.seeds)), *(cell(summary, key) for key in MEASURES)]
         for summary in headline.methods
     ]
-    return markdown(["method", "seeds", *COLUMNS.values()], rows, num_text_columns=1)
+    return markdown(headings, rows, num_text_columns=1)
 
 
 def write_into(readme: Path, headline: Headline) -> None:
@@ -178,9 +178,8 @@ def write_into(readme: Path, headline: Headline) -> None:
     Raises:
         ValueError: the README has no such part.
     """
-    text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
+    before, begin, rest = readme.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{readme}: no {BEGIN} … {END} to write the table between")
-    readme.write_text(f"{before}{BEGIN}\n{headline_markdown(headline)}\n{END}{after}")
+    if not end:
+        raise ValueError(f"{readme}: no {BEGIN} and {END} to write the table between")
+    readme.write_text(f"{before}{begin}\n{headline_markdown(headline)}\n{end}{after}")

@@ -1,0 +1,129 @@
+"""The headline is mean and spread over seeds of runs that may stand in one table, and nothing else of the README."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest import approx
+
+from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
+from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
+from llava_cmoe.report.headline import BEGIN, END, Headline, Spread, headline_markdown, summarise, write_into
+
+TASKS = ("GQA", "VizWiz", "OCRVQA")
+LAYERS = ("low", "high")
+
+
+def result(method: str, seed: int, low: float = 0.0, high: float = 80.0, **changes: Any) -> Results:
+    """A task is answered at `high` percent right after learning it and loses `low` with each task that follows."""
+    matrix = tuple(tuple(high - low * (j - i) if i <= j else None for i in range(3)) for j in range(3))
+    located = RouteResults(matrix=matrix, detail={}, metrics=all_metrics(matrix))
+    facts: dict[str, Any] = {
+        "run": f"{method}_{seed}", "method": method, "seed": seed, "recipe": {"seed": seed, "training": {"epochs": 4}},
+        "base": "b", "data": "d", "tasks": TASKS, "num_samples": dict.fromkeys(TASKS, 10), "versions": {"torch": "2"},
+        "protocol": "strict", "protocol_version": 1, "definitions": DEFINITIONS, "locator": None,
+        "routes": {"located": located}, "growth": {task: {} for task in TASKS}, "sites": (),
+        "trainable_parameters": dict.fromkeys(TASKS, 2000),
+    }  # fmt: skip
+    return Results(**facts | changes)
+
+
+def cmoe(seed: int, oracle: float, right: float, grown: dict[str, int], **changes: Any) -> Results:
+    """A run that loses nothing, whose last task grew in the layers `grown` and whose oracle route ends at `oracle`."""
+    matrix = tuple(tuple(oracle if i <= j else None for i in range(3)) for j in range(3))
+    base = result("cmoe", seed)
+    return result("cmoe", seed, **{
+        "routes": base.routes | {"oracle": RouteResults(matrix=matrix, detail={}, metrics=all_metrics(matrix))},
+        "locator": LocatorResults(columns=TASKS, confusion=(), accuracy={}, mean_accuracy=right), "sites": LAYERS,
+        "growth": {"GQA": {"low": 2, "high": 2}, "VizWiz": {"low": 1, "high": 1}, "OCRVQA": grown},
+        "trainable_parameters": {"GQA": 3000, "VizWiz": 2000, "OCRVQA": 1000 * seed},
+    } | changes)  # fmt: skip
+
+
+def shown(spread: Spread) -> tuple[float, ...]:
+    return (spread.mean, spread.std, *spread.values)
+
+
+def test_numbers_are_mean_and_spread_over_the_seeds_in_their_order():
+    forgets = [result("sequential_lora", 2, low=20.0), result("sequential_lora", 1, low=10.0, high=60.0)]
+    keeps = [cmoe(1, oracle=81.0, right=90.0, grown={}), cmoe(4, oracle=83.0, right=96.0, grown={"low": 1, "high": 1})]
+    summary = summarise([*forgets, *keeps])
+    assert [(one.method, one.seeds) for one in summary.methods] == [("sequential_lora", (1, 2)), ("cmoe", (1, 4))]
+    lora, cmoes = (one.numbers for one in summary.methods)
+    root_two = 2**0.5
+    assert shown(lora["immediate"]) == approx((70.0, 20 / root_two, 60.0, 80.0))
+    assert shown(lora["last"]) == approx((55.0, 10 / root_two, 50.0, 60.0))  # (40 + 50 + 60) / 3, (40 + 60 + 80) / 3
+    assert shown(lora["bwt"]) == approx((-15.0, 10 / root_two, -10.0, -20.0))  # -(20 + 10 + 0) / 3, -(40 + 20 + 0) / 3
+    assert shown(lora["maa"]) == approx((62.5, 15 / root_two, 55.0, 70.0))  # (60 + 55 + 50) / 3, (80 + 70 + 60) / 3
+    assert lora.keys() == {"immediate", "last", "bwt", "maa", "trained_thousands"}
+    assert shown(cmoes["located_right"]) == approx((93.0, 6 / root_two, 90.0, 96.0))
+    assert shown(cmoes["oracle_minus_located"]) == approx((2.0, 2 / root_two, 1.0, 3.0))
+    assert shown(cmoes["partly_grown"]) == approx((0.5, 1 / root_two, 1.0, 0.0))
+    assert shown(cmoes["trained_thousands"]) == approx((2.5, 1 / root_two, 2.0, 3.0))
+    assert Headline.model_validate_json(summary.model_dump_json()) == summary
+
+
+def test_the_table_has_a_line_per_method_and_a_dash_for_what_was_not_measured():
+    runs = [result("zero_shot", 0, high=5.0), *(result("sequential_lora", seed, high=60.0 + seed) for seed in (0, 2))]
+    header, _, *lines = headline_markdown(summarise(runs)).splitlines()
+    assert header.startswith("| method | seeds | immediate | last | MAA | BWT | located right |")
+    assert lines[0].startswith("| zero_shot | 1 | 5.0 | 5.0 | 5.0 | 0.0 | – | – | – |")  # one seed has no spread
+    assert lines[1].startswith("| sequential_lora | 2 | 61.0 ± 1.4 |") and len(lines) == 2
+
+
+def test_a_number_that_one_run_lacks_is_not_a_mean_over_the_others():
+    whole = cmoe(1, oracle=81.0, right=90.0, grown={})
+    lacking = whole.model_copy(update={"seed": 2, "routes": {"located": whole.headline}})
+    assert "oracle_minus_located" not in summarise([whole, lacking]).methods[0].numbers
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("base", "other"),
+        ("data", "other"),
+        ("tasks", TASKS[::-1]),
+        ("num_samples", dict.fromkeys(TASKS, 11)),
+        ("protocol_version", 2),
+        ("versions", {"torch": "3"}),
+    ],
+)
+def test_runs_that_differ_in_what_all_must_share_are_refused_by_its_name(key: str, value: Any):
+    runs = [result("zero_shot", 0), result("joint", 0), result("joint", 1, **{key: value})]
+    with pytest.raises(ValueError, match=rf"runs zero_shot_0 and joint_1 differ in {key};"):
+        summarise(runs)
+
+
+def test_recipes_of_one_method_differ_only_in_the_seed():
+    longer = result("joint", 1, recipe={"seed": 1, "training": {"epochs": 5}})
+    with pytest.raises(ValueError, match=re.escape("joint: its recipes differ in training.epochs (was 4, now 5)")):
+        summarise([result("joint", 0), longer])
+    with pytest.raises(ValueError, match="joint: a seed occurs twice"):
+        summarise([result("joint", 0), result("joint", 0)])
+    summarise([result("zero_shot", 0), longer])
+
+
+def test_a_run_that_is_not_finished_is_refused():
+    whole = result("joint", 0)
+    rows = whole.headline.matrix[:2]
+    half = whole.model_copy(update={"routes": {"located": whole.headline.model_copy(update={"matrix": rows})}})
+    with pytest.raises(ValueError, match="joint_0: 2 of 3 tasks are learned"):
+        summarise([half])
+
+
+def test_only_the_generated_part_of_a_readme_is_replaced(tmp_path: Path):
+    readme, summary = tmp_path / "README.md", summarise([result("joint", 0)])
+    readme.write_text(f"# before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    for _ in range(2):  # writing twice changes nothing
+        write_into(readme, summary)
+        assert readme.read_text() == f"# before\n\n{BEGIN}\n{headline_markdown(summary)}\n{END}\n\nafter\n"
+
+
+@pytest.mark.parametrize("text", ["no part", f"{BEGIN} only", f"{END} only", f"{END} {BEGIN}"])
+def test_a_readme_without_a_generated_part_is_refused_and_left_alone(tmp_path: Path, text: str):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ValueError, match=r"README\.md: no <!-- headline"):
+        write_into(readme, summarise([result("joint", 0)]))
+    assert readme.read_text() == text
