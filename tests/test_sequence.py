@@ -56,7 +56,7 @@ def killed_at(recipe: Recipe, module: str, function: str, call: int) -> None:
     context.set_forkserver_preload(["llava_cmoe.sequence"])
     process = context.Process(target=launched.learn_until_killed, args=(document(recipe), module, function, call))
     process.start()
-    process.join(timeout=120)
+    process.join(timeout=600)
     assert process.exitcode == -signal.SIGKILL
 
 
@@ -189,5 +189,5 @@ def launch(recipes: list[Recipe]) -> None:
     command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(TESTS / "launched.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [recipe.model_dump_json() for recipe in recipes]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,0 +1,188 @@
+"""The README tells the truth: its commands run, its tree is the repository's, its table is what was measured.
+
+Commands run as they stand, in a folder where what they name exists: a finished tiny run stands for `runs/pocket_cmoe`.
+Training is only tried (`--dry-run`), make only asked what it would do (`-n`).
+"""
+
+import glob
+import io
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tiny import Lesson
+
+from llava_cmoe.cli import main
+from llava_cmoe.data.pocket_root import make_pocket_root
+from llava_cmoe.report.headline import Headline, headline_markdown
+
+REPOSITORY = Path(__file__).parent.parent
+README = (REPOSITORY / "README.md").read_text()
+SUMMARY = "eval/results/pocket.json"
+UNFINISHED = "*The headline runs are not finished: no number is stated before they are.*"
+WHOLE_FOLDERS = ("tests/", "eval/results/", "llava_cmoe/backbones/pocket_weights/")
+"""One line of the tree stands for all of each."""
+
+GLOSSARY = {
+    *("backbone", "site", "expert", "bank", "router", "gate", "plan", "probe", "growth", "locator", "route"),
+    *("task", "sequence", "stage", "run", "registry", "immediate", "last", "MAA", "BWT"),
+}
+FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+PROGRAMS = ("make", "source", "python", "pip", "git", "accelerate", "llava-cmoe")
+"""What a command in a sentence begins with."""
+
+
+def generated(name: str) -> str:
+    """The part between two comments."""
+    [part] = re.findall(rf"<!-- {name}: begin -->\n(.*?)<!-- {name}: end -->", README, re.DOTALL)
+    return str(part)
+
+
+def commands() -> Iterator[str]:
+    """Every command, whether in a block or in a sentence."""
+    for language, block in FENCES:
+        if language == "bash":
+            yield from (" ".join(shlex.split(line, comments=True)) for line in block.replace("\\\n", "").splitlines())
+    yield from re.findall(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`", PROSE)
+
+
+@pytest.fixture(scope="module")
+def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pocket") / "root"
+    make_pocket_root(root, lambda *_: None, train_rows=2, test_rows=1)
+    return root
+
+
+@pytest.fixture
+def workplace(
+    lesson_of: Callable[[str], Lesson], pocket: Path, tiny_data: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch
+) -> Path:
+    """A checkout without the library, and in it whatever the README's commands name."""
+    for name in ("README.md", "Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path)
+    for name in ("train", "eval", "data_configs"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    for run in ("runs/pocket_cmoe", "runs/headline/cmoe_0"):
+        shutil.copytree(lesson_of("cmoe").recipe.run, tmp_path / run)
+    (tmp_path / "ROOT").symlink_to(pocket)
+    (tmp_path / "MODEL").symlink_to(tiny_backbone)
+    shutil.copy(next((tiny_data / "cl_dataset").rglob("*.png")), tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(entry: Callable[[], object], words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit status of a command of this repository, started in this process."""
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as left:
+        entry()
+    return int(left.value.code or 0)
+
+
+def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Exit status of a command, or of its dry run; one that is not known here fails."""
+    words = [name for word in shlex.split(command) for name in (sorted(glob.glob(word)) if "*" in word else [word])]
+    match words:
+        case ["make", target]:
+            return subprocess.run(["make", "-n", target], cwd=workplace, capture_output=True).returncode
+        case ["source", ".venv/bin/activate"]:
+            return 0 if "BIN := .venv/bin\n" in (workplace / "Makefile").read_text() else 1
+        case ["accelerate", "launch", "train/continual.py" as script, *_]:
+            words = [*words[2:], "--dry-run"]
+        case ["accelerate", "launch", "eval/evaluate.py" as script, *_]:
+            words = words[2:]
+        case ["python", "eval/headline.py" as script, *_]:
+            words = words[1:]
+        case ["llava-cmoe", "train", *_]:
+            return start(main, [*words, "--dry-run"], monkeypatch)
+        case ["llava-cmoe", "data", "make-pocket", "ROOT", *_]:
+            (workplace / "ROOT").unlink()
+            return start(main, words, monkeypatch)
+        case ["llava-cmoe", "chat", *_]:
+            monkeypatch.setattr(sys, "stdin", io.StringIO("Which colour is it?\nexit\n"))
+            return start(main, words, monkeypatch)
+        case ["llava-cmoe", "eval" | "report", *_] | ["llava-cmoe", "data", "check", *_]:
+            return start(main, words, monkeypatch)
+        case _:
+            pytest.fail(f"no test knows how to run: {command}")
+    return start(lambda: runpy.run_path(script, run_name="__main__"), words, monkeypatch)
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_a_command_runs_as_it_stands(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    reads_summary = "eval/headline.py" in command and "runs/" not in command
+    expected = 2 if reads_summary and not (workplace / SUMMARY).exists() else 0
+    assert attempt(command, workplace, monkeypatch) == expected
+    assert (workplace / "README.md").read_text() == README  # its table is what `eval/headline.py --readme` writes
+
+
+def test_a_command_that_no_test_knows_fails(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(pytest.fail.Exception, match="no test knows how to run"):
+        attempt("llava-cmoe forget everything", workplace, monkeypatch)
+
+
+def test_blocks_are_commands_or_listings():
+    listings = [block for language, block in FENCES if language != "bash"]
+    assert {language for language, _ in FENCES} == {"", "bash"}
+    assert not [line for block in listings for line in block.splitlines() if line.split()[0] in PROGRAMS]
+
+
+def listed(tree: str) -> Iterator[tuple[str, str]]:
+    """Path and words of every line of the tree; two blanks more are one folder deeper."""
+    above: list[str] = []
+    for line in tree.splitlines():
+        indent, name, words = re.fullmatch(r"((?:  )*)(\S+) {2,}(\S.*)", line).groups()  # type: ignore[union-attr]
+        above = [*above[: len(indent) // 2], name]
+        yield "".join(above), words
+
+
+def tracked() -> Iterator[str]:
+    """What the tree has to list: every file but `__init__.py`, and some folders as a whole."""
+    output = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    for path in filter(lambda path: (REPOSITORY / path).exists(), output.splitlines()):
+        whole = [folder for folder in WHOLE_FOLDERS if path.startswith(folder)]
+        if not path.endswith("__init__.py"):
+            yield whole[0] if whole else path
+
+
+def test_the_tree_lists_every_file_once_in_at_most_eight_words():
+    lines = list(listed(generated("tree").strip("`\n")))
+    paths = [path for path, _ in lines]
+    branches = {path for path in paths for other in paths if other != path and other.startswith(path)}
+    assert sorted(set(paths) - branches) == sorted(set(tracked()))
+    assert len(paths) == len(set(paths)) and all(path.endswith("/") for path in branches)
+    assert [words for _, words in lines if len(words.split()) > 8] == []
+
+
+def test_the_table_is_the_committed_summary_or_is_not_there():
+    """And neither is the picture, before there is something to show."""
+    summary = REPOSITORY / SUMMARY
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", README)
+    if summary.exists():
+        table = headline_markdown(Headline.model_validate_json(summary.read_bytes()))
+        assert generated("headline").strip() == table and pictures
+    else:
+        assert generated("headline").strip() == UNFINISHED and not pictures
+
+
+def test_the_words_are_the_glossary_and_the_code_uses_them():
+    section = PROSE.split("\n## Words\n")[1].split("\n## ")[0]
+    words = [word for row in re.findall(r"^\| ([^|]+) \|", section, re.MULTILINE)[2:] for word in row.split(", ")]
+    assert len(words) == len(set(words)) and set(words) == GLOSSARY
+    code = "".join(path.read_text() for path in (REPOSITORY / "llava_cmoe").rglob("*.py"))
+    assert [word for word in words if not re.search(rf"\b{word}s?\b", code)] == []
+
+
+def test_every_link_leads_somewhere():
+    targets = re.findall(r"\]\(([^)]+)\)", README)
+    assert [target for target in targets if "://" not in target and not (REPOSITORY / target).exists()] == []
