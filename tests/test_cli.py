@@ -212,13 +212,15 @@ def test_evaluating_measures_what_is_learned_and_learns_nothing(lesson, run):
 
 def test_answers_of_a_task_that_was_taken_back_are_neither_counted_nor_kept(lesson, run, written):
     shutil.rmtree(run / "tasks" / "02_sides")
-    stale = run / "answers/after_02/sides.oracle.jsonl"
-    lines = [json.loads(line) | {"text": "stale"} for line in stale.read_text().splitlines()]
-    stale.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    answers = run / "answers/after_02/sides.oracle.jsonl"
+    own = answers.read_text()
+    stale = [json.loads(line) | {"text": "stale"} for line in own.splitlines()]
+    answers.write_text("".join(f"{json.dumps(line)}\n" for line in stale))
     assert type_in("eval", run).exit_code == 0
     assert len(read_results(run / "results.json").routes["oracle"].matrix) == 1
     result = type_in("train", written(lesson.recipe.model_copy(update={"run": run})))
     assert result.exit_code == 0, result.output
+    assert answers.read_text() == own
     assert comparable(read_results(run / "results.json")) == comparable(lesson.results)
 
 

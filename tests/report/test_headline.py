@@ -36,7 +36,7 @@ def cmoe(seed: int, oracle: float, right: float, grown: dict[str, int], **change
     return result("cmoe", seed, **{
         "routes": base.routes | {"oracle": RouteResults(matrix=matrix, detail={}, metrics=all_metrics(matrix))},
         "locator": LocatorResults(columns=TASKS, confusion=(), accuracy={}, mean_accuracy=right), "sites": LAYERS,
-        "growth": {"GQA": {"low": 2, "high": 2}, "VizWiz": {"low": 1, "high": 1}, "OCRVQA": grown},
+        "growth": {"GQA": {"low": 2}, "VizWiz": {"low": 1, "high": 1}, "OCRVQA": grown},
         "trainable_parameters": {"GQA": 3000, "VizWiz": 2000, "OCRVQA": 1000 * seed},
     } | changes)  # fmt: skip
 
