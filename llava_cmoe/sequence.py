@@ -145,6 +145,7 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     root, seed = recipe.data.root, recipe.seed
     train_rows = {task.name: draw(read_train(root, task), recipe.data.train_rows, seed) for task in sequence.tasks}
     eval_rows = {task.name: draw(read_eval(root, task), recipe.data.eval_rows, seed) for task in sequence.tasks}
+    exam = Exam(sequence, eval_rows, recipe.run / "answers", recipe.evaluation, seed)
     files = [file for task in sequence.tasks for file in files_of(root, task)]
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
@@ -152,7 +153,7 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
         recipe=recipe,
         sequence=sequence,
         train_rows=train_rows,
-        exam=Exam(sequence, eval_rows, recipe.run / "answers", recipe.evaluation, seed),
+        exam=exam,
         data_fingerprint=fingerprint_files(files, root=root),
         backbone=backbone,
         method=build_method(recipe, backbone),

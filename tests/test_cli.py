@@ -192,6 +192,17 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(written, tiny_data, tiny
     assert asked.exit_code == 0, asked.output  # it reads no rows
 
 
+def test_a_misspelt_scorer_is_refused_before_anything_is_learned(written, lesson, tmp_path):
+    document = yaml.safe_load(Path(lesson.recipe.data.sequence).read_text())
+    document["tasks"][-1]["scorer"] = "imagenett"
+    sequence_file = tmp_path / "sequence.yaml"
+    sequence_file.write_text(yaml.safe_dump(document))
+    path = written(lesson.recipe.model_copy(update={"run": tmp_path / "run"}))
+    told = refused("train", path, f"data.sequence={sequence_file}")
+    assert "'imagenett'" in told and "imagenet," in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_backbone_that_is_not_there_is_refused(lesson, written, tmp_path):
     path = written(lesson.recipe)
     assert "backbone.path" in refused("train", path, "--dry-run", "backbone.path=not/a/model/folder")

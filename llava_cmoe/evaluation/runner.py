@@ -47,6 +47,11 @@ class Exam:
     settings: EvaluationSettings
     seed: int
 
+    def __post_init__(self) -> None:
+        """A misspelt scorer is told before anything is learned."""
+        for task in self.sequence.tasks:
+            get_scorer(task.scorer)
+
     def answers_folder(self, after: int) -> Path:
         """Folder of one row of the matrix; `after` counts from 0."""
         return self.folder / f"after_{after + 1:02d}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from llava_cmoe.evaluation.scorers import grounding, scienceqa, short_answer, textvqa
 from llava_cmoe.evaluation.scorers.base import Reference, Score, Scorer
+from llava_cmoe.settings import RecipeError
 
 PROTOCOL = "strict"
 
@@ -29,7 +30,11 @@ __all__ = ["PROTOCOL", "PROTOCOL_VERSION", "SCORERS", "Reference", "Score", "Sco
 
 
 def get_scorer(name: str) -> Scorer:
-    """Look a scorer up by the name a task gives it."""
+    """Look a scorer up by the name a task gives it.
+
+    Raises:
+        RecipeError: no scorer has this name; tells all names.
+    """
     if name not in SCORERS:
-        raise ValueError(f"unknown scorer {name!r}; a task's scorer is one of: {', '.join(SCORERS)}")
+        raise RecipeError(f"unknown scorer {name!r}; a task's scorer is one of: {', '.join(SCORERS)}")
     return SCORERS[name]
