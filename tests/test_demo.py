@@ -3,16 +3,22 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import files_of
 
 from llava_cmoe import demo
-from llava_cmoe.settings import load_recipe, shipped
+from llava_cmoe.settings import load_recipe, read_yaml, shipped
 
 
 def test_a_killed_demo_goes_on_and_a_finished_one_is_only_read(tiny_backbone: Path, tmp_path: Path, monkeypatch):
     size = demo.DemoSize(train_rows=4, test_rows=1, epochs=1)
     overrides = [f"backbone.path={tiny_backbone}", "data.tasks=[imagenet, gqa]", "training.precision=float32"]
     told: set[str] = set()
+    shallow = tmp_path / "cmoe.yaml"  # the tiny backbone ends above the layer that the shipped recipe locates by
+    document = read_yaml(shipped(demo.RECIPES["cmoe"]))
+    document["method"]["locator"]["layer"] = 1
+    shallow.write_text(yaml.safe_dump(document))
+    monkeypatch.setitem(demo.RECIPES, "cmoe", str(shallow))
 
     def call() -> dict[str, demo.Results]:
         return demo.run_demo(tmp_path, lambda where, *_: told.add(where), size, overrides)

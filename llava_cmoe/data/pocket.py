@@ -94,9 +94,9 @@ def _imagenet(rng: Random) -> Draw:
 
 
 def _gqa(rng: Random) -> Draw:
-    scene = world.random_scene(rng)
+    scene = world.random_scene(rng, most=3)
     while len(scene.things) < 2:
-        scene = world.random_scene(rng)
+        scene = world.random_scene(rng, most=3)
     return Draw(scene, _instructed(rng.sample(list(_relations(scene, rng)), k=2)))
 
 
@@ -126,7 +126,8 @@ def _vizwiz(rng: Random) -> Draw:
 
 
 def _grounding(rng: Random) -> Draw:
-    scene = world.random_scene(rng)
+    """One or two things: with up to four, a backbone of this size found 17 % of them, with these nearly half."""
+    scene = world.random_scene(rng, most=2)
     asked = rng.sample(scene.things, min(2, len(scene.things)))
     return Draw(scene, [(f"{LOCATE}the {thing.name}.", _box_text(thing.box(scene.canvas))) for thing in asked])
 
@@ -136,7 +137,7 @@ def _box_text(box: Sequence[float]) -> str:
 
 
 def _vqa(rng: Random) -> Draw:
-    scene = world.random_scene(rng)
+    scene = world.random_scene(rng, most=2)
     return Draw(scene, _instructed(rng.sample(list(_counts(scene, rng)), k=2)))
 
 

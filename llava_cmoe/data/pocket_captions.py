@@ -53,11 +53,17 @@ def plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("s") else f"{noun}s"
 
 
-def caption(view: View, rng: Random) -> str:
-    """A dense caption of a view: true sentences, those of a scene in random order."""
+def caption(view: View, rng: Random, opened: float = 1.0) -> str:
+    """A dense caption of a view: true sentences, those of a scene in random order.
+
+    Args:
+        view: what is shown.
+        rng: source of everything random.
+        opened: share of scene captions that begin by naming all things; the others plunge in.
+    """
     match view:
         case Scene():
-            return _scene_caption(view, rng)
+            return _scene_caption(view, rng, opened >= 1 or rng.random() < opened)
         case ObjectView(flaw="unreadable"):
             return "a very dark and blurred picture that shows nothing."
         case ObjectView():
@@ -85,9 +91,8 @@ def opening(scene: Scene) -> str:
     return f"{article(scene.canvas.background)} picture with {names}."
 
 
-def _scene_caption(scene: Scene, rng: Random) -> str:
-    things = list(scene.things)
-    sentences = [opening(scene)]
+def _scene_caption(scene: Scene, rng: Random, opened: bool) -> str:
+    things, sentences = list(scene.things), list[str]()
     for thing in rng.sample(things, min(2, len(things))):
         x0, y0, x1, y1 = thing.box(scene.canvas)
         sentences.append(f"the {thing.name} spans {x0:.2f} to {x1:.2f} across and {y0:.2f} to {y1:.2f} down.")
@@ -100,18 +105,20 @@ def _scene_caption(scene: Scene, rng: Random) -> str:
     sentences.append(f"there {counted} among {len(things)} shapes.")
     absent = rng.choice([kind for kind in SHAPES if kind not in kinds])
     sentences.append(f"it has {article(shown)} but no {absent}.")
-    head, rest = sentences[0], sentences[1:]
-    rng.shuffle(rest)
-    return " ".join([head, *rest])
+    rng.shuffle(sentences)
+    return " ".join([opening(scene), *sentences] if opened else sentences)
 
 
-def spoken(rng: Random, copying: float = 0.5) -> tuple[str, str]:
+def spoken(rng: Random, copying: float = 0.5, spans: float = 0.0) -> tuple[str, str]:
     """Something said without a picture and what follows from it, as a sentence.
 
     Args:
         rng: source of everything random.
         copying: share of exercises in saying again and looking up; the others are questions about something described.
+        spans: share of questions about where described things begin and end, taken off first.
     """
+    if spans and rng.random() < spans:
+        return _about_spans(rng)
     exercises = (_repeat, _recall)
     questions = (_about_scene, _about_scene, _about_scene, _about_owner, _about_list, _about_category, _about_spelling)
     return rng.choice(exercises if copying and rng.random() < copying else questions)(rng)
@@ -157,6 +164,24 @@ def _about_scene(rng: Random) -> tuple[str, str]:
             return f"{told} how many shapes are there?", f"there are {len(kinds)} shapes."
         case _:
             return f"{told} where is the {kind}?", f"the {kind} is {places[pick]}."
+
+
+def _about_spans(rng: Random) -> tuple[str, str]:
+    """Places told in numbers, and asked for whole or in part."""
+    names = rng.sample([f"{colour} {kind}" for colour in COLOURS for kind in SHAPES], rng.randint(1, 3))
+    x0, y0 = [rng.uniform(0.0, 0.6) for _ in names], [rng.uniform(0.0, 0.6) for _ in names]
+    x1, y1 = ([start + rng.uniform(0.12, 0.4) for start in starts] for starts in (x0, y0))
+    across, down = ([f"{a:.2f} to {b:.2f}" for a, b in zip(*ends, strict=True)] for ends in ((x0, x1), (y0, y1)))
+    spans = [f"the {name} spans {a} across and {d} down" for name, a, d in zip(names, across, down, strict=True)]
+    told, pick = f"{', '.join(spans)}.", rng.randrange(len(names))
+    way, (start, end) = rng.choice((("across", (x0[pick], x1[pick])), ("down", (y0[pick], y1[pick]))))
+    match rng.randrange(3):
+        case 0:
+            return f"{told} where is the {names[pick]}?", f"{spans[pick]}."
+        case 1:
+            return f"{told} where does the {names[pick]} begin {way}?", f"it begins at {start:.2f}."
+        case _:
+            return f"{told} where does the {names[pick]} end {way}?", f"it ends at {end:.2f}."
 
 
 def _about_owner(rng: Random) -> tuple[str, str]:

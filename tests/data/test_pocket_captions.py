@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llava_cmoe.data import pocket_world as world
 from llava_cmoe.data.pocket import LETTER, LOCATE, SHORT
-from llava_cmoe.data.pocket_captions import article, caption, plural, relation, spoken
+from llava_cmoe.data.pocket_captions import article, caption, opening, plural, relation, spoken
 from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
 
 FLAWS = ("clear", "blurred", "dark", "cut", "unreadable")
@@ -34,7 +34,7 @@ def captions(request: pytest.FixtureRequest) -> list[str]:
 
 @pytest.fixture(scope="module")
 def spoken_turns() -> list[tuple[str, str]]:
-    return [spoken(Random(f"spoken/{number}")) for number in range(2000)]
+    return [spoken(Random(f"spoken/{number}"), spans=0.2) for number in range(2000)]
 
 
 def test_a_caption_is_sentences_without_question_instruction_or_box(captions: list[str]):
@@ -65,10 +65,28 @@ def test_a_spoken_answer_follows_from_the_question(spoken_turns: list[tuple[str,
 
 
 @given(seed=SEEDS)
-def test_a_scene_caption_tells_the_truth(seed: int):
+def test_a_spoken_place_is_the_one_that_was_told(seed: int):
+    question, answer = spoken(Random(seed), spans=1.0)
+    *told, asked = re.split(r", (?=the)|\. (?=where)", question)
+    places = {}
+    spans = r"the (\w+ \w+) spans (\S+) to (\S+) across and (\S+) to (\S+) down"
+    for name, x0, x1, y0, y1 in re.findall(spans, question):
+        places[name] = {"across": (x0, x1), "down": (y0, y1)}
+        assert 0 <= float(x0) < float(x1) <= 1 and 0 <= float(y0) < float(y1) <= 1
+    assert len(places) == len(told)
+    if part := re.fullmatch(r"where does the (.+) (begin|end) (across|down)\?", asked):
+        name, end, way = part.groups()
+        assert answer == f"it {end}s at {places[name][way][end == 'end']}."
+    else:
+        assert asked == f"where is the {answer[4 : answer.index(' spans')]}?" and answer[:-1] in told
+
+
+@given(seed=SEEDS, opened=st.booleans())
+def test_a_scene_caption_tells_the_truth(seed: int, opened: bool):
     rng = Random(seed)
     scene = world.random_scene(rng)
-    text = caption(scene, rng)
+    text = caption(scene, rng, opened=float(opened))
+    assert text.startswith(opening(scene)) == opened
     kinds = [thing.kind for thing in scene.things]
     by_name = {thing.name: thing for thing in scene.things}
     for one, where, other in re.findall(r"the (\w+ \w+) is (left of|right of|above|below) the (\w+ \w+)\.", text):
