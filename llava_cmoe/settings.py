@@ -85,8 +85,12 @@ class ProbeSettings(Settings):
     """Experts added to a chosen layer."""
     init: Literal["most_used", "probe", "lora"] = "most_used"
     """Start of a new expert: copy of the most used one while probing, the probe itself, or fresh LoRA."""
+    clone_noise: float = Field(0.0, ge=0)
+    """Gaussian noise on a copied expert, in standard deviations of each of its matrices."""
+    counted: Literal["all", "answer"] = "all"
+    """Tokens whose experts are counted: all that are not padding, or those of the answers."""
     balance_weight: float = Field(0.01, ge=0)
-    """Weight of the balance loss while probing."""
+    """Weight of the balance loss while probing; 0 shows how much of the probes' use it causes."""
     learning_rate: float | None = Field(None, gt=0)
     """Learning rate while probing; the training stage's when absent."""
     batch_size: int | None = Field(None, gt=0)

@@ -41,9 +41,17 @@ class LoraPair:
     a_ERI: Tensor
     b_EOR: Tensor
 
-    def copies(self, num: int) -> LoraPair:
-        """One expert, `num` times."""
-        return LoraPair(self.a_ERI.expand(num, -1, -1), self.b_EOR.expand(num, -1, -1))
+    def copies(self, num: int, noise: float, generator: torch.Generator) -> LoraPair:
+        """One expert, `num` times, each matrix with Gaussian noise of `noise` times its own standard deviation."""
+
+        def copied(matrix: Tensor) -> Tensor:
+            copies = matrix.expand(num, -1, -1)
+            if noise == 0:
+                return copies
+            drawn = torch.randn(copies.shape, generator=generator).to(matrix)  # on the CPU: the same on any device
+            return copies + noise * matrix.std() * drawn
+
+        return LoraPair(copied(self.a_ERI), copied(self.b_EOR))
 
 
 def stack_name(path: str) -> str:
@@ -200,14 +208,24 @@ class ExpertBank(nn.Module):
             self.context.observation.add(self.site.name, counts_E, probability_E)
         return gate.gate_BTE * (self.alpha / self.rank)
 
-    def grow(self, num: int, *, generator: torch.Generator, init_from: Mapping[str, LoraPair] | None = None) -> None:
-        """Add fresh, trainable experts: LoRA's init (A random, B = 0: no effect yet), or copies of `expert(i)`."""
+    def grow(
+        self,
+        num: int,
+        *,
+        generator: torch.Generator,
+        init_from: Mapping[str, LoraPair] | None = None,
+        noise: float = 0.0,
+    ) -> None:
+        """Add fresh, trainable experts: LoRA's init (A random, B = 0: no effect yet), or copies of `expert(i)`.
+
+        Copies differ from each other, and from their origin, by `noise` standard deviations.
+        """
         for key, stack in self.stacks.items() if num else ():
             if init_from is None:
                 a_ERI = linear_init((num, self.rank, stack.d_in), generator)
                 pair = LoraPair(a_ERI, torch.zeros(num, stack.d_out, self.rank))
             else:
-                pair = init_from[key].copies(num)
+                pair = init_from[key].copies(num, noise, generator)
             stack.add(pair, like=self.anchor)
 
     def expert(self, index: int) -> dict[str, LoraPair]:

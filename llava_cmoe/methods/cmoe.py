@@ -60,7 +60,12 @@ class Cmoe(Method):
         else:
             growth, sources = self._probe(data, teach)
         for site, bank in self.host.banks.items():
-            bank.grow(growth.new_experts.get(site, 0), generator=generator, init_from=sources.get(site))
+            bank.grow(
+                growth.new_experts.get(site, 0),
+                generator=generator,
+                init_from=sources.get(site),
+                noise=self.settings.probe.clone_noise,
+            )
             bank.add_router(generator=generator, inherit=True)
         return growth
 

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from accelerate import PartialState
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.conversation import IGNORED
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.bank import LoraPair
 from llava_cmoe.experts.plan import RoutePlan
@@ -74,7 +76,7 @@ def probe(
         batch_size=settings.batch_size,
     )
     plan = RoutePlan.single(data.index)
-    counts = count(model, Subset(data.samples, order[:num_counted].tolist()), collator, host, plan)
+    counts = count(model, Subset(data.samples, order[:num_counted].tolist()), collator, host, plan, settings.counted)
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
     thresholds = thresholds_of(frequencies, settings)
     chosen = [site for site, used in frequencies.items() if probe_use(used, settings) > thresholds[site]]
@@ -94,9 +96,14 @@ def probe(
 
 @torch.no_grad()
 def count(
-    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], collator: Collator, host: ExpertHost, plan: RoutePlan
+    model: PreTrainedModel,
+    samples: Subset[dict[str, Tensor]],
+    collator: Collator,
+    host: ExpertHost,
+    plan: RoutePlan,
+    counted: Literal["all", "answer"] = "all",
 ) -> dict[str, Tensor]:
-    """Top-k slots of non-pad tokens per site and expert over some rows, summed over all processes: (E,) each.
+    """Top-k slots of the counted tokens per site and expert over some rows, summed over all processes: (E,) each.
 
     f_le = counts_e / (k * tokens) follows, as every token fills k slots. All processes grow by the same sums.
     """
@@ -105,8 +112,10 @@ def count(
     model.eval()  # type: ignore[no-untyped-call]
     with host.context.observe() as seen:
         for batch in DataLoader(mine, batch_size=COUNT_BATCH, collate_fn=collator):
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
-            with host.context.use(replace(plan, mask_BT=inputs["attention_mask"].bool())):
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            labels_BT = inputs.pop("labels")
+            mask_BT = inputs["attention_mask"].bool() if counted == "all" else labels_BT != IGNORED
+            with host.context.use(replace(plan, mask_BT=mask_BT)):
                 model.base_model(**inputs, use_cache=False)
     # Each process sums each site, also one that had no row to count: a sum waits for all of them.
     none = {

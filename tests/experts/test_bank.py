@@ -170,6 +170,18 @@ def test_a_grown_copy_computes_what_its_original_does_and_shares_no_memory() -> 
         assert bank.stacks[key].frozen.A.any() and bank.expert(1)[key].a_ERI.any()
 
 
+def test_noise_makes_copies_differ_from_each_other_by_as_much_as_was_asked() -> None:
+    _, bank, _ = make([2])
+    original = bank.expert(1)
+    bank.grow(2, generator=torch.Generator().manual_seed(0), init_from=original, noise=0.1)
+    for key, stack in bank.stacks.items():
+        copies = stack.read(range(2, 4))
+        for matrices, source in ((copies.a_ERI, original[key].a_ERI[0]), (copies.b_EOR, original[key].b_EOR[0])):
+            assert not torch.equal(matrices[0], matrices[1])
+            strength = (matrices - source).std() / source.std()
+            assert 0.05 < float(strength) < 0.2
+
+
 def test_dropping_probes_gives_back_the_bank_before() -> None:
     _, bank, _ = make([2, 1])
     bank.freeze()

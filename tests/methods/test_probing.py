@@ -14,6 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.backbones.sites import ffn_sites
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.conversation import IGNORED
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods import probing
@@ -25,7 +26,7 @@ TOP_K = 2
 
 
 class Rows(Dataset[dict[str, Tensor]]):
-    """Text-only samples of 3 to 12 tokens."""
+    """Text-only samples of 3 to 12 tokens, the second half of each an answer."""
 
     def __init__(self, num: int) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -37,7 +38,13 @@ class Rows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         ids_T = self.rows[index]
-        return {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T), "labels": ids_T}
+        labels_T = ids_T.clone()
+        labels_T[: len(ids_T) // 2] = IGNORED
+        return {"input_ids": ids_T, "attention_mask": torch.ones_like(ids_T), "labels": labels_T}
+
+    def learned(self) -> list[int]:
+        """Answer tokens per row."""
+        return [len(ids_T) - len(ids_T) // 2 for ids_T in self.rows]
 
 
 @pytest.fixture
@@ -182,6 +189,19 @@ def test_counts_depend_on_neither_batch_size_nor_padding(
     for site, counts_E in together.items():
         assert counts_E.tolist() == apart[site].tolist()
         assert counts_E.sum() == TOP_K * tokens
+
+
+def test_of_answers_only_their_own_tokens_are_counted(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
+):
+    rows, plan = Rows(10), RoutePlan.single(0)
+    for ids_T, kept in zip(rows.rows, rows.learned(), strict=True):
+        assert 0 < kept < len(ids_T)
+    everything = count(tiny_llava, rows, collator, host, plan)
+    answers = count(tiny_llava, rows, collator, host, plan, "answer")
+    for site, counts_E in answers.items():
+        assert counts_E.sum() == TOP_K * sum(rows.learned())
+        assert bool((counts_E <= everything[site]).all())
 
 
 def test_processes_share_the_counting_even_where_one_has_nothing_to_count(
