@@ -234,17 +234,21 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: unreadable file, malformed override, unknown key (with the nearest known one) or bad value.
     """
-    document = read_yaml(path)
-    for override in overrides:
-        key, separator, value = override.partition("=")
+    return override(read_yaml(path), overrides, source=str(path))
+
+
+def override(document: dict[str, Any], overrides: Iterable[str], source: str) -> Recipe:
+    """A recipe's mapping with dotted overrides applied, validated; `source` names it in error messages."""
+    for text in overrides:
+        key, separator, value = text.partition("=")
         if not separator:
-            raise RecipeError(f"override {override!r}: write it as dotted.key=value")
+            raise RecipeError(f"override {text!r}: write it as dotted.key=value")
         try:
             plain = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: the value is not valid YAML; close or quote it") from error
+            raise RecipeError(f"override {text!r}: the value is not valid YAML; close or quote it") from error
         _set_dotted(document, key.split("."), plain)
-    return parse_recipe(document, source=str(path))
+    return parse_recipe(document, source)
 
 
 def parse_recipe(document: Mapping[str, Any], source: str) -> Recipe:

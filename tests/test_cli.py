@@ -24,13 +24,14 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "report", "chat"],
+    "": ["demo", "data", "train", "eval", "probe", "report", "chat"],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
     "data check": ["--sequence", "--root"],
     "train": ["recipe", "KEY=VALUE", "--dry-run"],
     "eval": ["RUN", "--routes", "--batch-size"],
+    "probe": ["RUN", "KEY=VALUE", "--after", "--out"],
     "report": ["RUN", "--out"],
     "chat": ["RUN", "--image", "--prompt", "--after"],
 }

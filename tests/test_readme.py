@@ -108,6 +108,8 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
         case ["llava-cmoe", "chat", *_]:
             monkeypatch.setattr(sys, "stdin", io.StringIO("Which colour is it?\nexit\n"))
             return start(main, words, monkeypatch)
+        case ["llava-cmoe", "probe", run, *_]:
+            return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
         case ["llava-cmoe", "eval" | "report", *_] | ["llava-cmoe", "data", "check", *_]:
             return start(main, words, monkeypatch)
         case _:

@@ -58,7 +58,7 @@ class Cmoe(Method):
             growth = Growth(dict.fromkeys(self.host.banks, self.settings.experts.num_first))
             sources: Sources = {}
         else:
-            growth, sources = self._probe(data, teach)
+            growth, sources = self.probe(data, teach)
         for site, bank in self.host.banks.items():
             bank.grow(
                 growth.new_experts.get(site, 0),
@@ -68,6 +68,10 @@ class Cmoe(Method):
             )
             bank.add_router(generator=generator, inherit=True)
         return growth
+
+    def probe(self, data: StageData, teach: Teach) -> tuple[Growth, Sources]:
+        """Where a task would grow, and what its new experts would copy; the pool stays as it is."""
+        return probe(self.model, self.host, data, self._collator(), self.settings.probe, self._learning, teach)
 
     @contextmanager
     def learning(self, batch: Batch) -> Iterator[ExtraLoss]:
@@ -111,9 +115,6 @@ class Cmoe(Method):
         with self.host.context.use(None):
             parts = [last_token_feature(self.model, self._on_device(b), self.settings.locator.layer) for b in loader]
         return torch.cat(parts)
-
-    def _probe(self, data: StageData, teach: Teach) -> tuple[Growth, Sources]:
-        return probe(self.model, self.host, data, self._collator(), self.settings.probe, self._learning, teach)
 
     def _learning(self, balance_weight: float) -> Learning:
         @contextmanager

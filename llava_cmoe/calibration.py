@@ -1,0 +1,93 @@
+"""Probing without consequences: where would each task grow, asked of a run as it is.
+
+How much a probe is used says something only beside how much it is used for a task that needs nothing, one that is
+learned already. Nothing is added and nothing is written; learning is `sequence.py`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from pydantic import TypeAdapter
+from rich import box
+from rich.table import Table
+from transformers import set_seed
+
+from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.methods.probing import probe_use
+from llava_cmoe.records import Growth
+from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.restore import restore_stage
+from llava_cmoe.report.figures import site_label
+from llava_cmoe.sequence import Progress, check_data, open_run, stage_data, teacher
+from llava_cmoe.settings import Recipe, RecipeError
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What probing says of one task.
+
+    Attributes:
+        task: its name.
+        learned: whether the probed model had learned it.
+        use: site name to the mean frequency of its probes.
+        growth: where it would grow, by which frequencies and thresholds.
+    """
+
+    task: str
+    learned: bool
+    use: dict[str, float]
+    growth: Growth
+
+
+PROBED = TypeAdapter(tuple[Probed, ...])
+"""Reads and writes what was probed as JSON."""
+
+
+def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = lambda *_: None) -> tuple[Probed, ...]:
+    """Probe every task of a run's sequence on the model as it was after its first `after` tasks (as it is if absent).
+
+    A task is probed on the rows, and from the seed, with which learning probes it: of the next task this tells the
+    very growth that learning it would begin with.
+
+    Raises:
+        RecipeError: the run's method does not probe.
+        RegistryError: so many tasks are not learned, or none.
+    """
+    run = open_run(recipe)
+    if not isinstance(run.method, Cmoe):
+        raise RecipeError(f"{recipe.run}: method {recipe.method.name} does not probe; cmoe does")
+    num_learned = len(run.registry.records())
+    wanted = num_learned if after is None else after
+    if not 0 < wanted <= num_learned:
+        raise RegistryError(f"{recipe.run}: {num_learned} tasks are learned; probe it after 1 or more of them")
+    check_data(run)
+    for index in range(wanted):
+        restore_stage(run.method, run.registry, index, run.backbone)
+    probed = []
+    for index, stage in enumerate(run.stages):
+        data = stage_data(run, wanted, stage)
+        set_seed(data.seed)
+        teach = teacher(run, data, partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}"))
+        growth, _ = run.method.probe(data, teach)
+        use = {site: probe_use(used, run.method.settings.probe) for site, used in growth.frequencies.items()}
+        probed.append(Probed(stage.name, index < wanted, use, growth))
+    return tuple(probed)
+
+
+def render(probed: tuple[Probed, ...]) -> Table:
+    """A row per task: how much the probe of each layer was used, bold where the layer would grow."""
+    sites = list(probed[0].use)
+    title = "use of the probes, percent of a token's slots (bold: the layer would grow)"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("task", style="bold", no_wrap=True)
+    table.add_column("learned")
+    for site in sites:
+        table.add_column(site_label(site), justify="right")
+    table.add_column("would grow", justify="right")
+    for one in probed:
+        grown = one.growth.new_experts
+        cells = [f"{'[bold]' if site in grown else ''}{100 * use:.0f}" for site, use in one.use.items()]
+        table.add_row(one.task, "yes" if one.learned else "no", *cells, f"{len(grown)} of {len(sites)}")
+    return table

@@ -1,0 +1,46 @@
+"""Probing a finished run tells where tasks would grow, and leaves the run as it was."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_cli import refused, type_in
+from tiny import Lesson, files_of
+
+from llava_cmoe.calibration import PROBED, probe_tasks
+
+
+@pytest.fixture
+def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
+    return lesson_of("cmoe")
+
+
+def test_probing_tells_the_growth_that_learning_the_next_task_began_with_and_writes_nothing(lesson: Lesson):
+    before = files_of(lesson.recipe.run)
+    learned, following = probe_tasks(lesson.recipe, after=1)
+    assert files_of(lesson.recipe.run) == before
+    assert (learned.learned, following.learned) == (True, False)
+    recorded = lesson.run.registry.records()[1].facts["growth"]
+    assert following.growth.new_experts == recorded["new_experts"]
+    assert {site: list(used) for site, used in following.growth.frequencies.items()} == recorded["frequencies"]
+
+
+def test_the_command_shows_every_task_and_writes_what_it_shows(lesson: Lesson, tmp_path: Path):
+    out = tmp_path / "probed.json"
+    result = type_in(
+        "probe", lesson.recipe.run, "method.probe.alpha=0", "method.probe.scope=layer", "--after", "1", "--out", out
+    )
+    assert result.exit_code == 0, result.output
+    written = PROBED.validate_json(out.read_bytes())
+    assert [one.task for one in written] == list(lesson.results.tasks)
+    for one in written:
+        assert f"{len(one.growth.new_experts)} of 2" in result.output
+        for site, used in one.growth.frequencies.items():
+            mean = sum(used) / len(used)  # alpha 0: the threshold is the mean
+            assert one.growth.thresholds[site] == pytest.approx(mean)
+
+
+def test_what_cannot_be_probed_is_refused(lesson: Lesson, lesson_of: Callable[[str], Lesson]):
+    assert "2 tasks are learned" in refused("probe", lesson.recipe.run, "--after", "3")
+    assert "does not probe" in refused("probe", lesson_of("sequential_lora").recipe.run)
+    assert "did you mean method.probe?" in refused("probe", lesson.recipe.run, "method.prob.alpha=0")
