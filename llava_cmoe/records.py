@@ -47,16 +47,36 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Several tasks whose routers serve a sample together.
+
+    Attributes:
+        tasks_BK: task indices mixed for each sample, the closest first; -1 throughout where the base model answers.
+        weights_BK: weight of each of those tasks; they sum to 1, or to 0 where the base model answers.
+    """
+
+    tasks_BK: Tensor
+    weights_BK: Tensor
+
+
+@dataclass(frozen=True)
 class Located:
     """A locator's verdict for a batch of prompts.
 
     Attributes:
-        task_B: chosen task index per sample, -1 where no known task fits (the base model answers).
-        score_BN: z-normalised score per sample and known task; lower means closer.
+        task_B: closest task's index per sample, -1 where no known task fits (the base model answers).
+        score_BN: score per sample and known task, z-normalised unless the settings ask for raw errors; lower is closer.
+        mixture: tasks that soft selection mixes; None where the closest task answers alone.
     """
 
     task_B: Tensor
     score_BN: Tensor
+    mixture: Mixture | None = None
+
+    @property
+    def choice(self) -> Tensor | Mixture:
+        """Whose routers answer, as a method's `routed` takes it."""
+        return self.task_B if self.mixture is None else self.mixture
 
 
 @dataclass(frozen=True)

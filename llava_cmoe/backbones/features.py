@@ -1,16 +1,19 @@
-"""The frozen feature that locators read: one hidden state of the backbone per prompt, computed no further than needed.
+"""The frozen feature that locators read: one layer's hidden states as one vector per prompt, no later layer computed.
 
-Leaves the choice of the layer to the settings, and switching experts off to the caller (a RouteContext without a plan).
+Leaves the choice of tokens and layer to the settings, and switching experts off to the caller (a RouteContext without a
+plan).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+Feature = Literal["last", "mean", "vision", "text"]
 
 
 class _LayerReached(Exception):
@@ -21,9 +24,14 @@ class _LayerReached(Exception):
         self.hidden_BTD = hidden_BTD
 
 
-@torch.no_grad()
 def last_token_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: int) -> Tensor:
-    """Hidden state at the last prompt token, as the frozen model computes it.
+    """F_end: hidden state at the last prompt token; arguments and errors as of `prompt_feature`."""
+    return prompt_feature(model, batch, layer, "last")
+
+
+@torch.no_grad()
+def prompt_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: int, feature: Feature) -> Tensor:
+    """One vector per prompt, from the hidden states that the frozen model computes at one layer.
 
     Padding is first moved to the right end and cut to the longest prompt: a causal model's real tokens never see it
     there, so the feature has the same bits whichever side the batch was padded on, and however far.
@@ -33,20 +41,50 @@ def last_token_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], laye
         batch: the processor's tensors of *prompts*, with `input_ids` and `attention_mask` (B, T).
         layer: index into transformers' `hidden_states`: 0 is the embedding output with the image features in place,
             k the output of the k-th LLM layer, and -1 the last layer's output *after* the final norm.
+        feature: the last token's state, or the mean state of all tokens, of the image's (`vision`; zeros for a prompt
+            without one), or of the others (`text`; above layer 0 they have seen the image).
 
     Returns:
         feature_BD in float32, without gradient.
 
     Raises:
-        ValueError: no such layer, an empty prompt, or a batch with `labels` (its last token would be the answer's).
+        ValueError: no such layer, an empty prompt, or a batch with `labels` (its last token would be the answer's); a
+            model that does not say which tokens are the image's.
     """
     if "labels" in batch:
         raise ValueError("the locator's feature is read from prompts; collate them without answers and `labels`")
     prompts = _flush_left(batch)
     hidden_BTD = _hidden_state(model, prompts, layer)
-    last_B = prompts["attention_mask"].sum(dim=1) - 1
-    rows_B = torch.arange(len(last_B), device=hidden_BTD.device)
-    return hidden_BTD[rows_B, last_B.to(hidden_BTD.device)].float()
+    if feature == "last":
+        last_B = prompts["attention_mask"].sum(dim=1) - 1
+        rows_B = torch.arange(len(last_B), device=hidden_BTD.device)
+        return hidden_BTD[rows_B, last_B.to(hidden_BTD.device)].float()
+    return _mean(hidden_BTD, _averaged(model, prompts, feature).to(hidden_BTD.device))
+
+
+def _averaged(model: PreTrainedModel, prompts: Mapping[str, Tensor], feature: Feature) -> Tensor:
+    """Which tokens a mean is taken over, (B, T)."""
+    real_BT = prompts["attention_mask"].bool()
+    if feature == "mean":
+        return real_BT
+    image_token = getattr(model.config, "image_token_id", None)
+    if image_token is None:
+        raise ValueError(
+            f"{type(model).__name__} does not name its image_token_id; set locator.feature to last or mean"
+        )
+    image_BT: Tensor = prompts["input_ids"] == image_token
+    return real_BT & (image_BT if feature == "vision" else ~image_BT)
+
+
+def _mean(hidden_BTD: Tensor, chosen_BT: Tensor) -> Tensor:
+    """Mean over the chosen tokens, zeros where there are none: (B, D) in float32.
+
+    The order of a sum depends on the batch's length, hence on batch mates. Summed in float64 and rounded once, sums in
+    any order agree, short of a tie in the rounding; Apple's GPUs have no float64 and keep float32 sums.
+    """
+    wide = torch.float32 if hidden_BTD.device.type == "mps" else torch.float64
+    sum_BD = hidden_BTD.masked_fill(~chosen_BT.unsqueeze(-1), 0).sum(dim=1, dtype=wide)
+    return (sum_BD / chosen_BT.sum(dim=1, keepdim=True).clamp_min(1)).float()
 
 
 def _flush_left(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

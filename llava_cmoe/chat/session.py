@@ -22,6 +22,7 @@ from llava_cmoe.data.encoding import open_square
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry, load_sequence
 from llava_cmoe.methods.base import Method
+from llava_cmoe.records import Mixture
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 
@@ -35,7 +36,7 @@ class Verdict:
 
     Attributes:
         task: name of the task whose routers answer; None where no task fits and the base model answers.
-        scores: every known task's z-score, the closest task (the lowest score) first.
+        scores: every known task's score, the closest task (the lowest score) first.
     """
 
     task: str | None
@@ -96,20 +97,22 @@ class ChatSession:
         task, scores = int(located.task_B[0]), located.score_BN[0].tolist()
         by_name = dict(sorted(zip(self._names, scores, strict=True), key=lambda item: item[1]))
         verdict = Verdict(self._names[task] if task >= 0 else None, by_name)
-        return Reply(verdict, self._stream(prompt, located.task_B))
+        return Reply(verdict, self._stream(prompt, located.choice))
 
-    def _stream(self, prompt: dict[str, Tensor], task_B: Tensor | None) -> Iterator[str]:
+    def _stream(self, prompt: dict[str, Tensor], choice: Tensor | Mixture | None) -> Iterator[str]:
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            generating = pool.submit(self._generate, prompt, task_B, streamer)
+            generating = pool.submit(self._generate, prompt, choice, streamer)
             yield from streamer
             generating.result()  # an error over there is an error here
 
-    def _generate(self, prompt: dict[str, Tensor], task_B: Tensor | None, streamer: TextIteratorStreamer) -> None:
+    def _generate(
+        self, prompt: dict[str, Tensor], choice: Tensor | Mixture | None, streamer: TextIteratorStreamer
+    ) -> None:
         model: Any = self._method.model
         end = model.generation_config.eos_token_id
         try:
-            with self._method.routed(task_B):
+            with self._method.routed(choice):
                 model.generate(
                     **prompt,
                     streamer=streamer,

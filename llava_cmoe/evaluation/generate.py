@@ -23,7 +23,7 @@ from torch import Tensor
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
-from llava_cmoe.records import Located
+from llava_cmoe.records import Located, Mixture
 
 RouteName = Literal["located", "oracle", "random"]
 Progress = Callable[[int, int], None]
@@ -37,8 +37,8 @@ class Routed(Protocol):
         """Which task each prompt belongs to; None if the method does not locate."""
         ...
 
-    def routed(self, task_B: Tensor | None) -> AbstractContextManager[None]:
-        """Answer with these tasks' routers while the context is open (-1: the base model)."""
+    def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
+        """Answer with these tasks' routers, one or a mixture a sample, while open (-1: the base model)."""
         ...
 
 
@@ -173,7 +173,7 @@ def answer_batch(candidate: Candidate, questions: Questions, batch: Sequence[int
     }
     task_B = route.given_tasks(ids)
     located = candidate.method.locate(prompts) if task_B is None else None
-    with candidate.method.routed(located.task_B if located else task_B):
+    with candidate.method.routed(located.choice if located else task_B):
         tokens_BT = candidate.model.generate(**prompts, **_greedy(candidate, questions.max_new_tokens))
     texts = tokenizer.batch_decode(tokens_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     verdicts = _verdicts(located, len(ids))

@@ -26,7 +26,7 @@ class Answer:
         id: the evaluation row's id.
         text: what the model wrote, outer blanks removed, nothing else extracted.
         located: index of the task the locator chose, -1 for the base model; None where no locator was asked.
-        score: the chosen task's z-normalised score (lower means closer); None where no task was chosen.
+        score: the chosen task's score (lower means closer); None where no task was chosen.
         prompt: the user's turn as it stands in the row.
     """
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from llava_cmoe.records import Mixture
+
 
 @dataclass(frozen=True)
 class RoutePlan:
@@ -49,6 +51,11 @@ class RoutePlan:
         """One task per sample. Costs one host sync for a tensor on an accelerator, once per prompt batch."""
         tasks_BK = task_B.long().unsqueeze(1)
         return cls(tasks_BK, (tasks_BK >= 0).float(), int(task_B.max()), mask_BT)
+
+    @classmethod
+    def soft(cls, mixture: Mixture) -> RoutePlan:
+        """Several tasks per sample, weighted; the same host sync."""
+        return cls(mixture.tasks_BK, mixture.weights_BK, int(mixture.tasks_BK.max()))
 
     def to(self, device: torch.device) -> RoutePlan:
         """The same plan with its tensors on `device`."""

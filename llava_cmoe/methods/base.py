@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
 from llava_cmoe.data.encoding import PromptRows, SampleRows
-from llava_cmoe.records import Growth, Learned, Located, StageReport
+from llava_cmoe.records import Growth, Learned, Located, Mixture, StageReport
 
 Batch = Mapping[str, Tensor]
 Tensors = Mapping[str, Mapping[str, Tensor]]
@@ -116,7 +116,10 @@ class Method(ABC):
         del batch
         return None
 
-    def routed(self, task_B: Tensor | None) -> AbstractContextManager[None]:
-        """Answer with these tasks' routers inside (-1: the base model); ignored by methods without routers."""
-        del task_B
+    def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
+        """Answer with these tasks' routers inside, one or a mixture a sample (-1: the base model).
+
+        Ignored by methods without routers.
+        """
+        del choice
         return nullcontext()

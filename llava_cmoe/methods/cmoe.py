@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
-from llava_cmoe.backbones.features import last_token_feature
+from llava_cmoe.backbones.features import prompt_feature
 from llava_cmoe.backbones.sites import ffn_sites
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows
@@ -31,10 +31,10 @@ from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import install
-from llava_cmoe.locators.vae import ProbabilisticTaskLocator
+from llava_cmoe.locators import LOCATORS
 from llava_cmoe.methods.base import Batch, ExtraLoss, Learning, Method, StageData, Teach, Tensors
 from llava_cmoe.methods.probing import Sources, probe
-from llava_cmoe.records import Growth, Learned, Located
+from llava_cmoe.records import Growth, Learned, Located, Mixture
 from llava_cmoe.settings import CmoeSettings
 
 FEATURE_BATCH = 64
@@ -49,7 +49,7 @@ class Cmoe(Method):
         experts = settings.experts
         self.settings, self.model, self.processor = settings, model, processor
         self.host = install(model, ffn_sites(model), rank=experts.rank, alpha=experts.alpha, top_k=experts.top_k)
-        self.locator = ProbabilisticTaskLocator(settings.locator, device=model.device)
+        self.locator = LOCATORS[settings.locator.kind](settings.locator, device=model.device)
 
     def before_task(self, data: StageData, teach: Teach) -> Growth:
         """Probe (from the second task on), then add experts where the probes were used and a router everywhere."""
@@ -100,21 +100,28 @@ class Cmoe(Method):
         self.locator.add(tensors["locator"])
 
     def locate(self, batch: Batch) -> Located:
-        """The task whose VAE finds each prompt most familiar; per sample, once per prompt."""
+        """The task whose VAE (or other model) finds each prompt most familiar; per sample, once per prompt."""
         with self.host.context.use(None):
-            feature_BD = last_token_feature(self.model, batch, self.settings.locator.layer)
-        return self.locator.locate(feature_BD)
+            return self.locator.locate(self._feature(batch))
 
-    def routed(self, task_B: Tensor | None) -> AbstractContextManager[None]:
-        """Hard selection: each sample's task names the routers for its whole answer."""
-        return self.host.context.use(None if task_B is None else RoutePlan.hard(task_B))
+    def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
+        """Each sample's task, or mixture of tasks, names the routers for its whole answer."""
+        match choice:
+            case None:
+                return self.host.context.use(None)
+            case Mixture():
+                return self.host.context.use(RoutePlan.soft(choice))
+            case _:
+                return self.host.context.use(RoutePlan.hard(choice))
 
     def features(self, prompts: PromptRows) -> Tensor:
-        """F_end of every prompt (S, D): the frozen model's state at the last prompt token, no experts active."""
+        """The feature of every prompt (S, D), F_end unless the settings say otherwise; no experts active."""
         loader = DataLoader(prompts, batch_size=FEATURE_BATCH, collate_fn=self._collator())
         with self.host.context.use(None):
-            parts = [last_token_feature(self.model, self._on_device(b), self.settings.locator.layer) for b in loader]
-        return torch.cat(parts)
+            return torch.cat([self._feature(self._on_device(batch)) for batch in loader])
+
+    def _feature(self, batch: Batch) -> Tensor:
+        return prompt_feature(self.model, batch, self.settings.locator.layer, self.settings.locator.feature)
 
     def _learning(self, balance_weight: float) -> Learning:
         @contextmanager

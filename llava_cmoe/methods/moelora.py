@@ -19,7 +19,7 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import install
 from llava_cmoe.methods.base import Batch, ExtraLoss, Method, StageData, Tensors
-from llava_cmoe.records import Growth, Learned
+from llava_cmoe.records import Growth, Learned, Mixture
 from llava_cmoe.settings import MoeLoraSettings
 
 
@@ -61,6 +61,6 @@ class MoeLora(Method):
         self.host.drop_fresh()
         restore(self.host.banks, TaskState(tensors["experts"], tensors["routers"]))
 
-    def routed(self, task_B: Tensor | None) -> AbstractContextManager[None]:
+    def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
         """The one shared router, whatever the task."""
         return self.host.context.use(RoutePlan.single(0))

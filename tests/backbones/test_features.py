@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_cmoe.backbones.features import last_token_feature
+from llava_cmoe.backbones.features import last_token_feature, prompt_feature
 
 TEXTS = ("<image>\nWhat is the object in the image?", "<image>\nIs the ball red?", "<image>\nWhere is it? Say a word.")
 LAYERS = (0, 1, 2)
@@ -107,3 +107,104 @@ def test_answers_and_impossible_layers_are_refused(tiny_llava, tiny_processor):
     batch["attention_mask"][1] = 0
     with pytest.raises(ValueError, match="prompt 1 of the batch is empty"):
         last_token_feature(tiny_llava, batch, 1)
+
+
+# Means over tokens.
+
+MEANS = ("mean", "vision", "text")
+NUM_IMAGE_TOKENS = 4
+
+
+def token_masks(batch, image_token):
+    real_BT, image_BT = batch["attention_mask"].bool(), batch["input_ids"] == image_token
+    return {"mean": real_BT, "vision": real_BT & image_BT, "text": real_BT & ~image_BT}
+
+
+@pytest.mark.parametrize("feature", MEANS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_mean_is_over_its_tokens_of_the_stock_models_states(tiny_llava, tiny_processor, layer, feature):
+    batch = collate(tiny_processor, TEXTS)
+    chosen_BT = token_masks(batch, tiny_llava.config.image_token_id)[feature]
+    with torch.no_grad():
+        hidden_BTD = tiny_llava(**batch, output_hidden_states=True).hidden_states[layer]
+    expected_BD = torch.stack(
+        [states[chosen].mean(dim=0) for states, chosen in zip(hidden_BTD, chosen_BT, strict=True)]
+    )
+    feature_BD = prompt_feature(tiny_llava, batch, layer, feature)
+    torch.testing.assert_close(feature_BD, expected_BD, rtol=1e-5, atol=1e-6)
+    assert feature_BD.dtype == torch.float32 and not feature_BD.requires_grad
+
+
+def test_all_tokens_are_the_images_and_the_others(tiny_llava, tiny_processor):
+    batch = collate(tiny_processor, TEXTS)
+    num_B1 = batch["attention_mask"].sum(dim=1, keepdim=True)
+    mean_BD, vision_BD, text_BD = (prompt_feature(tiny_llava, batch, 1, feature) for feature in MEANS)
+    together_BD = (NUM_IMAGE_TOKENS * vision_BD + (num_B1 - NUM_IMAGE_TOKENS) * text_BD) / num_B1
+    torch.testing.assert_close(together_BD, mean_BD, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("feature", MEANS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_mean_has_the_same_bits_whatever_the_padding(tiny_llava, tiny_processor, layer, feature):
+    right = collate(tiny_processor, TEXTS)
+    wider = {
+        name: torch.nn.functional.pad(right[name], (3, 4), value=value)
+        for name, value in (("input_ids", tiny_processor.tokenizer.pad_token_id), ("attention_mask", 0))
+    }
+    feature_BD = prompt_feature(tiny_llava, right, layer, feature)
+    left = collate(tiny_processor, TEXTS, "left")
+    assert torch.equal(feature_BD, prompt_feature(tiny_llava, left, layer, feature))
+    assert torch.equal(feature_BD, prompt_feature(tiny_llava, right | wider, layer, feature))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("feature", MEANS)
+def test_batch_mates_do_not_matter_for_a_mean(tiny_llava, tiny_processor, layer, feature):
+    together_BD = prompt_feature(tiny_llava, collate(tiny_processor, TEXTS, "left"), layer, feature)
+    alone_BD = torch.cat(
+        [prompt_feature(tiny_llava, collate(tiny_processor, [text]), layer, feature) for text in TEXTS]
+    )
+    torch.testing.assert_close(together_BD, alone_BD, rtol=1e-5, atol=1e-6)
+
+
+def test_taking_a_mean_adds_no_dependence_on_batch_mates(tiny_llava, tiny_processor):
+    """Embeddings of words do not know their mates; nor does their mean, though its sum runs over other lengths."""
+    texts = [f"<image>\n{'What is it? ' * num}" for num in range(1, 30, 4)]
+    together_BD = prompt_feature(tiny_llava, collate(tiny_processor, texts, "left"), 0, "text")
+    alone_BD = torch.cat([prompt_feature(tiny_llava, collate(tiny_processor, [text]), 0, "text") for text in texts])
+    assert torch.equal(together_BD, alone_BD)
+
+
+def test_only_states_that_can_see_the_picture_depend_on_it(tiny_llava, tiny_processor):
+    batch = collate(tiny_processor, TEXTS)
+    repainted = batch | {"pixel_values": -batch["pixel_values"]}
+    for layer in LAYERS:
+        for feature in MEANS:
+            before_BD, after_BD = (prompt_feature(tiny_llava, inputs, layer, feature) for inputs in (batch, repainted))
+            assert torch.equal(before_BD, after_BD) == (layer == 0 and feature == "text")
+
+
+def test_vision_depends_on_the_picture_alone(tiny_llava, tiny_processor):
+    """The image comes first in these prompts, and a causal model's image tokens do not see the question."""
+    picture = collate(tiny_processor, TEXTS[:1])["pixel_values"]
+    asked, otherwise = (collate(tiny_processor, [text]) | {"pixel_values": picture} for text in TEXTS[:2])
+    for layer in LAYERS:
+        feature_BD = prompt_feature(tiny_llava, asked, layer, "vision")
+        torch.testing.assert_close(feature_BD, prompt_feature(tiny_llava, otherwise, layer, "vision"))
+
+
+def test_vision_of_a_prompt_without_a_picture_is_zeros(tiny_llava, tiny_processor):
+    texts = [TEXTS[0], "Yes or no?"]
+    image = Image.new("RGB", (24, 24))
+    mixed = dict(tiny_processor(text=texts, images=[image], padding=True, return_tensors="pt"))
+    with_picture_D, without_D = prompt_feature(tiny_llava, mixed, 1, "vision")
+    assert with_picture_D.any() and not without_D.any()
+
+
+def test_a_model_that_does_not_name_its_image_token_is_refused_where_that_matters(tiny_llava, tiny_processor):
+    batch = dict(tiny_processor(text=["Yes or no?"], return_tensors="pt"))
+    language_model = tiny_llava.model.language_model
+    for feature in ("vision", "text"):
+        with pytest.raises(ValueError, match="LlamaModel does not name its image_token_id; set locator.feature"):
+            prompt_feature(language_model, batch, 1, feature)
+    assert prompt_feature(language_model, batch, 1, "mean").shape == (1, 32)

@@ -1,0 +1,98 @@
+"""Every kind of locator, feature and selection serves a whole run, and comes back from its folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import Lesson
+from torch import Tensor
+
+from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.locators import LOCATORS
+from llava_cmoe.methods.base import Method
+from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.records import Located, Mixture
+from llava_cmoe.registry.restore import restore_method
+from llava_cmoe.registry.store import Registry
+
+SMALL = ("data.train_rows=12", "data.eval_rows=4", "evaluation.routes=[located]", "method.locator.epochs=5")
+LESSONS = {
+    "vae": ("error=elbo", "feature=text", "layer=1"),
+    "autoencoder": ("feature=mean", "selection=soft", "temperature=2.0"),
+    "gaussian": ("feature=vision", "score=raw"),
+    "prototype": ("score=raw", "selection=soft", "num_mixed=3", "unseen_threshold=1000.0"),
+}
+"""Kind of locator to other settings of its run: each setting is met once."""
+
+
+def test_every_kind_has_a_lesson():
+    assert LESSONS.keys() == LOCATORS.keys()
+
+
+@pytest.mark.parametrize("kind", LESSONS)
+def test_a_run_learns_answers_and_comes_back(kind: str, tiny_data: Path, tiny_backbone: Path, tmp_path: Path):
+    settings = (f"method.locator.{setting}" for setting in (f"kind={kind}", *LESSONS[kind]))
+    recipe = tiny.recipe(tmp_path / "run", tiny_data, tiny_backbone, "cmoe", *SMALL, *settings)
+    lesson = tiny.attend(recipe)
+    restored = restore_method(recipe, load_backbone(recipe.backbone), Registry(recipe.run))
+    prompts = lesson.prompts()
+    located, again = lesson.run.method.locate(prompts), restored.locate(prompts)
+    assert located is not None and again is not None
+    assert torch.equal(located.score_BN, again.score_BN) and torch.isfinite(located.score_BN).all()
+    assert (located.mixture is not None) == ("selection=soft" in LESSONS[kind])
+    assert torch.equal(answer(lesson, restored, again), answer(lesson, lesson.run.method, located))
+    assert lesson.results.locator is not None and None not in lesson.results.routes["located"].matrix[-1]
+
+
+def answer(lesson: Lesson, method: Method, located: Located) -> Tensor:
+    """Logits on the located route."""
+    with torch.no_grad(), method.routed(located.choice):
+        logits_BTV: Tensor = method.model(**lesson.prompts()).logits
+    return logits_BTV
+
+
+# Soft selection.
+
+
+@pytest.fixture
+def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
+    return lesson_of("cmoe")
+
+
+@pytest.fixture
+def method(lesson: Lesson) -> Cmoe:
+    assert isinstance(lesson.run.method, Cmoe)
+    return lesson.run.method
+
+
+def logits(lesson: Lesson, method: Cmoe, tasks: list[list[int]], weights: list[list[float]]) -> Tensor:
+    task_B = torch.tensor(tasks)[:, 0]
+    mixture = Mixture(torch.tensor(tasks), torch.tensor(weights))
+    return answer(lesson, method, Located(task_B, torch.zeros(len(task_B), 2), mixture))
+
+
+def test_a_mixture_of_one_task_is_that_tasks_route_bit_for_bit(lesson: Lesson, method: Cmoe):
+    for task in (0, 1):
+        assert torch.equal(logits(lesson, method, [[task]] * 4, [[1.0]] * 4), lesson.logits_of(method, task))
+
+
+def test_a_task_of_no_weight_does_not_answer(lesson: Lesson, method: Cmoe):
+    mixed = logits(lesson, method, [[0, 1]] * 2 + [[1, 0]] * 2, [[1.0, 0.0]] * 4)
+    apart = torch.cat([lesson.logits_of(method, 0)[:2], lesson.logits_of(method, 1)[2:]])
+    torch.testing.assert_close(mixed, apart, rtol=0, atol=1e-6)
+
+
+def test_a_mixture_is_neither_of_its_tasks_and_does_not_know_their_order(lesson: Lesson, method: Cmoe):
+    mixed = logits(lesson, method, [[0, 1]] * 4, [[0.7, 0.3]] * 4)
+    swapped = logits(lesson, method, [[1, 0]] * 4, [[0.3, 0.7]] * 4)
+    torch.testing.assert_close(mixed, swapped, rtol=0, atol=1e-6)
+    for task in (0, 1):
+        assert (mixed - lesson.logits_of(method, task)).abs().max() > 1e-4
+
+
+def test_a_prompt_that_no_task_fits_gets_the_base_models_answer_beside_mixed_ones(lesson: Lesson, method: Cmoe):
+    mixed = logits(lesson, method, [[0, 1], [-1, -1], [1, 0], [-1, -1]], [[0.7, 0.3], [0, 0]] * 2)
+    torch.testing.assert_close(mixed[1::2], lesson.base[1::2], rtol=0, atol=1e-6)
+    assert torch.equal(logits(lesson, method, [[-1, -1]] * 4, [[0.0, 0.0]] * 4), lesson.base)
