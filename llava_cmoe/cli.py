@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 import yaml
@@ -16,9 +16,6 @@ from rich.console import Console
 
 from llava_cmoe.console import list_problems, plainly, results_of, show
 from llava_cmoe.settings import EvaluationSettings, load_recipe, parse_settings
-
-if TYPE_CHECKING:
-    from llava_cmoe.settings import Recipe
 
 app = typer.Typer(
     help="Teach a vision-language LLM one task after another without forgetting the earlier ones. Start with `demo`.",
@@ -134,7 +131,7 @@ def train(
     from llava_cmoe.data.pocket_root import make_pocket_root
     from llava_cmoe.preview import preview, render
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.sequence import learn, processes
+    from llava_cmoe.sequence import lacks_pocket, learn, processes
 
     settings = load_recipe(recipe, overrides or ())
     launched = processes()
@@ -155,6 +152,47 @@ def train(
         results = learn(settings, line)
     show(console, [results])
     console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def study(
+    studies: Annotated[
+        list[Path], typer.Argument(help="Study files, such as train/recipes/studies/rank.yaml.", metavar="STUDY...")
+    ],
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time; one per GPU, else one per core, if absent.", min=1)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the studies and list their runs.")] = False,
+) -> None:
+    """Learn variants of a recipe from several seeds, several runs at a time, and put them into one table.
+
+    A study that was stopped goes on with the same command; finished runs are only read. Leaves with status 1 if a run
+    fails, after all the others.
+
+    Writes study.json, table.md and last.png into runs/studies/NAME once all runs of that study are finished.
+    """
+    from llava_cmoe.report.progress import ProgressLine, StudyLine
+    from llava_cmoe.studies.plan import plan_studies, render
+    from llava_cmoe.studies.runner import render_missing, run_studies
+
+    console, plans = Console(), plan_studies(studies, Path("runs/studies"))
+    if dry_run:
+        console.print(render(plans))
+        return
+    with ProgressLine(console) as line:
+        render_missing(plans, partial(line, "rendering"))
+    with StudyLine(console, sum(len(plan.runs) for plan in plans)) as bar:
+        failed = run_studies(plans, jobs, bar)
+    for plan in plans:
+        if any(run in failed for run in plan.runs):
+            console.print(f"{plan.folder}: no table, not all runs are finished", highlight=False, soft_wrap=True)
+        else:
+            table = (plan.folder / "table.md").read_text()
+            console.print(table, markup=False, highlight=False, soft_wrap=True)
+            console.print(f"In {plan.folder}: study.json, table.md, last.png", highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command("eval")
@@ -275,8 +313,5 @@ def chat(
         answer(console, session, image, prompt)
 
 
-def lacks_pocket(recipe: Recipe) -> bool:
-    """Whether a pocket sequence has to be rendered first; any other data a user brings."""
-    from llava_cmoe.sequence import sequence_of
-
-    return sequence_of(recipe).name == "pocket" and not recipe.data.root.exists()
+if __name__ == "__main__":
+    main()

@@ -173,6 +173,11 @@ def sequence_of(recipe: Recipe) -> TaskSequence:
     return sequence if recipe.data.tasks is None else sequence.select(recipe.data.tasks)
 
 
+def lacks_pocket(recipe: Recipe) -> bool:
+    """Whether a pocket sequence has to be rendered first; any other data a user brings."""
+    return sequence_of(recipe).name == "pocket" and not recipe.data.root.exists()
+
+
 def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
     """A seeded draw of `count` rows; all of them where fewer exist or none is asked for."""
     return rows if count is None or count >= len(rows) else rows.shuffle(seed=seed).select(range(count))

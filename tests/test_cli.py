@@ -24,12 +24,13 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "probe", "report", "chat"],
+    "": ["demo", "data", "train", "eval", "probe", "report", "study", "chat"],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
     "data check": ["--sequence", "--root"],
     "train": ["recipe", "KEY=VALUE", "--dry-run"],
+    "study": ["STUDY", "--jobs", "--dry-run"],
     "eval": ["RUN", "--routes", "--batch-size"],
     "probe": ["RUN", "KEY=VALUE", "--after", "--out"],
     "report": ["RUN", "--out"],
@@ -108,6 +109,16 @@ def test_a_script_is_its_command(script: str, command: str, monkeypatch, capsys)
 def test_an_unknown_key_is_answered_with_the_nearest_known_one():
     told = refused("train", REPOSITORY / "train/recipes/pocket_cmoe.yaml", "method.prob.alpha=1", "--dry-run")
     assert "unknown key method.prob; did you mean method.probe?" in told
+
+
+def test_a_study_is_checked_whole_before_it_begins(written, lesson, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    variants = {"fine": [], "broken": ["method.probe.alfa=1"]}
+    study = {"name": "alpha", "recipe": str(written(lesson.recipe)), "variants": variants}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(study))
+    told = refused("study", "study.yaml")
+    assert "study.yaml: variant broken: " in told and "did you mean method.probe.alpha?" in told
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("method", ["cmoe", "sequential_lora"])

@@ -21,6 +21,7 @@ from tiny import Lesson
 from llava_cmoe.cli import main
 from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.report.headline import Headline, headline_markdown
+from llava_cmoe.report.studies import read_study, study_markdown
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -31,7 +32,7 @@ WHOLE_FOLDERS = ("tests/", "eval/results/", "llava_cmoe/backbones/pocket_weights
 
 GLOSSARY = {
     *("backbone", "site", "expert", "bank", "router", "gate", "plan", "probe", "growth", "locator", "route"),
-    *("task", "sequence", "stage", "run", "registry", "immediate", "last", "MAA", "BWT"),
+    *("task", "sequence", "stage", "run", "registry", "immediate", "last", "MAA", "BWT", "study", "variant"),
 }
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
@@ -98,9 +99,9 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             words = [*words[2:], "--dry-run"]
         case ["accelerate", "launch", "eval/evaluate.py" as script, *_]:
             words = words[2:]
-        case ["python", "eval/headline.py" as script, *_]:
+        case ["python", "eval/headline.py" | "eval/study.py" as script, *_]:
             words = words[1:]
-        case ["llava-cmoe", "train", *_]:
+        case ["llava-cmoe", "train" | "study", *_]:
             return start(main, [*words, "--dry-run"], monkeypatch)
         case ["llava-cmoe", "data", "make-pocket", "ROOT", *_]:
             (workplace / "ROOT").unlink()
@@ -175,6 +176,13 @@ def test_the_table_is_the_committed_summary_or_is_not_there():
         assert generated("headline").strip() == table and pictures
     else:
         assert generated("headline").strip() == UNFINISHED and not pictures
+
+
+def test_the_table_of_each_committed_study_is_there_and_no_other():
+    summaries = [read_study(path) for path in sorted((REPOSITORY / SUMMARY).parent.glob("study_*.json"))]
+    assert {summary.study["name"] for summary in summaries} == set(re.findall(r"<!-- study (\S+): begin -->", README))
+    for summary in summaries:
+        assert generated(f"study {summary.study['name']}").strip() == study_markdown(summary)
 
 
 def test_the_words_are_the_glossary_and_the_code_uses_them():

@@ -151,6 +151,11 @@ class Results(RunFacts):
         """The first route's results."""
         return next(iter(self.routes.values()))
 
+    @property
+    def finished(self) -> bool:
+        """Whether all tasks are learned and measured."""
+        return len(self.headline.matrix) == len(self.tasks)
+
 
 def write_results(path: Path, results: Results) -> None:
     """Write `results.json` atomically; the keys stand in the order of the fields above."""

@@ -133,10 +133,15 @@ def thresholds_of(frequencies: Mapping[str, Sequence[float]], settings: ProbeSet
     def threshold(values: Sequence[float]) -> float:
         return statistics.fmean(values) - settings.alpha * statistics.pstdev(values)
 
-    if settings.scope == "layer":
-        return {site: threshold(used) for site, used in frequencies.items()}
-    shared = threshold([probe_use(used, settings) for used in frequencies.values()])
-    return dict.fromkeys(frequencies, shared)
+    match settings.scope:
+        case "layer":
+            return {site: threshold(used) for site, used in frequencies.items()}
+        case "global":
+            return dict.fromkeys(frequencies, threshold([probe_use(used, settings) for used in frequencies.values()]))
+        case "all":
+            return dict.fromkeys(frequencies, -1.0)  # below any frequency, also that of a probe no token used
+        case "none":
+            return dict.fromkeys(frequencies, 1.0)  # no frequency is above one
 
 
 def probe_use(used: Sequence[float], settings: ProbeSettings) -> float:

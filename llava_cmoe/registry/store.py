@@ -65,6 +65,22 @@ class Registry:
         Raises:
             RegistryError: the run was begun, or a task learned, with another recipe; names the differing keys.
         """
+        self.check_recipe(recipe)
+        path = self.run / "run.json"
+        if not path.exists():
+            self._check_writer()
+            self._tasks.mkdir(parents=True, exist_ok=True)
+            beside = self.run / f".run.json{PARTIAL}"
+            _write(beside, RunRecord(recipe=recipe_facts(recipe)).to_json())
+            os.rename(beside, path)
+            _sync(self.run)
+
+    def check_recipe(self, recipe: Recipe) -> None:
+        """Stop unless a recipe may begin the run or go on with it.
+
+        Raises:
+            RegistryError: the run was begun, or a task learned, with another recipe; names the differing keys.
+        """
         facts = recipe_facts(recipe)
         path = self.run / "run.json"
         begun = {str(path): RunRecord.read(path).recipe} if path.exists() else {}
@@ -76,13 +92,6 @@ class Registry:
                     f"{source}: this run was begun with another recipe: {', '.join(differences)}; "
                     "restore these values, or give the new recipe a run folder of its own"
                 )
-        if not begun:
-            self._check_writer()
-            self._tasks.mkdir(parents=True, exist_ok=True)
-            beside = self.run / f".run.json{PARTIAL}"
-            _write(beside, RunRecord(recipe=facts).to_json())
-            os.rename(beside, path)
-            _sync(self.run)
 
     def recipe(self) -> Recipe:
         """The recipe that began the run, with the folder where the run lies now as its output directory.

@@ -1,7 +1,8 @@
-"""The pictures: accuracy matrices, the locator's confusion, where experts grew; everything comes from `results.json`.
+"""The pictures: accuracy matrices, the locator's confusion, where experts grew, a study's variants side by side.
 
-Colours go from pale to dark (`YlGnBu`): what is forgotten fades, a measured 0 still differs from a blank cell, and the
-order is one of lightness, so it reads the same with every kind of colour vision and in grey.
+A run's pictures come from its `results.json`, a study's from its `study.json`. Cells go from pale to dark (`YlGnBu`):
+what is forgotten fades, a measured 0 still differs from a blank cell, and the order is one of lightness, so it reads
+the same with every kind of colour vision and in grey.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,11 +21,13 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from llava_cmoe.evaluation.log import Results
+from llava_cmoe.report.studies import COLUMNS, StudySummary
 from llava_cmoe.report.tables import metrics_line, run_label
 
 COLOURS = "YlGnBu"
 DPI = 160
 CELL = 0.52  # inches; a cell then holds a three-digit number that is readable at the width of a README
+MARKS = "osD^vPX*"
 INK, PAPER, FAINT = "#1a1a1a", "#ffffff", "#8a8a8a"
 
 
@@ -86,6 +91,37 @@ def draw_growth(results: Results, path: Path) -> None:
     share = 100 * np.count_nonzero(added) / added.size
     summary = f"{int(added.sum())} experts; {share:.0f} % of (layer, task) pairs grew"
     axes.set_xlabel(summary, fontsize=10, color=INK, labelpad=8)
+    _save(figure, path)
+
+
+def draw_study(summary: StudySummary, path: Path) -> None:
+    """Last mean of each variant, and the same against what it trained and what it stored; bars are one deviation.
+
+    The names at the first panel are the legend of all: a variant keeps its mark and colour.
+    """
+    variants = summary.variants
+    keys = ("trained_thousands", "stored_kilobytes")
+    costs = [key for key in keys if all(key in variant.numbers for variant in variants.values())]
+    figure = _figure(4.6 + 3.4 * len(costs), max(2.6, 0.36 * len(variants) + 1.4))
+    first, *others = figure.subplots(1, 1 + len(costs), squeeze=False)[0]
+    colours = colormaps["viridis"](np.linspace(0, 0.88, len(variants)))
+    for row, (variant, colour) in enumerate(zip(variants.values(), colours, strict=True)):
+        last = variant.numbers["last"]
+        look: dict[str, Any] = {"fmt": MARKS[row % len(MARKS)], "color": colour, "markersize": 6, "capsize": 3}
+        first.errorbar(last.mean, row, xerr=last.std, **look)
+        for axes, key in zip(others, costs, strict=True):
+            cost = variant.numbers[key]
+            axes.errorbar(cost.mean, last.mean, xerr=cost.std, yerr=last.std, **look)
+    first.set_yticks(range(len(variants)), list(variants), fontsize=9.5, color=INK)
+    first.set_ylim(len(variants) - 0.5, -0.5)
+    first.set_xlabel("last (%)", fontsize=10, color=INK)
+    for axes, key in zip(others, costs, strict=True):
+        axes.set_xlabel(COLUMNS[key].heading, fontsize=10, color=INK)
+        axes.set_ylabel("last (%)", fontsize=10, color=INK)
+    for axes in (first, *others):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=FAINT, alpha=0.25, linewidth=0.8)
+    figure.suptitle(summary.study["name"], fontsize=11.5, fontweight="bold", color=INK)
     _save(figure, path)
 
 

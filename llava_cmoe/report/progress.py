@@ -1,11 +1,14 @@
 """How far a run is: one live line in a terminal, one line per finished part anywhere else.
 
-Knows nothing of runs: it only answers the calls `(where, what, done, total)` that long work makes on its way.
+Knows nothing of runs: it only answers the calls that long work makes on its way, `(where, what, done, total)` for one
+run, `moved` and `ended` for many.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -69,6 +72,46 @@ class ProgressLine:
     def _end_where(self) -> None:
         if self._where and self._console.is_terminal:
             self._say(f"{self._where}: done in {clock(self._last - self._where_began)}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class StudyLine:
+    """One bar over many runs, with the time left and the names of those at work; a line for each run that ends."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        """Print to `console`; `total` runs, those that are finished already included."""
+        self._console = console
+        # A run takes minutes: the speed is that of the whole session, not of rich's last 30 seconds.
+        self._live = Progress(
+            *COLUMNS, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=math.inf
+        )
+        self._bar = self._live.add_task("", total=total, where="")
+        self._total = total
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the bar away; the lines of the runs that ended stay."""
+        self._live.stop()
+
+    def moved(self, done: float, working: Sequence[str]) -> None:
+        """So many runs are done, parts of runs counted, and these are at work."""
+        where = f"{int(done)}/{self._total} runs"
+        self._live.update(self._bar, completed=done, where=where, description=escape(", ".join(working)))
+
+    def ended(self, name: str, seconds: float, failure: str | None) -> None:
+        """A run is finished, or `failure` says what became of it."""
+        became = "failed" if failure else "learned"
+        self._say(f"{name}: {became} after {clock(seconds)}")
+        if failure:
+            self._say(failure)
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)

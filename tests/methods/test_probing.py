@@ -106,6 +106,22 @@ def test_the_threshold_is_mean_minus_alpha_std(scope: str, expected: dict[str, f
     assert thresholds_of(frequencies, settings) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(("scope", "grown"), [("all", 2), ("none", 0)])
+def test_controls_grow_everywhere_or_nowhere_after_probing_as_ever(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator, scope: str, grown: int
+):
+    taught: list[dict[str, Any]] = []
+    growth, _ = run_probe(tiny_llava, host, collator, taught, scope=scope)
+    assert len(growth.new_experts) == grown and len(growth.frequencies) == 2 and len(taught) == 1
+
+
+@pytest.mark.parametrize("use", [0.0, 1.0])
+def test_controls_do_not_depend_on_the_probes(use: float):
+    for scope, passes in (("all", True), ("none", False)):
+        thresholds = thresholds_of({"a": (1 - use, use)}, ProbeSettings(scope=scope))
+        assert (use > thresholds["a"]) == passes
+
+
 def test_several_probes_of_a_layer_are_judged_by_their_mean():
     assert probe_use((0.5, 0.1, 0.4), ProbeSettings(max_new_experts=2)) == pytest.approx(0.25)
     assert probe_use((0.5, 0.1, 0.4), ProbeSettings()) == 0.4

@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from llava_cmoe.report.progress import ProgressLine, clock
+from llava_cmoe.report.progress import ProgressLine, StudyLine, clock
 
 
 def shown(terminal: bool, broken: bool = False) -> str:
@@ -47,3 +47,29 @@ def test_brackets_in_names_are_shown_as_they_are():
 
 def test_times_are_read_as_a_clock():
     assert [clock(seconds) for seconds in (0, 59.6, 61, 3600)] == ["0:00", "1:00", "1:01", "1:00:00"]
+
+
+def test_each_run_of_a_study_leaves_a_line_and_a_failure_its_reason():
+    for terminal in (False, True):
+        stream = io.StringIO()
+        with StudyLine(Console(file=stream, force_terminal=terminal, width=100, color_system=None), total=3) as line:
+            line.moved(0.4, ["rank/rank_4_0", "rank/rank_[b]_0"])
+            line.ended("rank/rank_4_0", 61.0, None)
+            line.ended("rank/rank_[b]_0", 2.0, "status 1; x.log ends:\n  [red] light")
+            line.moved(2.0, ["rank/rank_8_0"])
+        lines = [line.replace("\x1b[2K", "").strip() for line in stream.getvalue().splitlines()]
+        after = ["rank/rank_4_0: learned after 1:01", "rank/rank_[b]_0: failed after 0:02"]
+        assert [found for found in lines if "after" in found] == after
+        assert [found for found in lines if "red" in found] == ["[red] light"]
+        assert any("2/3 runs" in found and "rank/rank_8_0" in found for found in lines) == terminal
+
+
+def test_the_time_left_of_a_study_is_told_from_all_it_has_done(monkeypatch):
+    now, stream = [0.0], io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=120, color_system=None)
+    console.get_time = lambda: now[0]
+    with StudyLine(console, total=4) as line:
+        for minutes, done in ((0, 1.0), (10, 1.5), (30, 2.5)):
+            now[0] = 60.0 * minutes
+            line.moved(done, ["a"])
+    assert "0:30:00" in stream.getvalue()  # 1.5 runs in half an hour, 1.5 to go

@@ -1,0 +1,223 @@
+"""Several seeds as one summary: mean and spread of every number, for runs that may stand in one table.
+
+Everything comes from the runs' `results.json`. Which runs belong together is for others: those of a method
+(`headline.py`), or those of a study's variant (`studies.py`).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from llava_cmoe.evaluation.log import Results
+from llava_cmoe.registry.manifest import differing_keys
+from llava_cmoe.report.tables import NOTHING, markdown, number
+
+
+class Summarised(BaseModel):
+    """Base of all summaries: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Spread(Summarised):
+    """A number over seeds, in the order of `SeedSummary.seeds`; `std` is the sample's, 0 for a single seed."""
+
+    mean: float
+    std: float
+    values: tuple[float, ...]
+
+
+class SeedSummary(Summarised):
+    """Runs that differ only in their seed; a number that was not measured in every run is absent."""
+
+    method: str
+    seeds: tuple[int, ...]
+    numbers: dict[str, Spread]
+    recipe: dict[str, Any]
+    results: tuple[dict[str, Any], ...]
+
+
+class Shared(Summarised):
+    """What is the same in all runs of one table."""
+
+    base: str
+    data: str
+    num_samples: dict[str, int]
+    protocol: str
+    protocol_version: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of a table: its heading, and its number for one run (None where it was not measured)."""
+
+    heading: str
+    of: Callable[[Results], float | None]
+
+
+def _metric(name: str) -> Callable[[Results], float | None]:
+    return lambda run: run.headline.metrics[name]
+
+
+def _located_right(run: Results) -> float | None:
+    return run.locator.mean_accuracy if run.locator else None
+
+
+def _last_of(better: str, minus: str) -> Callable[[Results], float | None]:
+    """How much higher one route's last mean is than another's."""
+
+    def difference(run: Results) -> float | None:
+        last = [run.routes[route].metrics["last"] if route in run.routes else None for route in (better, minus)]
+        return None if last[0] is None or last[1] is None else last[0] - last[1]
+
+    return difference
+
+
+def _partly_grown(run: Results) -> float | None:
+    """Tasks that left some layer as it was; the first has no pool, hence no choice."""
+    later = list(run.growth.values())[1:]
+    return float(sum(len(grown) < len(run.sites) for grown in later)) if any(run.growth.values()) else None
+
+
+def _share_grown(run: Results) -> float | None:
+    """Percent of the pairs of a layer and a task, from the second task on, that got experts."""
+    later = list(run.growth.values())[1:]
+    if not later or not any(run.growth.values()):
+        return None
+    return 100 * sum(map(len, later)) / (len(later) * len(run.sites))
+
+
+def _trained_thousands(run: Results) -> float | None:
+    return statistics.fmean(run.trainable_parameters.values()) / 1000 if run.trainable_parameters else None
+
+
+def _stored_kilobytes(run: Results) -> float | None:
+    return sum(run.stored_bytes.values()) / 1000 if run.stored_bytes else None
+
+
+def _seconds(run: Results) -> float | None:
+    """Growing, training and locating of all tasks; probing is a part of growing."""
+    parts = [spent for laps in run.seconds.values() for lap, spent in laps.items() if lap != "probing"]
+    return sum(parts) if parts else None
+
+
+MEASURES = {
+    "immediate": Measure("immediate", _metric("immediate")),
+    "last": Measure("last", _metric("last")),
+    "maa": Measure("MAA", _metric("maa")),
+    "bwt": Measure("BWT", _metric("bwt")),
+    "located_right": Measure("located right", _located_right),
+    "oracle_minus_located": Measure("oracle − located", _last_of("oracle", minus="located")),
+    "located_minus_random": Measure("located − random", _last_of("located", minus="random")),
+    "partly_grown": Measure("tasks that grew in fewer than all layers", _partly_grown),
+    "share_grown": Measure("layers that later tasks grew (%)", _share_grown),
+    "trained_thousands": Measure("parameters trained per task (thousands)", _trained_thousands),
+    "stored_kilobytes": Measure("stored (kB)", _stored_kilobytes),
+    "seconds": Measure("seconds to learn", _seconds),
+}
+"""Every number that a table may state."""
+
+
+def measures(*keys: str) -> dict[str, Measure]:
+    """The columns of a table, in order."""
+    return {key: MEASURES[key] for key in keys}
+
+
+def check_comparable(runs: Sequence[Results], shared: Collection[str]) -> None:
+    """Stop at runs that cannot stand in one table.
+
+    Raises:
+        ValueError: a run that is not finished, or that differs from the first one in a `shared` field.
+    """
+    first = runs[0]
+    for run in runs:
+        if not run.finished:
+            raise ValueError(
+                f"{run.run}: {len(run.headline.matrix)} of {len(run.tasks)} tasks are learned; go on first"
+            )
+        for key in sorted(shared):
+            if getattr(run, key) != getattr(first, key):
+                raise ValueError(
+                    f"runs {first.run} and {run.run} differ in {key}; their numbers cannot stand in one table"
+                )
+
+
+def over_seeds(
+    label: str, runs: Sequence[Results], columns: Mapping[str, Measure], kept: Collection[str]
+) -> SeedSummary:
+    """Mean and spread over runs that differ only in their seed.
+
+    Args:
+        label: what the runs are called in errors.
+        runs: finished, in any order.
+        columns: the numbers to summarise.
+        kept: fields of the results that the summary keeps of every run.
+
+    Raises:
+        ValueError: the runs have several recipes, or one seed twice.
+    """
+    runs = sorted(runs, key=lambda run: run.seed)
+    seeds = tuple(run.seed for run in runs)
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"{label}: a seed occurs twice among {seeds}; the same run twice shows no spread")
+    recipe, *others = ({key: value for key, value in run.recipe.items() if key != "seed"} for run in runs)
+    for other in others:
+        if differences := list(differing_keys(recipe, other)):
+            raise ValueError(f"{label}: its recipes differ in {', '.join(differences)}; only the seed may differ")
+    measured = {key: [measure.of(run) for run in runs] for key, measure in columns.items()}
+    return SeedSummary(
+        method=runs[0].method,
+        seeds=seeds,
+        numbers={
+            key: _spread([v for v in values if v is not None]) for key, values in measured.items() if None not in values
+        },
+        recipe=recipe,
+        results=tuple(run.model_dump(mode="json", include=set(kept)) for run in runs),
+    )
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Spread(mean=statistics.fmean(values), std=std, values=tuple(values))
+
+
+def spread_table(heading: str, groups: Mapping[str, SeedSummary], columns: Mapping[str, Measure]) -> str:
+    """A Markdown table of mean ± standard deviation over seeds, the mean alone where there is one seed."""
+
+    def cell(summary: SeedSummary, key: str) -> str:
+        spread = summary.numbers.get(key)
+        if spread is None:
+            return NOTHING
+        return number(spread.mean) + (f" ± {number(spread.std)}" if len(spread.values) > 1 else "")
+
+    headings = [heading, "seeds", *(measure.heading for measure in columns.values())]
+    rows = [
+        [name, str(len(summary.seeds)), *(cell(summary, key) for key in columns)] for name, summary in groups.items()
+    ]
+    return markdown(headings, rows, num_text_columns=1)
+
+
+def markers(name: str) -> tuple[str, str]:
+    """The comments around a generated part of a README."""
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def write_between(readme: Path, name: str, text: str) -> None:
+    """Replace a generated part of a README.
+
+    Raises:
+        ValueError: the README has no such part.
+    """
+    first, last = markers(name)
+    before, begin, rest = readme.read_text().partition(first)
+    _, end, after = rest.partition(last)
+    if not end:
+        raise ValueError(f"{readme}: no {first} and {last} to write the table between")
+    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -1,0 +1,1 @@
+"""Many runs that answer one question: a grid over settings and seeds."""

@@ -1,0 +1,134 @@
+"""A study is mean and spread per variant of runs that may stand in one table; document, table and README agree."""
+
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest import approx
+
+from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
+from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
+from llava_cmoe.report.figures import draw_study
+from llava_cmoe.report.studies import COLUMNS, read_study, study_markdown, summarise_study, write_study_into
+from llava_cmoe.report.summary import markers
+
+TASKS = ("GQA", "VizWiz", "OCRVQA")
+STUDY = {"name": "rank", "recipe": "train/recipes/x.yaml", "common": ["data.train_rows=800"], "seeds": [0, 1]}
+SCRIPT = Path(__file__).parents[2] / "eval/study.py"
+
+
+def result(variant: str, seed: int, last: float, **changes: Any) -> Results:
+    """A run that forgets nothing; told the task it is 2 better, under a random route 30 worse."""
+
+    def route(value: float) -> RouteResults:
+        matrix = tuple(tuple(value if i <= j else None for i in range(3)) for j in range(3))
+        return RouteResults(matrix=matrix, detail={}, metrics=all_metrics(matrix))
+
+    facts: dict[str, Any] = {
+        "run": f"{variant}_{seed}", "method": "cmoe", "seed": seed, "recipe": {"seed": seed, "rank": variant},
+        "base": "b", "data": "d", "tasks": TASKS, "num_samples": dict.fromkeys(TASKS, 10), "versions": {"torch": "2"},
+        "protocol": "strict", "protocol_version": 1, "definitions": DEFINITIONS, "sites": ("low", "high"),
+        "routes": {"located": route(last), "oracle": route(last + 2), "random": route(last - 30)},
+        "locator": LocatorResults(columns=TASKS, confusion=(), accuracy={}, mean_accuracy=90.0),
+        "growth": {"GQA": {"low": 2, "high": 2}, "VizWiz": {"low": 1}, "OCRVQA": {}},
+        "trainable_parameters": dict.fromkeys(TASKS, 2000), "stored_bytes": dict.fromkeys(TASKS, 5000),
+        "seconds": {task: {"growing": 2.0, "training": 7.0, "locating": 1.0, "probing": 1.5} for task in TASKS},
+    }  # fmt: skip
+    return Results(**facts | changes)
+
+
+@pytest.fixture
+def runs() -> dict[str, list[Results]]:
+    return {"rank_4": [result("rank_4", 1, 62.0), result("rank_4", 0, 60.0)], "rank_8": [result("rank_8", 0, 70.0)]}
+
+
+def test_numbers_are_mean_and_spread_over_the_seeds_of_a_variant(runs):
+    summary = summarise_study(STUDY, runs)
+    four, eight = summary.variants.values()
+    assert four.seeds == (0, 1) and four.numbers["last"].values == (60.0, 62.0) and eight.seeds == (0,)
+    assert four.numbers["last"].std == approx(2**0.5) and eight.numbers["last"].std == 0
+    means = {key: spread.mean for key, spread in eight.numbers.items()}
+    assert means == approx(
+        {
+            **{"immediate": 70.0, "last": 70.0, "maa": 70.0, "bwt": 0.0, "located_right": 90.0},
+            **{"oracle_minus_located": 2.0, "located_minus_random": 30.0},
+            **{"share_grown": 25.0, "trained_thousands": 2.0, "stored_kilobytes": 15.0, "seconds": 30.0},
+        }
+    )
+    assert means.keys() == COLUMNS.keys()
+
+
+def test_table_and_document_say_the_same(runs, tmp_path: Path):
+    summary = summarise_study(STUDY, runs)
+    (tmp_path / "study.json").write_text(summary.model_dump_json())
+    assert read_study(tmp_path / "study.json") == summary
+    header, _, *lines, empty, source = study_markdown(summary).splitlines()
+    assert header.count("|") == len(COLUMNS) + 3 and not empty
+    for line, (name, variant) in zip(lines, summary.variants.items(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[:2] == [name, str(len(variant.seeds))]
+        assert [float(cell.split(" ± ")[0]) for cell in cells[2:]] == [
+            approx(variant.numbers[key].mean, abs=0.05) for key in COLUMNS
+        ]
+    assert "`train/recipes/x.yaml`, `data.train_rows=800`" in source and "seeds 0, 1" in source
+
+
+def test_a_column_that_no_variant_measured_is_left_out():
+    bare = {"routes": {"located": result("x", 0, 50.0).headline}, "locator": None, "stored_bytes": {}}
+    text = study_markdown(summarise_study(STUDY, {"x": [result("x", 0, 50.0, **bare)]}))
+    assert "located" not in text and "stored" not in text and "| x | 1 | 50.0 |" in text
+
+
+def test_variants_may_differ_in_the_order_of_tasks_and_in_nothing_else_they_share(runs):
+    reverse = {"tasks": TASKS[::-1], "num_samples": dict.fromkeys(TASKS[::-1], 10)}
+    summarise_study(STUDY, runs | {"reversed": [result("reversed", 0, 50.0, **reverse)]})
+    for key, value in (("base", "c"), ("data", "e"), ("versions", {}), ("protocol_version", 2)):
+        with pytest.raises(ValueError, match=f"runs rank_4_1 and other_0 differ in {key};"):
+            summarise_study(STUDY, runs | {"other": [result("other", 0, 50.0, **{key: value})]})
+    with pytest.raises(ValueError, match="mixed: its recipes differ in rank"):
+        summarise_study(STUDY, {"mixed": [result("rank_4", 0, 50.0), result("rank_8", 1, 50.0)]})
+
+
+def test_the_figure_is_drawn_with_and_without_costs(runs, tmp_path: Path):
+    free = {
+        name: [run.model_copy(update={"trainable_parameters": {}}) for run in group] for name, group in runs.items()
+    }
+    for name, group in (("one", runs), ("two", runs), ("free", free)):
+        draw_study(summarise_study(STUDY, group), tmp_path / f"{name}.png")
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert (tmp_path / "free.png").stat().st_size < (tmp_path / "one.png").stat().st_size
+
+
+def test_a_study_replaces_its_own_part_of_a_readme_only(runs, tmp_path: Path):
+    readme, summary = tmp_path / "README.md", summarise_study(STUDY, runs)
+    begin, end = markers("study rank")
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    for _ in range(2):
+        write_study_into(readme, summary)
+        assert readme.read_text() == f"before\n{begin}\n{study_markdown(summary)}\n{end}\nafter\n"
+    readme.write_text("no part")
+    with pytest.raises(ValueError, match="no <!-- study rank: begin -->"):
+        write_study_into(readme, summary)
+
+
+def test_the_script_commits_a_study_and_writes_its_table(runs, tmp_path: Path, monkeypatch, capsys):
+    def start(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["eval/study.py", *words, "--results", str(tmp_path)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return int(left.value.code or 0)
+
+    summary = summarise_study(STUDY, runs)
+    folder, readme = tmp_path / "runs/studies/rank", tmp_path / "README.md"
+    folder.mkdir(parents=True)
+    (folder / "study.json").write_text(summary.model_dump_json())
+    begin, end = markers("study rank")
+    readme.write_text(f"{begin}\n{end}\n")
+    assert start(str(folder)) == 0
+    assert (tmp_path / "study_rank.json").read_bytes() == (folder / "study.json").read_bytes()
+    assert start("--readme", str(readme)) == 0
+    assert study_markdown(summary) in readme.read_text() and study_markdown(summary) in capsys.readouterr().out
+    (tmp_path / "study_rank.json").write_text("{}")
+    assert start() == 2 and "not the summary of a study" in capsys.readouterr().err

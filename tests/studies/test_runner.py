@@ -1,0 +1,137 @@
+"""A study learns its runs in processes of their own; whatever stops it, the same command finishes it."""
+
+import fcntl
+import os
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from click.testing import Result
+from tiny import files_of
+from typer.testing import CliRunner
+
+from llava_cmoe.cli import app
+from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.report.studies import read_study, study_markdown
+from llava_cmoe.studies.jobs import learn_all, places
+from llava_cmoe.studies.plan import PlannedRun, plan_studies
+
+FOLDER = Path("runs/studies/where")
+GOOD = {"everywhere": ["method.probe.scope=all"], "nowhere": ["method.probe.scope=none"]}
+
+
+class Notes:
+    """Writes down what it is told; `interrupt` is Ctrl-C once a run is at work."""
+
+    def __init__(self, interrupt: bool = False) -> None:
+        self.interrupt, self.ends = interrupt, list[tuple[str, str | None]]()
+
+    def moved(self, done: float, working: Sequence[str]) -> None:
+        if self.interrupt and working:
+            raise KeyboardInterrupt
+
+    def ended(self, name: str, seconds: float, failure: str | None) -> None:
+        self.ends.append((name, failure))
+
+
+@pytest.fixture
+def study(tmp_path: Path, tiny_data: Path, tiny_backbone: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A study file in an otherwise empty folder, from where commands are typed."""
+    monkeypatch.chdir(tmp_path)
+    tiny.recipe(tmp_path / "unused", tiny_data, tiny_backbone)
+    return write(tmp_path / "study.yaml", GOOD)
+
+
+def write(path: Path, variants: dict[str, list[str]]) -> Path:
+    path.write_text(yaml.safe_dump({"name": "where", "recipe": "recipe.yaml", "variants": variants}))
+    return path
+
+
+def type_in(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+
+
+def runs_of(study: Path) -> tuple[PlannedRun, ...]:
+    [plan] = plan_studies([study], Path("runs/studies"))
+    return plan.runs
+
+
+def test_a_study_survives_a_failing_run_and_an_interruption_and_is_then_only_read(study: Path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        learn_all(runs_of(study), places(1, 1), Notes(interrupt=True))
+    with runs_of(study)[0].log.open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever wrote there has ended
+
+    result = type_in("study", write(study, {"broken": ["backbone.path=no/such/model"]} | GOOD), "--jobs", 2)
+    assert result.exit_code == 1, result.output
+    assert re.search(
+        r"where/broken_0: failed .*status 2.*broken_0.log ends:\n.*backbone.path", result.output, re.DOTALL
+    )
+    assert "no table, not all runs are finished" in result.output and not (FOLDER / "study.json").exists()
+    learned = {variant: files_of(FOLDER / f"{variant}_0" / "tasks") for variant in GOOD}
+    results = {variant: read_results(FOLDER / f"{variant}_0" / "results.json") for variant in GOOD}
+    assert all(found.finished and found.threads == max(1, cores() // 2) for found in results.values())
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a finished run was started"))
+    for _ in range(2):
+        result = type_in("study", write(study, GOOD))
+        assert result.exit_code == 0, result.output
+    assert {variant: files_of(FOLDER / f"{variant}_0" / "tasks") for variant in GOOD} == learned
+    assert "2 of 2" in type_in("study", study, "--dry-run").output
+
+    summary = read_study(FOLDER / "study.json")
+    assert list(summary.variants) == list(GOOD) and summary.base == results["nowhere"].base
+    grown = {variant: found.numbers["share_grown"].mean for variant, found in summary.variants.items()}
+    assert grown == {"everywhere": 100.0, "nowhere": 0.0}
+    for variant, found in summary.variants.items():
+        assert found.numbers["last"].values == (results[variant].headline.metrics["last"],)
+        assert found.results[0]["run"] == f"{variant}_0" and "located_minus_random" in found.numbers
+    assert (FOLDER / "table.md").read_text() == f"{study_markdown(summary)}\n"
+    assert (FOLDER / "table.md").read_text() in result.output and (FOLDER / "last.png").stat().st_size > 0
+
+
+def test_a_run_that_another_process_learns_is_not_started_a_second_time(study: Path, monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a run was started a second time"))
+    run, notes = runs_of(study)[0], Notes()
+    run.log.parent.mkdir(parents=True)
+    with run.log.open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert learn_all([run], places(1, 1), notes) == [run]
+    [(name, failure)] = notes.ends
+    assert name == "where/everywhere_0" and "another process is learning it" in str(failure)
+
+
+def test_finished_runs_that_cannot_stand_in_one_table_are_refused_by_name(study: Path, lesson_of):
+    for run, base in zip(runs_of(study), ("one", "two"), strict=True):
+        run.recipe.run.mkdir(parents=True)
+        results = lesson_of("cmoe").results.model_copy(update={"run": run.recipe.run.name, "base": base})
+        (run.recipe.run / "results.json").write_text(results.model_dump_json())
+    result = type_in("study", study)
+    assert result.exit_code == 2 and "runs everywhere_0 and nowhere_0 differ in base" in result.output
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("jobs", "num_runs", "threads"), [(None, 99, 1), (1, 99, cores()), (99, 1, cores()), (2 * cores(), 99, 1)]
+)
+def test_cores_are_shared_by_the_runs_at_work(jobs: int | None, num_runs: int, threads: int, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    shares = places(jobs, num_runs)
+    assert len(shares) == min(jobs or cores(), num_runs)
+    assert all(share == {"OMP_NUM_THREADS": str(threads)} for share in shares)
+
+
+def test_each_run_sees_one_of_the_gpus_that_the_study_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in places(None, 9)] == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in places(3, 9)] == ["5", "7", "5"]
