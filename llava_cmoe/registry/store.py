@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -86,7 +87,8 @@ class Registry:
         begun = {str(path): RunRecord.read(path).recipe} if path.exists() else {}
         learned = {str(self._folder(record.index, record.name)): record.settings for record in self.records()}
         for source, earlier in (begun | learned).items():
-            differences = list(differing_keys(earlier, facts))
+            resolved = recipe_facts(self._resolve(earlier, source))  # a key that is younger than the run: its default
+            differences = list(differing_keys(resolved, facts))
             if differences:
                 raise RegistryError(
                     f"{source}: this run was begun with another recipe: {', '.join(differences)}; "
@@ -100,7 +102,10 @@ class Registry:
             RegistryError: no run was begun here.
         """
         path = self.run / "run.json"
-        return parse_recipe(RunRecord.read(path).recipe | {"run": str(self.run)}, source=str(path))
+        return self._resolve(RunRecord.read(path).recipe, source=str(path))
+
+    def _resolve(self, settings: dict[str, Any], source: str) -> Recipe:
+        return parse_recipe(settings | {"run": str(self.run)}, source)
 
     def commit(
         self,

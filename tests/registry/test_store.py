@@ -317,6 +317,18 @@ def test_another_recipe_in_the_same_folder_names_the_differing_keys(tmp_path):
     begun(tmp_path)
 
 
+def test_a_run_goes_on_after_a_setting_with_a_default_has_come_to_be(tmp_path):
+    Registry(tmp_path, writer=True).open_run(recipe_for(tmp_path))
+    path = tmp_path / "run.json"
+    document = json.loads(path.read_text())
+    del document["recipe"]["method"]["probe"]["alpha"]
+    path.write_text(json.dumps(document))
+    Registry(tmp_path, writer=True).open_run(recipe_for(tmp_path))
+    other = recipe_for(tmp_path, method={"name": "cmoe", "probe": {"alpha": 1.0}})
+    with pytest.raises(RegistryError, match=r"method.probe.alpha \(was 0.25, now 1.0\)"):
+        Registry(tmp_path, writer=True).open_run(other)
+
+
 def test_a_moved_run_goes_on_with_the_recipe_that_began_it(tmp_path):
     begun(tmp_path / "here", 1)
     moved = (tmp_path / "here").rename(tmp_path / "there")
