@@ -294,7 +294,7 @@ def test_chat_says_which_task_it_located_and_answers(lesson, tiny_data):
     picture = next((tiny_data / "cl_dataset" / "sides").rglob("*.png"))
     result = type_in("chat", lesson.recipe.run, "--image", picture, "--prompt", "Which side?", "--after", "1")
     assert result.exit_code == 0, result.output
-    assert "colours, z = " in result.output.splitlines()[0]
+    assert "colours, score " in result.output.splitlines()[0]
 
 
 def test_chat_refuses_a_picture_or_a_stage_that_is_not_there(lesson, tiny_data, tmp_path):

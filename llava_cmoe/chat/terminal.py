@@ -42,12 +42,12 @@ def converse(console: Console, session: ChatSession, image: Path) -> None:
 
 
 def describe(verdict: Verdict | None) -> str:
-    """The verdict in one line; a z-score counts a task's own standard deviations, so about 0 is familiar."""
+    """The verdict in one line; lower scores are closer, and a task's own prompts have a z-score of 0 on average."""
     if verdict is None:
         return "(this method locates no task)"
     if not verdict.scores:
         return "(no task is learned yet: the base model answers)"
     closest, score = next(iter(verdict.scores.items()))
     if verdict.task is None:
-        return f"(no task fits: the base model answers; the closest is {closest}, z = {score:.1f})"
-    return f"(located: {verdict.task}, z = {score:.1f})"
+        return f"(no task fits: the base model answers; the closest is {closest}, score {score:.1f})"
+    return f"(located: {verdict.task}, score {score:.1f})"

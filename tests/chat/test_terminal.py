@@ -43,7 +43,7 @@ def chatted(lines: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_the_task_stands_before_the_answer(monkeypatch):
     said = chatted(["what is", "", "it"], monkeypatch)
-    assert said.splitlines()[1:5] == ["(located: gqa, z = 0.2)", "[what] [is] ", "(located: gqa, z = 0.2)", "[it] "]
+    assert said.splitlines()[1:5] == ["(located: gqa, score 0.2)", "[what] [is] ", "(located: gqa, score 0.2)", "[it] "]
 
 
 def test_an_instruction_can_stand_on_its_own_line(monkeypatch):
@@ -62,8 +62,8 @@ def test_exit_ends_the_chat(monkeypatch):
     [
         (None, "locates no task"),
         (Verdict(None, {}), "no task is learned yet"),
-        (Verdict(None, {"gqa": 9.0}), "no task fits: the base model answers; the closest is gqa, z = 9.0"),
-        (Verdict("gqa", {"gqa": -0.5}), "located: gqa, z = -0.5"),
+        (Verdict(None, {"gqa": 9.0}), "no task fits: the base model answers; the closest is gqa, score 9.0"),
+        (Verdict("gqa", {"gqa": -0.5}), "located: gqa, score -0.5"),
     ],
 )
 def test_every_verdict_has_its_words(verdict: Verdict | None, words: str):
