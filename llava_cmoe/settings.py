@@ -62,6 +62,8 @@ class ExpertSettings(Settings):
     """LoRA rank of one expert."""
     alpha: float = Field(128.0, gt=0)
     """LoRA scale: an expert's output is multiplied by alpha / rank."""
+    first_layer: int = Field(0, ge=0)
+    """Lowest LLM layer, from 0, whose FFN may hold experts."""
     num_first: int = Field(2, gt=0)
     """Experts per site for the first task (it has no pool and is not probed)."""
     top_k: int = Field(2, gt=0)
@@ -108,6 +110,9 @@ class LocatorSettings(Settings):
     of a prompt without a picture is zeros."""
     layer: int = -1
     """LLM layer whose states are the feature: 0 is the embedding, -1 the last layer."""
+    free: bool = False
+    """Locate inside the forward pass that answers instead of in one before it: no expert lives below
+    experts.first_layer, so what enters layers up to that one is the frozen model's own."""
     hidden: int = Field(512, gt=0)
     """Width of the hidden layers of VAE and auto-encoder."""
     latent: int = Field(64, gt=0)
@@ -191,6 +196,16 @@ class CmoeSettings(Settings):
     """Where to grow."""
     locator: LocatorSettings = LocatorSettings()
     """Which task an input belongs to."""
+
+    @model_validator(mode="after")
+    def _located_below_experts(self) -> Self:
+        layer, first = self.locator.layer, self.experts.first_layer
+        if self.locator.free and not 0 <= layer <= first:
+            raise ValueError(
+                f"locator.free needs a state that no expert has touched, and locator.layer is {layer} where "
+                f"experts.first_layer is {first}; set locator.layer to 0 to {first}, or locator.free: false"
+            )
+        return self
 
 
 MethodSettings = Annotated[

@@ -1,12 +1,13 @@
-"""The frozen feature that locators read: one layer's hidden states as one vector per prompt, no later layer computed.
+"""The frozen feature that locators read: one layer's hidden states as one vector per prompt.
 
-Leaves the choice of tokens and layer to the settings, and switching experts off to the caller (a RouteContext without a
-plan).
+Read in a forward pass of its own that stops at the layer, or in passing, inside the pass that answers. Leaves to others
+the choice of tokens and layer (the settings) and switching experts off (a RouteContext without a plan).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -51,14 +52,74 @@ def prompt_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: i
         ValueError: no such layer, an empty prompt, or a batch with `labels` (its last token would be the answer's); a
             model that does not say which tokens are the image's.
     """
+    _refuse_what_is_no_prompt(batch)
+    prompts = _flush_left(batch)
+    return _pooled(model, prompts, _hidden_state(model, prompts, layer), feature)
+
+
+@contextmanager
+def feature_in_passing(
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    layer: int,
+    feature: Feature,
+    read: Callable[[Tensor], None],
+) -> Iterator[None]:
+    """Hand the feature over from inside the next forward pass of these prompts, before that layer runs; only once.
+
+    Nothing is computed for it, and later passes (decoding) are not touched. The pass must compute up to that layer what
+    the frozen model does. It keeps the batch's padding, so the feature agrees with `prompt_feature` but for rounding:
+    `generate` counts positions from the first real token on either side of padding, and padding adds exact zeros to a
+    softmax, but a kernel adds up a longer row in another order.
+
+    Args:
+        model: as of `prompt_feature`.
+        batch: the prompts that the pass will read, with the padding it will read them with.
+        layer: index into `hidden_states`, counted from 0; the last layer's output enters no layer and is not on offer.
+        feature: as of `prompt_feature`.
+        read: called with feature_BD.
+
+    Raises:
+        ValueError: no such layer, an empty prompt, a batch with `labels`, or, from the pass, other prompts than these.
+    """
+    _refuse_what_is_no_prompt(batch)
+    layers = _layers(model)
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"no LLM layer {layer} to read a feature before: this model has 0 to {len(layers) - 1}")
+
+    @torch.no_grad()
+    def pass_on(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hook.remove()
+        hidden_BTD = _entering(args, kwargs)
+        if hidden_BTD.shape[:2] != batch["attention_mask"].shape:
+            raise ValueError(
+                f"prompts of shape {tuple(batch['attention_mask'].shape)} were to be located, the forward pass reads "
+                f"{tuple(hidden_BTD.shape[:2])}; read them whole, without prefill_chunk_size"
+            )
+        read(_pooled(model, batch, hidden_BTD, feature))
+
+    hook = layers[layer].register_forward_pre_hook(pass_on, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _refuse_what_is_no_prompt(batch: Mapping[str, Tensor]) -> None:
     if "labels" in batch:
         raise ValueError("the locator's feature is read from prompts; collate them without answers and `labels`")
-    prompts = _flush_left(batch)
-    hidden_BTD = _hidden_state(model, prompts, layer)
+    length_B = batch["attention_mask"].sum(dim=1)
+    if int(length_B.min()) == 0:
+        raise ValueError(f"prompt {int(length_B.argmin())} of the batch is empty; give every sample at least one token")
+
+
+def _pooled(model: PreTrainedModel, prompts: Mapping[str, Tensor], hidden_BTD: Tensor, feature: Feature) -> Tensor:
+    """One vector per prompt (B, D) in float32, padding on either side."""
     if feature == "last":
-        last_B = prompts["attention_mask"].sum(dim=1) - 1
-        rows_B = torch.arange(len(last_B), device=hidden_BTD.device)
-        return hidden_BTD[rows_B, last_B.to(hidden_BTD.device)].float()
+        mask_BT = prompts["attention_mask"].to(hidden_BTD.device)
+        place_T = torch.arange(mask_BT.shape[1], device=hidden_BTD.device)
+        last_B = (mask_BT.bool() * place_T).argmax(dim=1)
+        return hidden_BTD[torch.arange(len(last_B), device=hidden_BTD.device), last_B].float()
     return _mean(hidden_BTD, _averaged(model, prompts, feature).to(hidden_BTD.device))
 
 
@@ -90,10 +151,7 @@ def _mean(hidden_BTD: Tensor, chosen_BT: Tensor) -> Tensor:
 def _flush_left(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same batch with every row's real tokens first and in order; image tensors are left as they are."""
     mask_BT = batch["attention_mask"]
-    length_B = mask_BT.sum(dim=1)
-    if int(length_B.min()) == 0:
-        raise ValueError(f"prompt {int(length_B.argmin())} of the batch is empty; give every sample at least one token")
-    order_BT = mask_BT.argsort(dim=1, descending=True, stable=True)[:, : int(length_B.max())]
+    order_BT = mask_BT.argsort(dim=1, descending=True, stable=True)[:, : int(mask_BT.sum(dim=1).max())]
     return {
         name: tensor.gather(1, order_BT) if tensor.shape == mask_BT.shape else tensor for name, tensor in batch.items()
     }
@@ -105,14 +163,12 @@ def _hidden_state(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: in
     Running the model's own code keeps the bits and every architecture's own embedding, mask and position rules.
     Under ZeRO-3 leave the engine's hooks out of it: a forward that stops half-way confuses its prefetching.
     """
-    layers = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
-    if layers is None:
-        raise ValueError(f"{type(model).__name__}: its language model has no list `layers` to read a feature from")
+    layers = _layers(model)
     if not -len(layers) - 1 <= layer <= len(layers):
         raise ValueError(f"layer {layer} does not exist: this model has 0 (embedding) to {len(layers)}; -1 is the last")
 
     def leave(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-        raise _LayerReached(args[0] if args else kwargs["hidden_states"])
+        raise _LayerReached(_entering(args, kwargs))
 
     wanted = layer % (len(layers) + 1)
     if wanted == len(layers):
@@ -125,6 +181,19 @@ def _hidden_state(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: in
     finally:
         hook.remove()
     raise AssertionError(f"the forward pass of {type(model).__name__} never called its layer {wanted}")
+
+
+def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
+    layers: torch.nn.ModuleList | None = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
+    if layers is None:
+        raise ValueError(f"{type(model).__name__}: its language model has no list `layers` to read a feature from")
+    return layers
+
+
+def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments that an LLM layer is called with."""
+    hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden_BTD
 
 
 def _forward(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Any:

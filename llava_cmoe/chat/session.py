@@ -6,8 +6,9 @@ Who reads the question and shows the answer is not known here; the terminal is `
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from llava_cmoe.data.conversation import encode_prompt
 from llava_cmoe.data.encoding import open_square
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry, load_sequence
-from llava_cmoe.methods.base import Method
-from llava_cmoe.records import Mixture
+from llava_cmoe.methods.base import LateVerdict, Method
+from llava_cmoe.records import Located
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 
@@ -79,10 +80,11 @@ class ChatSession:
             geometry: how pictures became square while learning.
         """
         self._method, self._processor, self._names, self._geometry = method, backbone.processor, names, geometry
+        self._worker = ThreadPoolExecutor(max_workers=1)  # one answer after another: they share a model and its plan
         method.model.eval()  # type: ignore[no-untyped-call]
 
     def ask(self, image: Path, question: str) -> Reply:
-        """Locate now, answer while the reply is read.
+        """Read the question and locate it; the answer then goes on while the reply is read.
 
         Raises:
             DataError: the picture is missing, broken or too large.
@@ -91,41 +93,44 @@ class ChatSession:
         encoded = encode_prompt(self._processor, turns, open_square(image, self._processor, self._geometry))
         batch = Collator(self._tokenizer.pad_token_id, "left")([encoded])
         prompt = {name: tensor.to(self._method.model.device) for name, tensor in batch.items()}
-        located = self._method.locate(prompt)
+        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        late: list[LateVerdict] = []
+        answering = self._worker.submit(self._answer, prompt, streamer, late)
+        # Whoever reads the stream waits for its end, also after an error.
+        answering.add_done_callback(lambda _: streamer.end())  # type: ignore[no-untyped-call]
+        first = next(streamer)  # comes when the prompt has been read, hence located, or with the end
+        if answering.done():
+            answering.result()  # an error over there is an error here
+        return Reply(self._verdict(late[0]()), chain([first], _rest(streamer, answering)))
+
+    def _verdict(self, located: Located | None) -> Verdict | None:
         if located is None:
-            return Reply(None, self._stream(prompt, None))
+            return None
         task, scores = int(located.task_B[0]), located.score_BN[0].tolist()
         by_name = dict(sorted(zip(self._names, scores, strict=True), key=lambda item: item[1]))
-        verdict = Verdict(self._names[task] if task >= 0 else None, by_name)
-        return Reply(verdict, self._stream(prompt, located.choice))
+        return Verdict(self._names[task] if task >= 0 else None, by_name)
 
-    def _stream(self, prompt: dict[str, Tensor], choice: Tensor | Mixture | None) -> Iterator[str]:
-        streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            generating = pool.submit(self._generate, prompt, choice, streamer)
-            yield from streamer
-            generating.result()  # an error over there is an error here
-
-    def _generate(
-        self, prompt: dict[str, Tensor], choice: Tensor | Mixture | None, streamer: TextIteratorStreamer
-    ) -> None:
+    def _answer(self, prompt: dict[str, Tensor], streamer: TextIteratorStreamer, late: list[LateVerdict]) -> None:
         model: Any = self._method.model
         end = model.generation_config.eos_token_id
-        try:
-            with self._method.routed(choice):
-                model.generate(
-                    **prompt,
-                    streamer=streamer,
-                    max_new_tokens=LONGEST_ANSWER,
-                    do_sample=False,
-                    num_beams=1,
-                    repetition_penalty=1.0,
-                    pad_token_id=self._tokenizer.pad_token_id,
-                    eos_token_id=self._tokenizer.eos_token_id if end is None else end,
-                )
-        finally:
-            streamer.end()  # type: ignore[no-untyped-call]  # whoever reads the stream waits for its end, also after an error
+        with self._method.locating(prompt) as verdict:
+            late.append(verdict)
+            model.generate(
+                **prompt,
+                streamer=streamer,
+                max_new_tokens=LONGEST_ANSWER,
+                do_sample=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                pad_token_id=self._tokenizer.pad_token_id,
+                eos_token_id=self._tokenizer.eos_token_id if end is None else end,
+            )
 
     @property
     def _tokenizer(self) -> Any:
         return self._processor.tokenizer
+
+
+def _rest(streamer: TextIteratorStreamer, answering: Future[None]) -> Iterator[str]:
+    yield from streamer
+    answering.result()

@@ -23,6 +23,7 @@ from torch import Tensor
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
+from llava_cmoe.methods.base import LateVerdict
 from llava_cmoe.records import Located, Mixture
 
 RouteName = Literal["located", "oracle", "random"]
@@ -39,6 +40,10 @@ class Routed(Protocol):
 
     def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
         """Answer with these tasks' routers, one or a mixture a sample, while open (-1: the base model)."""
+        ...
+
+    def locating(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[LateVerdict]:
+        """Answer these prompts, each with the routers of the task it is located at, while open."""
         ...
 
 
@@ -163,7 +168,7 @@ def generate_answers(
 
 @torch.no_grad()
 def answer_batch(candidate: Candidate, questions: Questions, batch: Sequence[int], route: Route) -> list[Answer]:
-    """Locate once, then decode greedily, left-padded, until every answer has ended."""
+    """Locate every prompt once and decode greedily, left-padded, until every answer has ended."""
     tokenizer = candidate.processor.tokenizer
     ids = [questions.ids[index] for index in batch]
     collate = Collator(tokenizer.pad_token_id, "left")
@@ -172,11 +177,12 @@ def answer_batch(candidate: Candidate, questions: Questions, batch: Sequence[int
         for name, tensor in collate([questions.prompts[index] for index in batch]).items()
     }
     task_B = route.given_tasks(ids)
-    located = candidate.method.locate(prompts) if task_B is None else None
-    with candidate.method.routed(located.choice if located else task_B):
+    answering: AbstractContextManager[LateVerdict | None]
+    answering = candidate.method.locating(prompts) if task_B is None else candidate.method.routed(task_B)
+    with answering as verdict:
         tokens_BT = candidate.model.generate(**prompts, **_greedy(candidate, questions.max_new_tokens))
     texts = tokenizer.batch_decode(tokens_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    verdicts = _verdicts(located, len(ids))
+    verdicts = _verdicts(verdict() if verdict else None, len(ids))
     return [
         Answer(sample_id, text.strip(), task, score, questions.texts[index])
         for index, sample_id, text, (task, score) in zip(batch, ids, texts, verdicts, strict=True)

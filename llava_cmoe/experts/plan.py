@@ -128,6 +128,10 @@ class RouteContext:
         finally:
             self._plan = before
 
+    def turn_to(self, plan: RoutePlan | None) -> None:
+        """Route by `plan` from here to the end of the innermost `use`; for a plan found inside a forward pass."""
+        self._plan = plan
+
     @contextmanager
     def observe(self) -> Iterator[Observation]:
         """Let banks add up balance terms and expert counts of every forward inside."""

@@ -26,6 +26,9 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 ExtraLoss = Callable[[], Tensor | float]
 """Read after the forward pass: what a method adds to the language-modelling loss of the batch."""
 
+LateVerdict = Callable[[], Located | None]
+"""Read after the model has read the prompts: which task each belongs to; None for a method that does not ask."""
+
 Learning = Callable[[Batch], AbstractContextManager[ExtraLoss]]
 """Opened around a training forward pass of a batch."""
 
@@ -123,3 +126,13 @@ class Method(ABC):
         """
         del choice
         return nullcontext()
+
+    @contextmanager
+    def locating(self, batch: Batch) -> Iterator[LateVerdict]:
+        """Answer these prompts inside, each with the routers of the task it is located at.
+
+        By default `locate` looks at them first. A method that can locates while the model reads them.
+        """
+        located = self.locate(batch)
+        with self.routed(located.choice if located else None):
+            yield lambda: located

@@ -9,6 +9,9 @@
 
     p(e | h, x) = sum_t 1[t = t*(x)] softmax(R_l^(t) h)_e
 
+Where no expert lives below LLM layer m (`experts.first_layer`), the state that enters layer m is the frozen model's
+own. With `locator.free` it is read inside the very pass that answers: layers below m, verdict, plan, layers from m on.
+
 What differs from the paper is marked as a choice in the settings. Experts live in the FFNs; the mixture itself is
 `experts/bank.py`.
 """
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
-from llava_cmoe.backbones.features import prompt_feature
+from llava_cmoe.backbones.features import feature_in_passing, prompt_feature
 from llava_cmoe.backbones.sites import ffn_sites
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows
@@ -32,10 +35,10 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import install
 from llava_cmoe.locators import LOCATORS
-from llava_cmoe.methods.base import Batch, ExtraLoss, Learning, Method, StageData, Teach, Tensors
+from llava_cmoe.methods.base import Batch, ExtraLoss, LateVerdict, Learning, Method, StageData, Teach, Tensors
 from llava_cmoe.methods.probing import Sources, probe
 from llava_cmoe.records import Growth, Learned, Located, Mixture
-from llava_cmoe.settings import CmoeSettings
+from llava_cmoe.settings import CmoeSettings, RecipeError
 
 FEATURE_BATCH = 64
 """Prompts per forward pass when a task's features are read for its locator."""
@@ -45,10 +48,20 @@ class Cmoe(Method):
     """Probe-guided knowledge extension and the probabilistic task locator around a frozen backbone."""
 
     def __init__(self, settings: CmoeSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
-        """Put an empty expert bank into every FFN of the language model."""
-        experts = settings.experts
+        """Put an empty expert bank into every FFN of the language model that may hold experts.
+
+        Raises:
+            RecipeError: the model has no such layer as `experts.first_layer`.
+        """
+        experts, sites = settings.experts, ffn_sites(model)
+        if experts.first_layer >= len(sites):
+            raise RecipeError(
+                f"method.experts.first_layer is {experts.first_layer}, but this model's LLM layers are 0 to "
+                f"{len(sites) - 1}; set it to one of them"
+            )
+        sites = sites[experts.first_layer :]
         self.settings, self.model, self.processor = settings, model, processor
-        self.host = install(model, ffn_sites(model), rank=experts.rank, alpha=experts.alpha, top_k=experts.top_k)
+        self.host = install(model, sites, rank=experts.rank, alpha=experts.alpha, top_k=experts.top_k)
         self.locator = LOCATORS[settings.locator.kind](settings.locator, device=model.device)
 
     def before_task(self, data: StageData, teach: Teach) -> Growth:
@@ -106,19 +119,40 @@ class Cmoe(Method):
 
     def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
         """Each sample's task, or mixture of tasks, names the routers for its whole answer."""
-        match choice:
-            case None:
-                return self.host.context.use(None)
-            case Mixture():
-                return self.host.context.use(RoutePlan.soft(choice))
-            case _:
-                return self.host.context.use(RoutePlan.hard(choice))
+        return self.host.context.use(_plan(choice))
+
+    @contextmanager
+    def locating(self, batch: Batch) -> Iterator[LateVerdict]:
+        """Locate in a pass before, or, with `locator.free`, inside the prefill."""
+        passing = self.settings.locator.free
+        with self._locating_in_passing(batch) if passing else super().locating(batch) as verdict:
+            yield verdict
 
     def features(self, prompts: PromptRows) -> Tensor:
         """The feature of every prompt (S, D), F_end unless the settings say otherwise; no experts active."""
         loader = DataLoader(prompts, batch_size=FEATURE_BATCH, collate_fn=self._collator())
         with self.host.context.use(None):
             return torch.cat([self._feature(self._on_device(batch)) for batch in loader])
+
+    @contextmanager
+    def _locating_in_passing(self, batch: Batch) -> Iterator[LateVerdict]:
+        """The first forward pass inside starts without experts and goes on, from the locator's layer, with a plan."""
+        found: list[Located] = []
+
+        def locate(feature_BD: Tensor) -> None:
+            located = self.locator.locate(feature_BD)
+            self.host.context.turn_to(_plan(located.choice))
+            found.append(located)
+
+        def verdict() -> Located:
+            if not found:
+                raise ValueError("nothing is located yet; let the model read the prompts first")
+            return found[0]
+
+        settings = self.settings.locator
+        reading = feature_in_passing(self.model, batch, settings.layer, settings.feature, locate)
+        with self.host.context.use(None), reading:
+            yield verdict
 
     def _feature(self, batch: Batch) -> Tensor:
         return prompt_feature(self.model, batch, self.settings.locator.layer, self.settings.locator.feature)
@@ -138,3 +172,13 @@ class Cmoe(Method):
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+
+
+def _plan(choice: Tensor | Mixture | None) -> RoutePlan | None:
+    match choice:
+        case None:
+            return None
+        case Mixture():
+            return RoutePlan.soft(choice)
+        case _:
+            return RoutePlan.hard(choice)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_cmoe.backbones.features import last_token_feature, prompt_feature
+from llava_cmoe.backbones.features import feature_in_passing, last_token_feature, prompt_feature
 
 TEXTS = ("<image>\nWhat is the object in the image?", "<image>\nIs the ball red?", "<image>\nWhere is it? Say a word.")
 LAYERS = (0, 1, 2)
@@ -208,3 +208,38 @@ def test_a_model_that_does_not_name_its_image_token_is_refused_where_that_matter
         with pytest.raises(ValueError, match="LlamaModel does not name its image_token_id; set locator.feature"):
             prompt_feature(language_model, batch, 1, feature)
     assert prompt_feature(language_model, batch, 1, "mean").shape == (1, 32)
+
+
+# Read in passing.
+
+
+def passing(model, batch, layer, feature):
+    """The features handed over in two forward passes, and the logits of the first."""
+    seen = []
+    with torch.no_grad(), feature_in_passing(model, batch, layer, feature, seen.append):
+        logits_BTV = model(**batch).logits
+        model(**batch)
+    return seen, logits_BTV
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("feature", ["last", "mean", "vision", "text"])
+def test_without_padding_to_move_the_feature_in_passing_has_the_same_bits(tiny_llava, tiny_processor, layer, feature):
+    batch = collate(tiny_processor, TEXTS)
+    (feature_BD,), logits_BTV = passing(tiny_llava, batch, layer, feature)
+    assert torch.equal(feature_BD, prompt_feature(tiny_llava, batch, layer, feature))
+    with torch.no_grad():
+        assert torch.equal(logits_BTV, tiny_llava(**batch).logits)
+
+
+@pytest.mark.parametrize("feature", ["last", "mean", "vision", "text"])
+def test_padding_on_the_left_moves_the_feature_in_passing_by_rounding_only(tiny_llava, tiny_processor, feature):
+    batch = collate(tiny_processor, TEXTS, "left")
+    (feature_BD,), _ = passing(tiny_llava, batch, 1, feature)
+    torch.testing.assert_close(feature_BD, prompt_feature(tiny_llava, batch, 1, feature), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", [2, -1])
+def test_a_state_that_enters_no_layer_is_not_read_in_passing(tiny_llava, tiny_processor, layer):
+    with pytest.raises(ValueError, match=f"no LLM layer {layer} .* this model has 0 to 1"):
+        passing(tiny_llava, collate(tiny_processor, TEXTS), layer, "last")

@@ -20,6 +20,7 @@ from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.data.rows import EVAL_FEATURES
 from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch, generate_answers
 from llava_cmoe.evaluation.log import read_answers
+from llava_cmoe.methods.base import Method
 from llava_cmoe.records import Located
 
 NUM_ROWS = 10
@@ -48,6 +49,8 @@ class RecordingMethod:
     def routed(self, task_B: Tensor | None) -> Iterator[None]:
         self.plans.append(None if task_B is None else task_B.tolist())
         yield
+
+    locating = Method.locating
 
 
 @dataclass

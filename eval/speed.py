@@ -1,0 +1,131 @@
+"""What locating costs: seconds of the prefill on three routes, on a finished run that locates in passing.
+
+    python eval/speed.py runs/pocket_cmoe_free --repetitions 30 --out eval/results/speed.json
+
+*oracle* is told the task, *free* locates inside the prefill, *twice* locates in a forward pass of its own before it (up
+to the locator's layer). One process measures all three in turn, the first of each turn changing, so that whatever else
+the machine does meets all alike. A prefill is one forward pass over a left-padded batch of all tasks, as `generate`
+begins; decoding is the same on every route.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.data.coin import read_eval
+from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.methods.base import Method
+from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.restore import restore_method
+from llava_cmoe.registry.store import Registry
+from llava_cmoe.sequence import sequence_of
+from llava_cmoe.settings import Recipe
+from llava_cmoe.versions import versions
+
+Batch = dict[str, Tensor]
+Answering = Callable[[], AbstractContextManager[object]]
+
+
+def main(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run with method.locator.free.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of the batch, from all tasks in turn.")] = 32,
+    repetitions: Annotated[int, typer.Option(min=1, help="Turns that are measured, after two that are not.")] = 30,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("eval/results/speed.json"),
+) -> None:
+    """Measure the three routes and write medians, ratios to oracle, and what they were measured with."""
+    try:
+        found = measure(run, batch_size, repetitions)
+    except (OSError, ValueError, RegistryError) as error:
+        raise typer.BadParameter(str(error)) from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    typer.echo("  ".join(f"{name} {ratio:.3f}" for name, ratio in found["ratio_to_oracle"].items()))
+
+
+def measure(run: Path, batch_size: int, repetitions: int) -> dict[str, Any]:
+    """Medians of seconds and of ratios within a turn, with sizes, machine and versions."""
+    registry = Registry(run)
+    recipe = registry.recipe()
+    backbone = load_backbone(recipe.backbone)
+    backbone.model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    method = restore_method(recipe, backbone, registry)
+    if not (isinstance(method, Cmoe) and method.settings.locator.free):
+        raise ValueError(f"{run}: method.locator.free is off; learn a run such as train/recipes/pocket_cmoe_free.yaml")
+    method.model.eval()  # type: ignore[no-untyped-call]
+    batch, task_B = questions(recipe, method, len(registry.records()), batch_size)
+    routes: dict[str, Answering] = {
+        "oracle": lambda: method.routed(task_B),
+        "free": lambda: method.locating(batch),
+        "twice": lambda: Method.locating(method, batch),
+    }
+    right_B = method.locate(batch).task_B == task_B
+    turns = list(turns_of(method, batch, routes, repetitions))
+    experts = method.settings.experts
+    return {
+        "run": run.name,
+        "base": backbone.fingerprint,
+        "batch": list(batch["input_ids"].shape),
+        "tasks": len(registry.records()),
+        "llm_layers": method.model.config.get_text_config().num_hidden_layers,
+        "first_layer": experts.first_layer,
+        "locator": method.settings.locator.model_dump(include={"kind", "feature", "layer"}),
+        "experts": {site: bank.num_experts for site, bank in method.host.banks.items()},
+        "located_right": right_B.float().mean().item(),
+        "repetitions": repetitions,
+        "seconds": {name: median(turn[name] for turn in turns) for name in routes},
+        "ratio_to_oracle": {name: median(turn[name] / turn["oracle"] for turn in turns) for name in routes},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def questions(recipe: Recipe, method: Cmoe, num_tasks: int, batch_size: int) -> tuple[Batch, Tensor]:
+    """One left-padded batch of evaluation prompts, from all learned tasks in turn, and the true task of each."""
+    specs = sequence_of(recipe).tasks[:num_tasks]
+    prompts = [PromptRows(read_eval(recipe.data.root, task), method.processor, task.geometry) for task in specs]
+    tasks = [number % num_tasks for number in range(batch_size)]
+    rows = [prompts[task][number // num_tasks % len(prompts[task])] for number, task in enumerate(tasks)]
+    batch = Collator(method.processor.tokenizer.pad_token_id, "left")(rows)
+    device = method.model.device
+    return {name: tensor.to(device) for name, tensor in batch.items()}, torch.tensor(tasks, device=device)
+
+
+@torch.no_grad()
+def turns_of(method: Cmoe, batch: Batch, routes: dict[str, Answering], repetitions: int) -> Iterator[dict[str, float]]:
+    """Seconds of one prefill per route, turn by turn; two turns warm up."""
+    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+    names = list(routes)
+    for turn in range(-2, repetitions):
+        seconds = {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            begin = now()
+            with routes[name]():
+                method.model(**batch, position_ids=position_ids, use_cache=True, logits_to_keep=1)
+            seconds[name] = now() - begin
+        if turn >= 0:
+            yield seconds
+
+
+def now() -> float:
+    """Seconds, once the device has done what it was asked."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    typer.run(main)
