@@ -99,6 +99,8 @@ def train_stage(
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
             trainer.remove_callback(callback)
     trainer.train()
+    # Accelerate leaves its autocast around `forward`; what answers now must compute as a restored model does.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model.eval()  # type: ignore[no-untyped-call]
     tenth = max(1, len(report.losses) // 10)
     return StageReport(

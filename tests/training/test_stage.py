@@ -70,6 +70,18 @@ def test_a_seed_makes_a_stage_the_same_bits(student: LlavaForConditionalGenerati
     assert (report.first_loss, report.last_loss) == (again.first_loss, again.last_loss)
 
 
+def test_after_a_bf16_stage_the_model_computes_what_the_same_weights_compute_elsewhere(
+    student: LlavaForConditionalGeneration, tmp_path: Path
+):
+    elsewhere, given = deepcopy(student), TrainingSettings(batch_size=4, learning_rate=1e-2, precision="bf16")
+    for _ in range(2):
+        train_stage(student, Rows(), plain, given, pad_token_id=0, seed=0, folder=tmp_path)
+    elsewhere.load_state_dict(student.state_dict())
+    prompt = {"input_ids": Rows()[0]["input_ids"][None]}
+    with torch.no_grad():
+        assert torch.equal(student(**prompt).logits, elsewhere.eval()(**prompt).logits)
+
+
 def test_a_report_counts_steps_and_samples_and_the_loss_falls(student: LlavaForConditionalGeneration, tmp_path: Path):
     _, report = train(student, tmp_path, epochs=10)
     assert (report.steps, report.samples) == (10 * NUM_ROWS // 4, NUM_ROWS)
