@@ -42,7 +42,7 @@ def demo(
 ) -> None:
     """Watch eight small tasks being learned twice: once with forgetting, once without.
 
-    Sized for 12 minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
+    Takes about ten minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
     """
     from llava_cmoe.demo import DemoSize, run_demo
     from llava_cmoe.report.progress import ProgressLine
@@ -55,7 +55,7 @@ def demo(
     if not (run / "results.json").exists():
         console.print(
             "Eight rendered tasks, one after another: first one LoRA adapter that every task trains (sequential_lora), "
-            f"then LLaVA-CMoE (cmoe). {about}\nSized for 12 minutes on 2 cores; stopped, the same command goes on.",
+            f"then LLaVA-CMoE (cmoe). {about}\nAbout ten minutes on 2 cores; stopped, the same command goes on.",
             highlight=False,
         )
     with ProgressLine(console) as line:
