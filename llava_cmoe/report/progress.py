@@ -26,21 +26,18 @@ COLUMNS = (
 )
 
 
-class ProgressLine:
-    """Call it with where the work is, what is being done, how much is done and how much there is.
+class _LiveLine:
+    """A live line while it is entered, in a terminal only, and lines that stay above it."""
 
-    A change of `where` or `what` begins a new part. In a terminal a line stays for each finished `where`; the parts
-    within it share the live line, because a long sequence is evaluated in hundreds of them.
-    """
-
-    def __init__(self, console: Console) -> None:
-        """Print to `console`; nothing is shown before the first call."""
+    def __init__(self, console: Console, speed_estimate_period: float = 30.0) -> None:
         self._console = console
-        self._live = Progress(*COLUMNS, console=console, transient=True, disable=not console.is_terminal)
-        self._bar = self._live.add_task("", total=None, visible=False, where="")
-        self._where, self._what = "", ""
-        # The first call comes when a part of it is done already, so a part begins where the one before ended.
-        self._where_began = self._what_began = self._last = time.monotonic()
+        self._live = Progress(
+            *COLUMNS,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            speed_estimate_period=speed_estimate_period,
+        )
 
     def __enter__(self) -> Self:
         """Show the live line."""
@@ -50,8 +47,33 @@ class ProgressLine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the live line away; what was finished stays, what broke off leaves no line."""
+        """Take the live line away; what was said stays."""
         self._live.stop()
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class ProgressLine(_LiveLine):
+    """Call it with where the work is, what is being done, how much is done and how much there is.
+
+    A change of `where` or `what` begins a new part. In a terminal a line stays for each finished `where`; the parts
+    within it share the live line, because a long sequence is evaluated in hundreds of them.
+    """
+
+    def __init__(self, console: Console) -> None:
+        """Print to `console`; nothing is shown before the first call."""
+        super().__init__(console)
+        self._bar = self._live.add_task("", total=None, visible=False, where="")
+        self._where, self._what = "", ""
+        # The first call comes when a part of it is done already, so a part begins where the one before ended.
+        self._where_began = self._what_began = self._last = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the live line away; what was finished stays, what broke off leaves no line."""
+        super().__exit__(kind, error, trace)
         if kind is None:
             self._end_where()
 
@@ -73,33 +95,16 @@ class ProgressLine:
         if self._where and self._console.is_terminal:
             self._say(f"{self._where}: done in {clock(self._last - self._where_began)}")
 
-    def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-
-class StudyLine:
+class StudyLine(_LiveLine):
     """One bar over many runs, with the time left and the names of those at work; a line for each run that ends."""
 
     def __init__(self, console: Console, total: int) -> None:
         """Print to `console`; `total` runs, those that are finished already included."""
-        self._console = console
         # A run takes minutes: the speed is that of the whole session, not of rich's last 30 seconds.
-        self._live = Progress(
-            *COLUMNS, console=console, transient=True, disable=not console.is_terminal, speed_estimate_period=math.inf
-        )
+        super().__init__(console, speed_estimate_period=math.inf)
         self._bar = self._live.add_task("", total=total, where="")
         self._total = total
-
-    def __enter__(self) -> Self:
-        """Show the bar."""
-        self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Take the bar away; the lines of the runs that ended stay."""
-        self._live.stop()
 
     def moved(self, done: float, working: Sequence[str]) -> None:
         """So many runs are done, parts of runs counted, and these are at work."""
@@ -112,9 +117,6 @@ class StudyLine:
         self._say(f"{name}: {became} after {clock(seconds)}")
         if failure:
             self._say(failure)
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def clock(seconds: float) -> str:

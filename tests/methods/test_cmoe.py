@@ -1,7 +1,5 @@
 """Old tasks compute what they computed, and a prompt's route depends on that prompt alone."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from tiny import Lesson
@@ -14,17 +12,6 @@ from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import stage_data
-
-
-@pytest.fixture
-def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
-    return lesson_of("cmoe")
-
-
-@pytest.fixture
-def method(lesson: Lesson) -> Cmoe:
-    assert isinstance(lesson.run.method, Cmoe)
-    return lesson.run.method
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Every kind of locator, feature and selection serves a whole run, and comes back from its folder."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,17 +53,6 @@ def answer(lesson: Lesson, method: Method, located: Located) -> Tensor:
 
 
 # Soft selection.
-
-
-@pytest.fixture
-def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
-    return lesson_of("cmoe")
-
-
-@pytest.fixture
-def method(lesson: Lesson) -> Cmoe:
-    assert isinstance(lesson.run.method, Cmoe)
-    return lesson.run.method
 
 
 def logits(lesson: Lesson, method: Cmoe, tasks: list[list[int]], weights: list[list[float]]) -> Tensor:
