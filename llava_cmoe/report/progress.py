@@ -101,7 +101,7 @@ class StudyLine(_LiveLine):
 
     def __init__(self, console: Console, total: int) -> None:
         """Print to `console`; `total` runs, those that are finished already included."""
-        # A run takes minutes: the speed is that of the whole session, not of rich's last 30 seconds.
+        # A run takes minutes: the speed is that of the whole study, not of the last 30 seconds.
         super().__init__(console, speed_estimate_period=math.inf)
         self._bar = self._live.add_task("", total=total, where="")
         self._total = total
