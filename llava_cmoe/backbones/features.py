@@ -25,11 +25,6 @@ class _LayerReached(Exception):
         self.hidden_BTD = hidden_BTD
 
 
-def last_token_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: int) -> Tensor:
-    """F_end: hidden state at the last prompt token; arguments and errors as of `prompt_feature`."""
-    return prompt_feature(model, batch, layer, "last")
-
-
 @torch.no_grad()
 def prompt_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: int, feature: Feature) -> Tensor:
     """One vector per prompt, from the hidden states that the frozen model computes at one layer.

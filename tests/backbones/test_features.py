@@ -1,12 +1,15 @@
 """The locator's feature is the stock model's own hidden state, whatever the padding, at the cost of layers below it."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from llava_cmoe.backbones.features import feature_in_passing, last_token_feature, prompt_feature
+from llava_cmoe.backbones.features import feature_in_passing, prompt_feature
+
+last_token_feature = partial(prompt_feature, feature="last")
 
 TEXTS = ("<image>\nWhat is the object in the image?", "<image>\nIs the ball red?", "<image>\nWhere is it? Say a word.")
 LAYERS = (0, 1, 2)
