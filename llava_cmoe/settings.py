@@ -68,6 +68,9 @@ class ExpertSettings(Settings):
     """Experts per site for the first task (it has no pool and is not probed)."""
     top_k: int = Field(2, gt=0)
     """Experts a token uses at a site; fewer where fewer exist."""
+    head_start: float = Field(6.0, ge=0)
+    """Logit by which a new router starts in favour of the task's own experts, at the task's mean token. With 0 its
+    tokens begin spread over the whole pool, of which ever less can learn: the later a task comes, the worse."""
     balance_weight: float = Field(0.01, ge=0)
     """Weight of the balance loss n * sum_e F_e P_e, averaged over sites."""
 

@@ -233,12 +233,12 @@ class ExpertBank(nn.Module):
         index = range(self.num_experts)[index]
         return {key: stack.read(range(index, index + 1)) for key, stack in self.stacks.items()}
 
-    def add_router(self, *, generator: torch.Generator, inherit: bool = False) -> None:
+    def add_router(self, *, generator: torch.Generator, lead_D: Tensor | None = None) -> None:
         """Give the next task a trainable router over all experts that exist now, whether the site grew or not.
 
-        With `inherit`, experts that the task before knew start with its router's rows.
+        It starts random, but for `lead_D` on top of the rows of experts that are new since the router before.
         """
-        self.routers.grow(self.num_experts, self.anchor.device, generator, inherit)
+        self.routers.grow(self.num_experts, self.anchor.device, generator, lead_D)
 
     def freeze(self) -> None:
         """End a task: its experts and its router change no more."""

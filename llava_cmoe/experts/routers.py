@@ -77,16 +77,17 @@ class Routers(nn.Module):
         self.register_parameter(f"task_{len(self)}", parameter)
         self.widths.append(width)
 
-    def grow(self, num_experts: int, device: torch.device, generator: torch.Generator, inherit: bool) -> None:
+    def grow(
+        self, num_experts: int, device: torch.device, generator: torch.Generator, lead_D: Tensor | None = None
+    ) -> None:
         """Append the next task's router over `num_experts`, drawn as `nn.Linear` draws its weight.
 
         Every site gets one per task, so that router numbers are task indices, also where no expert was added or exists.
-        With `inherit`, the rows of experts that the task before knew are copied from its router.
+        `lead_D` is added to the rows of experts that the router before does not know: a start in their favour.
         """
         weight_ED = linear_init((num_experts, self.hidden_size), generator)
-        before = self.weight(len(self) - 1) if inherit and self.widths else None
-        if before is not None:
-            weight_ED[: len(before)] = before.detach()
+        if lead_D is not None:
+            weight_ED[self.widths[-1] if self.widths else 0 :] += lead_D.to(weight_ED)
         self.add(weight_ED.to(device) if num_experts else None)
 
     def new_experts(self, task: int) -> range:

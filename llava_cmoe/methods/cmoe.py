@@ -18,7 +18,7 @@ What differs from the paper is marked as a choice in the settings. Experts live 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -36,7 +36,7 @@ from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import install
 from llava_cmoe.locators import LOCATORS
 from llava_cmoe.methods.base import Batch, ExtraLoss, LateVerdict, Learning, Method, StageData, Teach, Tensors
-from llava_cmoe.methods.probing import Sources, probe
+from llava_cmoe.methods.probing import Start, probe
 from llava_cmoe.records import Growth, Learned, Located, Mixture
 from llava_cmoe.settings import CmoeSettings, RecipeError
 
@@ -69,21 +69,22 @@ class Cmoe(Method):
         generator = torch.Generator().manual_seed(data.seed)
         if data.index == 0:
             growth = Growth(dict.fromkeys(self.host.banks, self.settings.experts.num_first))
-            sources: Sources = {}
+            starts: Mapping[str, Start] = {}
         else:
-            growth, sources = self.probe(data, teach)
+            growth, starts = self.probe(data, teach)
         for site, bank in self.host.banks.items():
+            start = starts.get(site)
             bank.grow(
                 growth.new_experts.get(site, 0),
                 generator=generator,
-                init_from=sources.get(site),
+                init_from=start.copied if start else None,
                 noise=self.settings.probe.clone_noise,
             )
-            bank.add_router(generator=generator, inherit=True)
+            bank.add_router(generator=generator, lead_D=self._lead(start) if start else None)
         return growth
 
-    def probe(self, data: StageData, teach: Teach) -> tuple[Growth, Sources]:
-        """Where a task would grow, and what its new experts would copy; the pool stays as it is."""
+    def probe(self, data: StageData, teach: Teach) -> tuple[Growth, Mapping[str, Start]]:
+        """Where a task would grow, and how its new experts would begin; the pool stays as it is."""
         return probe(self.model, self.host, data, self._collator(), self.settings.probe, self._learning, teach)
 
     @contextmanager
@@ -153,6 +154,10 @@ class Cmoe(Method):
         reading = feature_in_passing(self.model, batch, settings.layer, settings.feature, locate)
         with self.host.context.use(None), reading:
             yield verdict
+
+    def _lead(self, start: Start) -> Tensor:
+        """What new experts' rows of a router start with, (D,): the mean token's logit is then `experts.head_start`."""
+        return self.settings.experts.head_start * start.mean_D / start.mean_D.square().sum()
 
     def _feature(self, batch: Batch) -> Tensor:
         return prompt_feature(self.model, batch, self.settings.locator.layer, self.settings.locator.feature)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
@@ -33,8 +34,18 @@ from llava_cmoe.settings import ProbeSettings
 COUNT_BATCH = 32
 """Samples per forward pass while counting; counts are sums, so it changes nothing but memory."""
 
-Sources = Mapping[str, Mapping[str, LoraPair]]
-"""Site to the expert that its new ones start as copies of; absent for a fresh LoRA init."""
+
+@dataclass(frozen=True)
+class Start:
+    """How the new experts of a site begin.
+
+    Attributes:
+        copied: per linear, the expert they are copies of; None for a fresh LoRA init.
+        mean_D: mean input of the site over the task's tokens, in the frozen model.
+    """
+
+    copied: Mapping[str, LoraPair] | None
+    mean_D: Tensor
 
 
 def probe(
@@ -45,7 +56,7 @@ def probe(
     settings: ProbeSettings,
     learning: Callable[[float], Learning],
     teach: Teach,
-) -> tuple[Growth, Sources]:
+) -> tuple[Growth, Mapping[str, Start]]:
     """Find the sites that need experts for a task; the banks are afterwards what they were before.
 
     Args:
@@ -65,7 +76,7 @@ def probe(
     num_counted = max(1, round(len(order) * settings.holdout))
     for bank in host.banks.values():
         bank.grow(settings.max_new_experts, generator=generator)
-        bank.add_router(generator=generator, inherit=True)
+        bank.add_router(generator=generator)
     probe_parameters = sum(ledger.trainable(bank).parameters for bank in host.banks.values())
     teach(
         Subset(data.samples, order[num_counted:].tolist()),
@@ -75,13 +86,17 @@ def probe(
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
     )
-    plan = RoutePlan.single(data.index)
-    counts = count(model, Subset(data.samples, order[:num_counted].tolist()), collator, host, plan, settings.counted)
+    rows, plan = Subset(data.samples, order[:num_counted].tolist()), RoutePlan.single(data.index)
+    counts = count(model, rows, collator, host, plan, settings.counted)
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
     thresholds = thresholds_of(frequencies, settings)
     chosen = [site for site, used in frequencies.items() if probe_use(used, settings) > thresholds[site]]
     origins = {site: origin(frequencies[site], settings) for site in chosen}
-    sources = {site: host.banks[site].expert(index) for site, index in origins.items() if index is not None}
+    means = mean_tokens(model, rows, collator, host)
+    starts = {
+        site: Start(None if index is None else host.banks[site].expert(index), means[site])
+        for site, index in origins.items()
+    }
     host.drop_fresh()
     growth = Growth(
         new_experts=dict.fromkeys(chosen, settings.max_new_experts),
@@ -91,7 +106,7 @@ def probe(
         probe_seconds=time.monotonic() - began,
         probe_parameters=probe_parameters,
     )
-    return growth, sources
+    return growth, starts
 
 
 @torch.no_grad()
@@ -107,13 +122,8 @@ def count(
 
     f_le = counts_e / (k * tokens) follows, as every token fills k slots. All processes grow by the same sums.
     """
-    state = PartialState()
-    mine = Subset(samples, list(range(len(samples)))[state.process_index :: state.num_processes])
-    model.eval()  # type: ignore[no-untyped-call]
     with host.context.observe() as seen:
-        for batch in DataLoader(mine, batch_size=COUNT_BATCH, collate_fn=collator):
-            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels_BT = inputs.pop("labels")
+        for inputs, labels_BT in _share(model, samples, collator):
             mask_BT = inputs["attention_mask"].bool() if counted == "all" else labels_BT != IGNORED
             with host.context.use(replace(plan, mask_BT=mask_BT)):
                 model.base_model(**inputs, use_cache=False)
@@ -122,6 +132,47 @@ def count(
         site: torch.zeros(bank.num_experts, dtype=torch.long, device=model.device) for site, bank in host.banks.items()
     }
     return {site: reduce(counts_E, "sum") for site, counts_E in (none | seen.counts).items()}
+
+
+@torch.no_grad()
+def mean_tokens(
+    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], collator: Collator, host: ExpertHost
+) -> dict[str, Tensor]:
+    """Mean input of every site over the non-pad tokens of some rows in the frozen model, over all processes: (D,)."""
+    sums = {
+        site: torch.zeros(bank.routers.hidden_size, dtype=torch.float64, device=model.device)
+        for site, bank in host.banks.items()
+    }
+
+    def add(site: str, bank: nn.Module, args: tuple[Tensor]) -> None:
+        sums[site] += args[0][mask_BT].double().sum(dim=0)
+
+    hooks = [bank.register_forward_pre_hook(partial(add, site)) for site, bank in host.banks.items()]
+    num_tokens = torch.zeros((), dtype=torch.long, device=model.device)
+    try:
+        for inputs, _ in _share(model, samples, collator):
+            mask_BT = inputs["attention_mask"].bool()
+            num_tokens += mask_BT.sum()
+            with host.context.use(None):
+                model.base_model(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    num_tokens = reduce(num_tokens, "sum")
+    return {site: (reduce(sum_D, "sum") / num_tokens).float() for site, sum_D in sums.items()}
+
+
+def _share(
+    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], collator: Collator
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """This process's share of some rows in batches on the model's device: what the model reads, and the labels."""
+    state = PartialState()
+    mine = Subset(samples, list(range(len(samples)))[state.process_index :: state.num_processes])
+    model.eval()  # type: ignore[no-untyped-call]
+    for batch in DataLoader(mine, batch_size=COUNT_BATCH, collate_fn=collator):
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        labels_BT = inputs.pop("labels")
+        yield inputs, labels_BT
 
 
 def thresholds_of(frequencies: Mapping[str, Sequence[float]], settings: ProbeSettings) -> dict[str, float]:

@@ -187,7 +187,7 @@ def test_dropping_probes_gives_back_the_bank_before() -> None:
     bank.freeze()
     before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
     bank.grow(1, generator=torch.Generator())
-    bank.add_router(generator=torch.Generator(), inherit=True)
+    bank.add_router(generator=torch.Generator())
     assert bank.num_experts == 4 and bank.routers.widths == [2, 3, 4]
     bank.drop_fresh()
     after = bank.state_dict()

@@ -14,7 +14,7 @@ def make_routers(widths: list[int], top_k: int = 2, seed: int = 0) -> Routers:
     generator = torch.Generator().manual_seed(seed)
     routers = Routers(D, top_k)
     for width in widths:
-        routers.grow(width, torch.device("cpu"), generator, inherit=False)
+        routers.grow(width, torch.device("cpu"), generator)
     return routers
 
 
@@ -52,7 +52,7 @@ def test_an_old_tasks_gate_keeps_its_bits_when_routers_are_added(widths: list[in
     plans = [RoutePlan.single(newest), RoutePlan.hard(torch.tensor([0, newest, -1]))]
     before = [gate(routers, h_BTD, plan) for plan in plans]
     routers.freeze()
-    routers.grow(widths[-1], torch.device("cpu"), torch.Generator().manual_seed(seed), inherit=True)
+    routers.grow(widths[-1], torch.device("cpu"), torch.Generator().manual_seed(seed))
     assert all(torch.equal(gate(routers, h_BTD, plan), old) for plan, old in zip(plans, before, strict=True))
 
 
@@ -121,18 +121,20 @@ def test_autocast_and_half_precision_states_leave_the_gate_in_float32() -> None:
     assert gate_BTE.dtype == torch.float32 and torch.equal(gate_BTE, expected)
 
 
-def test_an_inheriting_router_starts_with_the_rows_of_the_task_before() -> None:
-    routers = make_routers([2])
-    routers.grow(3, torch.device("cpu"), torch.Generator().manual_seed(5), inherit=True)
-    assert torch.equal(routers.task_1[:2], routers.task_0) and routers.task_1[2].any()
-    routers.grow(3, torch.device("cpu"), torch.Generator().manual_seed(6), inherit=False)
-    assert not torch.equal(routers.task_2[:2], routers.task_1[:2])
+def test_a_lead_is_on_top_of_the_rows_of_new_experts_alone() -> None:
+    lead_D = torch.ones(8)
+    led, plain = make_routers([2]), make_routers([2])
+    led.grow(4, torch.device("cpu"), torch.Generator().manual_seed(5), lead_D)
+    plain.grow(4, torch.device("cpu"), torch.Generator().manual_seed(5))
+    assert torch.equal(led.task_1[:2], plain.task_1[:2])
+    assert torch.equal(led.task_1[2:], plain.task_1[2:] + lead_D)
+    assert not torch.equal(plain.task_1[:2], plain.task_0)
 
 
 def test_fresh_routers_can_be_dropped_and_frozen_ones_do_not_train() -> None:
     routers = make_routers([2])
     routers.freeze()
-    routers.grow(3, torch.device("cpu"), torch.Generator(), inherit=False)
+    routers.grow(3, torch.device("cpu"), torch.Generator())
     assert [weight.requires_grad for weight in routers.parameters()] == [False, True]
     assert routers.new_experts(1) == range(2, 3)
     routers.drop_fresh()

@@ -166,14 +166,14 @@ def test_only_probes_and_their_routers_are_taught_on_their_share_of_the_rows(
 def test_a_layer_grows_where_its_probe_is_used_more_than_the_threshold(
     tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
 ):
-    growth, sources = run_probe(tiny_llava, host, collator, [], scope="global")
+    growth, starts = run_probe(tiny_llava, host, collator, [], scope="global")
     assert len(growth.new_experts) == 1  # of two layers, one lies above the mean of both
     for site, used in growth.frequencies.items():
         assert sum(used) == pytest.approx(1, abs=1e-6) and len(used) == 4
         assert (site in growth.new_experts) == (used[-1] > growth.thresholds[site])
     ((site, index),) = growth.init_from.items()
     assert index == max(range(3), key=growth.frequencies[site].__getitem__)
-    for linear, pair in sources[site].items():
+    for linear, pair in starts[site].copied.items():
         assert torch.equal(pair.a_ERI, host.banks[site].expert(index)[linear].a_ERI)
 
 
@@ -181,10 +181,10 @@ def test_a_probe_can_be_handed_on_as_the_new_expert(
     tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
 ):
     taught: list[dict[str, Any]] = []
-    growth, sources = run_probe(tiny_llava, host, collator, taught, scope="global", init="probe")
+    growth, starts = run_probe(tiny_llava, host, collator, taught, scope="global", init="probe")
     (site,) = growth.new_experts
     assert growth.init_from == {site: 3}
-    for linear, pair in sources[site].items():
+    for linear, pair in starts[site].copied.items():
         probed = taught[0]["moved"][f"{site}.experts.{linear}.fresh.B"]
         assert torch.equal(pair.b_EOR.mT, probed)
 
