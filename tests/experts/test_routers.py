@@ -122,7 +122,7 @@ def test_autocast_and_half_precision_states_leave_the_gate_in_float32() -> None:
 
 
 def test_a_lead_is_on_top_of_the_rows_of_new_experts_alone() -> None:
-    lead_D = torch.ones(8)
+    lead_D = torch.ones(D)
     led, plain = make_routers([2]), make_routers([2])
     led.grow(4, torch.device("cpu"), torch.Generator().manual_seed(5), lead_D)
     plain.grow(4, torch.device("cpu"), torch.Generator().manual_seed(5))

@@ -4,11 +4,14 @@ import pytest
 import torch
 from tiny import Lesson
 from torch import Tensor
+from torch.utils.data import Subset
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows, SampleRows
+from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.methods.probing import count
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import stage_data

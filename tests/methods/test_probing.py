@@ -19,7 +19,7 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods import probing
 from llava_cmoe.methods.base import StageData
-from llava_cmoe.methods.probing import count, origin, probe, probe_use, thresholds_of
+from llava_cmoe.methods.probing import count, mean_tokens, origin, probe, probe_use, thresholds_of
 from llava_cmoe.settings import ProbeSettings
 
 TOP_K = 2
@@ -218,6 +218,28 @@ def test_of_answers_only_their_own_tokens_are_counted(
     for site, counts_E in answers.items():
         assert counts_E.sum() == TOP_K * sum(rows.learned())
         assert bool((counts_E <= everything[site]).all())
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_the_mean_token_of_a_site_is_the_frozen_models_and_knows_no_padding(
+    tiny_llava: LlavaForConditionalGeneration,
+    host: ExpertHost,
+    collator: Collator,
+    monkeypatch: pytest.MonkeyPatch,
+    batch_size: int,
+):
+    rows, seen = Rows(10), []
+    site, bank = next(iter(host.banks.items()))
+    hook = bank.register_forward_pre_hook(lambda bank, args: seen.append(args[0][0]))
+    with torch.no_grad(), host.context.use(None):
+        for row in map(rows.__getitem__, range(10)):
+            tiny_llava(input_ids=row["input_ids"][None])
+    hook.remove()
+    monkeypatch.setattr(probing, "COUNT_BATCH", batch_size)
+    with host.context.use(RoutePlan.single(0)):  # experts of an earlier task do not touch it
+        means = mean_tokens(tiny_llava, rows, collator, host)
+    torch.testing.assert_close(means[site], torch.cat(seen).mean(dim=0), rtol=1e-5, atol=1e-6)
+    assert means.keys() == host.banks.keys()
 
 
 def test_processes_share_the_counting_even_where_one_has_nothing_to_count(
