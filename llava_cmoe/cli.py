@@ -261,6 +261,31 @@ def probe(
 
 @app.command()
 @plainly()
+def merge(
+    run: RunFolder,
+    bound: Annotated[
+        float, typer.Option(help="Most by which a task's loss may rise, in nats per answer token.", min=0)
+    ] = 0.02,
+    rows: Annotated[int, typer.Option(help="Rows per task, never learned, to measure that on, at most.", min=1)] = 200,
+) -> None:
+    """Leave out experts that are little used or like another one, as many as every task bears.
+
+    What was learned stays as it is: the merge is an entry of its own in RUN/merges, and deleting it takes it back. It
+    is checked on training rows that the run did not learn, so the run needs a data.train_rows below their number.
+    """
+    from llava_cmoe.merging import merge_run, render
+    from llava_cmoe.registry.store import Registry
+    from llava_cmoe.report.progress import ProgressLine
+
+    console = Console()
+    with ProgressLine(console) as line:
+        record, folder = merge_run(Registry(run).recipe(), bound, rows, line)
+    console.print(render(record))
+    console.print(f"In {folder}: merge.json, answers/", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs to put side by side.", metavar="RUN...")],
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; the first RUN if absent.")] = None,
@@ -298,6 +323,7 @@ def chat(
     after: Annotated[
         int | None, typer.Option(help="The model as it was after its first N stages; as it is now if absent.", min=0)
     ] = None,
+    merge: Annotated[int | None, typer.Option(help="With the experts that merge N of the run leaves.", min=1)] = None,
 ) -> None:
     r"""Ask a run about a picture; it says which task it took the question for, and answers.
 
@@ -306,7 +332,7 @@ def chat(
     from llava_cmoe.chat.session import open_session
     from llava_cmoe.chat.terminal import answer, converse
 
-    console, session = Console(), open_session(run, after)
+    console, session = Console(), open_session(run, after, merge)
     if prompt is None:
         converse(console, session, image)
     else:

@@ -183,6 +183,12 @@ def draw(rows: Dataset, count: int | None, seed: int) -> Dataset:
     return rows if count is None or count >= len(rows) else rows.shuffle(seed=seed).select(range(count))
 
 
+def leave(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    """The rows that `draw` leaves out."""
+    kept = len(rows) if count is None else min(count, len(rows))
+    return rows.shuffle(seed=seed).select(list(range(kept, len(rows))))
+
+
 def check_data(run: Run) -> None:
     """Stop if a stage was learned from other data than is there now: one run is one sequence, asked the same questions.
 

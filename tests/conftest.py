@@ -122,13 +122,13 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lesson_of(
     tiny_data: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tiny.Lesson]:
-    """What is seen while a method learns the tiny sequence; each method learns once per session."""
+) -> Callable[..., tiny.Lesson]:
+    """What is seen while a method learns the tiny sequence; each method and its overrides once per session."""
 
     @cache
-    def attend(method: str) -> tiny.Lesson:
+    def attend(method: str, *overrides: str) -> tiny.Lesson:
         run = tmp_path_factory.mktemp(method) / "run"
-        return tiny.attend(tiny.recipe(run, tiny_data, tiny_backbone, method))
+        return tiny.attend(tiny.recipe(run, tiny_data, tiny_backbone, method, *overrides))
 
     return attend
 

@@ -24,7 +24,7 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "probe", "report", "study", "chat"],
+    "": ["demo", "data", "train", "eval", "probe", "merge", "report", "study", "chat"],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -33,8 +33,9 @@ COMMANDS = {
     "study": ["STUDY", "--jobs", "--dry-run"],
     "eval": ["RUN", "--routes", "--batch-size"],
     "probe": ["RUN", "KEY=VALUE", "--after", "--out"],
+    "merge": ["RUN", "--bound", "--rows"],
     "report": ["RUN", "--out"],
-    "chat": ["RUN", "--image", "--prompt", "--after"],
+    "chat": ["RUN", "--image", "--prompt", "--after", "--merge"],
 }
 
 

@@ -72,6 +72,7 @@ def workplace(
         shutil.copytree(REPOSITORY / name, tmp_path / name)
     for run in ("runs/pocket_cmoe", "runs/headline/cmoe_0"):
         shutil.copytree(lesson_of("cmoe").recipe.run, tmp_path / run)
+    shutil.copytree(lesson_of("cmoe", "data.train_rows=18").recipe.run, tmp_path / "runs/spare")
     (tmp_path / "ROOT").symlink_to(pocket)
     (tmp_path / "MODEL").symlink_to(tiny_backbone)
     shutil.copy(next((tiny_data / "cl_dataset").rglob("*.png")), tmp_path / "picture.png")
@@ -106,12 +107,16 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
         case ["llava-cmoe", "data", "make-pocket", "ROOT", *_]:
             (workplace / "ROOT").unlink()
             return start(main, words, monkeypatch)
+        case ["llava-cmoe", "chat", "runs/spare", *_]:
+            start(main, ["llava-cmoe", "merge", "runs/spare"], monkeypatch)
+            monkeypatch.setattr(sys, "stdin", io.StringIO("exit\n"))
+            return start(main, words, monkeypatch)
         case ["llava-cmoe", "chat", *_]:
             monkeypatch.setattr(sys, "stdin", io.StringIO("Which colour is it?\nexit\n"))
             return start(main, words, monkeypatch)
         case ["llava-cmoe", "probe", run, *_]:
             return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
-        case ["llava-cmoe", "eval" | "report", *_] | ["llava-cmoe", "data", "check", *_]:
+        case ["llava-cmoe", "eval" | "report" | "merge", *_] | ["llava-cmoe", "data", "check", *_]:
             return start(main, words, monkeypatch)
         case _:
             pytest.fail(f"no test knows how to run: {command}")

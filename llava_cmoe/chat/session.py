@@ -24,7 +24,7 @@ from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry, load_sequence
 from llava_cmoe.methods.base import LateVerdict, Method
 from llava_cmoe.records import Located
-from llava_cmoe.registry.restore import restore_method
+from llava_cmoe.registry.restore import restore_merge, restore_method
 from llava_cmoe.registry.store import Registry
 
 LONGEST_ANSWER = 128
@@ -52,8 +52,8 @@ class Reply:
     pieces: Iterator[str]
 
 
-def open_session(run: Path, after: int | None = None) -> ChatSession:
-    """Talk to a run as it is now, or as it was after its first `after` stages.
+def open_session(run: Path, after: int | None = None, merge: int | None = None) -> ChatSession:
+    """Talk to a run as it is now, or as it was after its first `after` stages, or as its merge `merge` makes it.
 
     Raises:
         RegistryError: no run in this folder, fewer stages are learned, or a file is damaged.
@@ -63,6 +63,8 @@ def open_session(run: Path, after: int | None = None) -> ChatSession:
     backbone = load_backbone(recipe.backbone)
     backbone.model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     method = restore_method(recipe, backbone, registry, after)
+    if merge is not None:
+        restore_merge(method, registry, merge)
     names = [record.name for record in registry.records()[:after]]
     return ChatSession(method, backbone, names, load_sequence(recipe.data.sequence).tasks[0].geometry)
 

@@ -21,7 +21,7 @@ Shape letters: B batch, T tokens, D hidden, E experts, R rank, I and O input and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from llava_cmoe.backbones.sites import Site
 from llava_cmoe.experts.plan import RouteContext
 from llava_cmoe.experts.routers import Gate, Routers, linear_init
+from llava_cmoe.experts.stand_ins import StandIns
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,13 @@ class StackedExperts(nn.Module):
         if self.fresh is not None:
             self.frozen, self.fresh = ExpertBlock(*self._all(), trainable=False), None
 
+    def keep(self, experts: Sequence[int]) -> ExpertBlock:
+        """Hold only some of the frozen experts; returns the block with all of them."""
+        assert self.frozen is not None and self.fresh is None, "frozen experts alone are kept or left"
+        whole = self.frozen
+        self.frozen = ExpertBlock(whole.A[list(experts)], whole.B[list(experts)], trainable=False)
+        return whole
+
     def read(self, experts: range) -> LoraPair:
         """Copies of some experts, on the device they live on."""
         a_ERI, b_ERO = (stacked[experts.start : experts.stop] for stacked in self._all())
@@ -167,6 +175,7 @@ class ExpertBank(nn.Module):
         # New experts and routers are made where this is: it follows `.to()`, also while the bank is empty.
         self.register_buffer("anchor", torch.zeros(1, dtype=dtype, device=linears[0].weight.device), persistent=False)
         self._gate_BTE: Tensor | None = None
+        self._merged: StandIns | None = None
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         """What the frozen module returns, its linears carrying the experts under the plan in use."""
@@ -206,7 +215,8 @@ class ExpertBank(nn.Module):
         if self.context.observation is not None:
             counts_E, probability_E = gate.counts(plan.mask_BT), gate.probability(plan.mask_BT)
             self.context.observation.add(self.site.name, counts_E, probability_E)
-        return gate.gate_BTE * (self.alpha / self.rank)
+        gate_BTE = gate.gate_BTE if self._merged is None else self._merged.gate_of(gate.gate_BTE)
+        return gate_BTE * (self.alpha / self.rank) if gate_BTE.shape[-1] else None
 
     def grow(
         self,
@@ -220,6 +230,7 @@ class ExpertBank(nn.Module):
 
         Copies differ from each other, and from their origin, by `noise` standard deviations.
         """
+        assert self._merged is None, "a merged bank only answers; learning goes on in one that is not merged"
         for key, stack in self.stacks.items() if num else ():
             if init_from is None:
                 a_ERI = linear_init((num, self.rank, stack.d_in), generator)
@@ -245,6 +256,26 @@ class ExpertBank(nn.Module):
         for stack in self.stacks.values():
             stack.freeze()
         self.routers.freeze()
+
+    def merge(self, stand_ins: StandIns) -> dict[str, ExpertBlock]:
+        """Leave out experts that others stand in for; returns all of them, for `unmerge`. A merged bank only answers.
+
+        Raises:
+            ValueError: the stand-ins are those of another number of experts.
+        """
+        if len(stand_ins.of_E) != self.num_experts:
+            raise ValueError(
+                f"{self.site.name}: stand-ins for {len(stand_ins.of_E)} experts, the site has {self.num_experts}; "
+                "merge a run as it was when the merge was found"
+            )
+        self._merged = stand_ins
+        return {key: stack.keep(stand_ins.kept) for key, stack in self.stacks.items()}
+
+    def unmerge(self, whole: Mapping[str, ExpertBlock]) -> None:
+        """Take back all experts."""
+        self._merged = None
+        for key, stack in self.stacks.items():
+            stack.frozen = whole[key]
 
     def drop_fresh(self) -> None:
         """Forget the experts and routers since the last `freeze()`: probes."""

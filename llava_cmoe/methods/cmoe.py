@@ -9,6 +9,9 @@
 
     p(e | h, x) = sum_t 1[t = t*(x)] softmax(R_l^(t) h)_e
 
+A new router starts at random, with a head start for the task's own experts at its mean token: tokens that begin spread
+over the whole pool mostly choose experts that cannot learn any more, and the later a task comes the less it learns.
+
 Where no expert lives below LLM layer m (`experts.first_layer`), the state that enters layer m is the frozen model's
 own. With `locator.free` it is read inside the very pass that answers: layers below m, verdict, plan, layers from m on.
 

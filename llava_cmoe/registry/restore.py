@@ -6,9 +6,12 @@ Where the tensors lie and whether they are intact is `store.py`'s; what they mea
 from __future__ import annotations
 
 from llava_cmoe.backbones.loading import Backbone
+from llava_cmoe.experts.stand_ins import StandIns
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method
+from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.merges import Merges
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
 
@@ -43,3 +46,15 @@ def restore_stage(method: Method, registry: Registry, index: int, backbone: Back
             f"({record.backbone_fingerprint[:12]}, this one is {backbone.fingerprint[:12]}); set backbone.path to it"
         )
     method.restore(registry.load(index))
+
+
+def restore_merge(method: Method, registry: Registry, number: int) -> None:
+    """Leave out of a restored method the experts that merge `number` leaves out, for good.
+
+    Raises:
+        RegistryError: no such merge, or it was found for other learned tasks.
+    """
+    record = Merges(registry).load(number)
+    assert isinstance(method, Cmoe), "only a run with a pool of experts has merges"
+    for site, of_E in record.stand_ins.items():
+        method.host.banks[site].merge(StandIns(of_E))

@@ -1,0 +1,49 @@
+"""Which expert stands in for which at one site: a merge, as a value; nothing is averaged and no router changes.
+
+A token still chooses among all experts. What it gives to one that was left out goes to the stand-in, so a choice of
+both becomes one expert with the sum of both shares. Which merge is a good one is `redundancy.py`'s.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+from functools import cache, cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StandIns:
+    """A stand-in per expert of a site.
+
+    Attributes:
+        of_E: per expert its own index where it stays, the index of an older one that stays, or -1: it is dropped.
+            Older ones only: a task then never computes an expert that its router did not know.
+    """
+
+    of_E: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where an expert that stands in does not stay itself, or is newer."""
+        for expert, stand_in in enumerate(self.of_E):
+            if not -1 <= stand_in <= expert or (stand_in >= 0 and self.of_E[stand_in] != stand_in):
+                raise ValueError(f"expert {expert}: {stand_in} cannot stand in for it; name an older one that stays")
+
+    @cached_property
+    def kept(self) -> tuple[int, ...]:
+        """Experts that stay, oldest first."""
+        return tuple(expert for expert, stand_in in enumerate(self.of_E) if expert == stand_in)
+
+    def gate_of(self, gate_BTE: Tensor) -> Tensor:
+        """The gate over kept experts, (B, T, S), from that over the first E experts; S are the kept ones of these."""
+        num_known = gate_BTE.shape[-1]
+        num_kept = bisect_left(self.kept, num_known)
+        return gate_BTE @ _share_ES(self, gate_BTE.device)[:num_known, :num_kept]
+
+
+@cache
+def _share_ES(stand_ins: StandIns, device: torch.device) -> Tensor:
+    """One where column s stands in for row e; made once per device, as each layer asks for it at each decoding step."""
+    return (torch.tensor(stand_ins.of_E).unsqueeze(1) == torch.tensor(stand_ins.kept)).float().to(device)

@@ -1,0 +1,83 @@
+"""Merges of a run: which experts stand in for which, found when so many tasks were learned, each an entry of its own.
+
+    runs/NAME/merges/01/            merge.json  answers/
+
+No task's directory changes, and no tensor is written: what stays is in the tasks' own files. Deleting an entry takes a
+merge back. How one is found is `merging.py`'s.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from llava_cmoe.registry.manifest import Manifest, RegistryError
+from llava_cmoe.registry.store import Registry
+
+FILE = "merge.json"
+
+
+class BeforeAfter(Manifest):
+    """A number without and with the merge."""
+
+    before: float
+    after: float
+
+
+class MergeRecord(Manifest):
+    """`merge.json`: what stands in for what, and what that costs and saves."""
+
+    parent: str
+    """`sha256` of the record of the last task that was learned."""
+    bound: float
+    """The most by which a task's held-out loss was allowed to rise, in nats per answer token."""
+    stand_ins: dict[str, tuple[int, ...]]
+    """Site to each expert's stand-in: itself, an older one, or -1 for none."""
+    held_out: dict[str, int]
+    """Task to the number of its rows, never learned, that the loss was measured on."""
+    loss: dict[str, BeforeAfter]
+    """Task to its held-out loss on its own route."""
+    accuracy: dict[str, BeforeAfter]
+    """Task to its accuracy on the evaluation rows, located, in percent."""
+    expert_bytes: BeforeAfter
+    """Bytes of all experts in memory; routers and locators are as before."""
+    versions: dict[str, str]
+    """Python and the packages that had a hand in the numbers."""
+
+
+class Merges:
+    """The entries of one run."""
+
+    def __init__(self, registry: Registry) -> None:
+        """Look into a run's folder; nothing is written yet."""
+        self._registry, self._folder = registry, registry.run / "merges"
+
+    def next_folder(self) -> Path:
+        """Where a merge is prepared, until `commit` gives the folder its name."""
+        return self._folder / f".{self._next:02d}.partial"
+
+    def commit(self, record: MergeRecord) -> Path:
+        """Make a prepared merge an entry; returns its folder."""
+        partial, final = self.next_folder(), self._folder / f"{self._next:02d}"
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / FILE).write_text(record.to_json())
+        os.rename(partial, final)
+        return final
+
+    def load(self, number: int) -> MergeRecord:
+        """An entry that fits the run as it is.
+
+        Raises:
+            RegistryError: no such entry, or the run has learned or lost tasks since.
+        """
+        path = self._folder / f"{number:02d}" / FILE
+        record, learned = MergeRecord.read(path), self._registry.records()
+        if not learned or record.parent != learned[-1].sha256:
+            raise RegistryError(f"{path}: was found for other learned tasks than the run holds now; merge it again")
+        return record
+
+    @property
+    def _next(self) -> int:
+        names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
+        return 1 + max((int(name) for name in names if re.fullmatch(r"\d+", name)), default=0)

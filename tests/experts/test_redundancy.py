@@ -1,0 +1,143 @@
+"""An expert that is not used, or that computes what another one computes, can be left out; nothing else can."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+from llava_cmoe.backbones.sites import ffn_sites
+from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.redundancy import Redundancy, stand_ins_of
+from llava_cmoe.experts.stand_ins import StandIns
+from llava_cmoe.experts.surgery import ExpertHost, install
+
+TOKENS = torch.arange(4, 20).view(2, 8)
+MASK = torch.ones(2, 8, dtype=torch.bool)
+
+
+@pytest.fixture
+def host(tiny_llava: LlavaForConditionalGeneration) -> ExpertHost:
+    """Per layer two experts of a first task and two of a second, all of which do something."""
+    generator = torch.Generator().manual_seed(0)
+    host = install(tiny_llava, ffn_sites(tiny_llava), rank=3, alpha=6.0, top_k=2)
+    for _ in range(2):
+        for bank in host.banks.values():
+            bank.grow(2, generator=generator)
+            bank.add_router(generator=generator)
+            for stack in bank.stacks.values():
+                stack.fresh.B.data.uniform_(-0.5, 0.5, generator=generator)
+        host.freeze()
+    return host
+
+
+def twins(host: ExpertHost, older: int, newer: int) -> str:
+    """Makes two experts of the first site one and the same; says which site."""
+    site, bank = next(iter(host.banks.items()))
+    for stack in bank.stacks.values():
+        stack.frozen.A.data[newer] = stack.frozen.A.data[older]
+        stack.frozen.B.data[newer] = stack.frozen.B.data[older]
+    return site
+
+
+def logits(model: LlavaForConditionalGeneration, host: ExpertHost, plan: RoutePlan) -> Tensor:
+    with torch.no_grad(), host.context.use(plan):
+        logits_BTV: Tensor = model(input_ids=TOKENS).logits
+    return logits_BTV
+
+
+@contextmanager
+def merged(host: ExpertHost, merge: dict[str, StandIns]) -> Iterator[None]:
+    whole = {site: host.banks[site].merge(stand_ins) for site, stand_ins in merge.items()}
+    yield
+    for site, blocks in whole.items():
+        host.banks[site].unmerge(blocks)
+
+
+def watched(model: LlavaForConditionalGeneration, host: ExpertHost) -> Redundancy:
+    redundancy = Redundancy(host)
+    with redundancy.watch():
+        for task in range(2):
+            logits(model, host, RoutePlan.single(task, MASK))
+    return redundancy
+
+
+PLANS = [RoutePlan.single(0), RoutePlan.single(1), RoutePlan.hard(torch.tensor([1, 0]))]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_twin_stands_in_without_a_trace(tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, plan: RoutePlan):
+    site = twins(host, older=1, newer=3)
+    before = logits(tiny_llava, host, plan)
+    with merged(host, {site: StandIns((0, 1, 2, 1))}):
+        assert host.banks[site].num_experts == 3
+        torch.testing.assert_close(logits(tiny_llava, host, plan), before, rtol=0, atol=1e-5)
+    assert host.banks[site].num_experts == 4
+    assert torch.equal(logits(tiny_llava, host, plan), before)
+
+
+def test_tasks_from_before_an_expert_keep_their_bits_when_it_is_left_out(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost
+):
+    before = [logits(tiny_llava, host, RoutePlan.single(task)) for task in range(2)]
+    with merged(host, dict.fromkeys(host.banks, StandIns((0, 1, 0, -1)))):
+        assert torch.equal(logits(tiny_llava, host, RoutePlan.single(0)), before[0])
+        assert not torch.equal(logits(tiny_llava, host, RoutePlan.single(1)), before[1])
+
+
+def test_a_task_whose_experts_are_all_dropped_is_the_base_model_there(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost
+):
+    base = logits(tiny_llava, host, RoutePlan.single(-1))
+    with merged(host, dict.fromkeys(host.banks, StandIns((-1, -1, 2, 3)))):
+        assert torch.equal(logits(tiny_llava, host, RoutePlan.single(0)), base)
+
+
+def test_the_first_step_is_the_twin_and_costs_nothing(tiny_llava: LlavaForConditionalGeneration, host: ExpertHost):
+    site = twins(host, older=0, newer=2)
+    first, second, *_ = watched(tiny_llava, host).steps()
+    assert (first.site, first.expert, first.stand_in) == (site, 2, 0)
+    assert first.loss < 1e-6 < second.loss
+
+
+def test_the_loss_of_a_step_is_what_it_changes(tiny_llava: LlavaForConditionalGeneration, host: ExpertHost):
+    """Of one linear that reads the same either way: the FFN's first. Dropped, the change is what the expert added."""
+    site, bank = next(iter(host.banks.items()))
+    stack = bank.stacks["gate_proj"]
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    hook = stack.register_forward_hook(lambda stack, args, output: seen.append((*args, output)))
+    redundancy = Redundancy(host)
+    with redundancy.watch():
+        logits(tiny_llava, host, RoutePlan.single(1, MASK))
+    hook.remove()
+    ((x_BTI, gate_BTE, whole_BTO),) = seen
+    without_BTE = gate_BTE.clone()
+    without_BTE[..., 1] = 0
+    changed = (whole_BTO - stack(x_BTI, without_BTE)).square().sum() / whole_BTO.square().sum()
+    redundancy._changed = {key: value for key, value in redundancy._changed.items() if key[2] == "gate_proj"}
+    assert float(redundancy.losses()[site][1, -1]) * len(bank.stacks) == pytest.approx(float(changed), rel=1e-4)
+
+
+def test_of_every_site_one_expert_stays_and_every_step_makes_a_merge(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost
+):
+    steps = list(watched(tiny_llava, host).steps())
+    assert len(steps) == 2 * 3
+    assert [step.loss for step in steps] == sorted(step.loss for step in steps)
+    for number in range(len(steps) + 1):
+        merge = stand_ins_of(steps[:number], host)
+        assert sum(4 - len(stand_ins.kept) for stand_ins in merge.values()) == number
+        assert all(stand_ins.kept for stand_ins in merge.values())
+
+
+@pytest.mark.parametrize("of_E", [(1, 1), (0, 2, 2), (0, 0, 1), (-2,)])
+def test_what_cannot_stand_in_is_refused(of_E: tuple[int, ...]):
+    with pytest.raises(ValueError, match="cannot stand in"):
+        StandIns(of_E)
+
+
+def test_stand_ins_of_another_pool_are_refused(host: ExpertHost):
+    with pytest.raises(ValueError, match="stand-ins for 3 experts, the site has 4"):
+        next(iter(host.banks.values())).merge(StandIns((0, 1, 2)))

@@ -1,0 +1,97 @@
+"""A merge leaves a run as it was, keeps its bound, and can be answered with or taken back."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import refused, type_in
+from tiny import Lesson, files_of
+
+from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.experts.redundancy import Redundancy
+from llava_cmoe.merging import losses, merge_run, merged, open_subject
+from llava_cmoe.registry.merges import Merges
+from llava_cmoe.registry.restore import restore_merge, restore_method
+from llava_cmoe.registry.store import Registry
+from llava_cmoe.sequence import draw, leave
+from llava_cmoe.settings import Recipe
+
+HELD_OUT = "data.train_rows=18"
+
+
+@pytest.fixture
+def lesson(lesson_of: Callable[..., Lesson]) -> Lesson:
+    return lesson_of("cmoe", HELD_OUT)
+
+
+@pytest.fixture
+def recipe(lesson: Lesson, tmp_path: Path) -> Recipe:
+    """Of a copy of the run, to be merged."""
+    shutil.copytree(lesson.recipe.run, tmp_path / "run")
+    return lesson.recipe.model_copy(update={"run": tmp_path / "run"})
+
+
+def test_what_is_held_out_and_what_is_learned_are_all_rows_and_share_none(lesson: Lesson):
+    rows = lesson.run.exam.rows["colours"]
+    for count in (None, 0, 2, 6, 9):
+        learned, left = ({row["id"] for row in part(rows, count, 3)} for part in (draw, leave))
+        assert not learned & left and learned | left == set(rows["id"])
+
+
+def test_no_bound_leaves_out_whatever_a_site_can_and_changes_nothing_that_was_learned(recipe: Recipe):
+    before = files_of(recipe.run)
+    record, folder = merge_run(recipe, bound=1e9, num_rows=4)
+    after = files_of(recipe.run)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("merges/01/") for name in after.keys() - before.keys())
+    kept = [sum(s == e for e, s in enumerate(of_E)) for of_E in record.stand_ins.values()]
+    assert kept == [1, 1]
+    share = sum(kept) / sum(map(len, record.stand_ins.values()))
+    assert record.expert_bytes.after == pytest.approx(share * record.expert_bytes.before)
+    assert record.held_out == {"colours": 4, "sides": 4}
+    assert Merges(Registry(recipe.run)).load(1) == record and folder.name == "01"
+
+
+def test_every_task_stays_within_the_bound_and_one_expert_less_would_not(recipe: Recipe):
+    subject = open_subject(recipe, 6)
+    redundancy = Redundancy(subject.method.host)
+    with redundancy.watch():
+        before = losses(subject, lambda *_: None)
+    steps = tuple(redundancy.steps())
+    rises = []
+    for number in range(len(steps) + 1):
+        with merged(subject, steps[:number]):
+            after = losses(subject, lambda *_: None)
+        rises.append(max(after[name] - before[name] for name in before))
+    assert rises[0] == 0
+    bound = sorted(rises)[len(rises) // 2]
+    record, _ = merge_run(recipe, bound=bound, num_rows=6)
+    assert all(record.loss[name].after <= record.loss[name].before + bound for name in before)
+    assert record.loss["sides"].before == pytest.approx(before["sides"])
+    num_out = sum(s != e for of_E in record.stand_ins.values() for e, s in enumerate(of_E))
+    assert rises[num_out] <= bound and (num_out == len(steps) or rises[num_out + 1] > bound)
+
+
+def test_a_restored_merge_answers_as_it_was_measured_until_the_run_learns_on(lesson: Lesson, recipe: Recipe):
+    merge_run(recipe, bound=1e9, num_rows=4)
+    registry = Registry(recipe.run)
+    method = restore_method(recipe, load_backbone(recipe.backbone), registry)
+    restore_merge(method, registry, 1)
+    assert not torch.equal(lesson.logits_of(method, 1), lesson.logits[-1][1])
+    shutil.rmtree(recipe.run / "tasks/02_sides", ignore_errors=True)
+    assert "for other learned tasks" in refused(
+        "chat", recipe.run, "--merge", 1, "--image", next(lesson.recipe.data.root.rglob("*.png"))
+    )
+
+
+def test_the_command_shows_what_is_saved_and_what_it_costs(recipe: Recipe):
+    result = type_in("merge", recipe.run, "--bound", 1e9, "--rows", 3)
+    assert result.exit_code == 0, result.output
+    assert "experts stay" in result.output and "sides" in result.output and "merges/01" in result.output
+
+
+def test_what_cannot_be_merged_is_refused(lesson_of: Callable[..., Lesson]):
+    assert "none is held out" in refused("merge", lesson_of("cmoe").recipe.run)
+    assert "no pool of experts" in refused("merge", lesson_of("sequential_lora").recipe.run)
