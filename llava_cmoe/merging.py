@@ -74,7 +74,7 @@ def merge_run(
     accuracy_before = accuracies(subject, subject.run.exam.folder, progress)
     bytes_before = expert_bytes(subject)
     with merged(subject, steps):
-        accuracy_after = accuracies(subject, merges.next_folder() / "answers", progress)
+        accuracy_after = accuracies(subject, merges.prepare() / "answers", progress)
         bytes_after = expert_bytes(subject)
     record = MergeRecord(
         parent=registry.records()[-1].sha256,

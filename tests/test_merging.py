@@ -95,3 +95,16 @@ def test_the_command_shows_what_is_saved_and_what_it_costs(recipe: Recipe):
 def test_what_cannot_be_merged_is_refused(lesson_of: Callable[..., Lesson]):
     assert "none is held out" in refused("merge", lesson_of("cmoe").recipe.run)
     assert "no pool of experts" in refused("merge", lesson_of("sequential_lora").recipe.run)
+
+
+def test_answers_of_a_merge_that_was_killed_do_not_count_for_the_next(recipe: Recipe):
+    merge_run(recipe, bound=1e9, num_rows=4)
+    answers = recipe.run / "merges/01/answers"
+    leftover = recipe.run / "merges/.next.partial/answers"
+    shutil.copytree(answers, leftover)
+    for path in leftover.rglob("*.jsonl"):
+        path.write_text(path.read_text().replace('"text": "', '"text": "wrong'))
+    merge_run(recipe, bound=1e9, num_rows=4)
+    assert files_of(recipe.run / "merges/02/answers").keys() == files_of(answers).keys()
+    for path in answers.rglob("*.jsonl"):
+        assert (recipe.run / "merges/02/answers" / path.relative_to(answers)).read_text() == path.read_text()

@@ -32,21 +32,8 @@ WHOLE_FOLDERS = ("tests/", "eval/results/", "llava_cmoe/backbones/pocket_weights
 
 GLOSSARY = {
     *("backbone", "site", "expert", "bank", "router", "gate", "plan", "probe", "growth", "locator", "route"),
-    *(
-        "task",
-        "sequence",
-        "stage",
-        "run",
-        "registry",
-        "merge",
-        "stand-in",
-        "immediate",
-        "last",
-        "MAA",
-        "BWT",
-        "study",
-        "variant",
-    ),
+    *("task", "sequence", "stage", "run", "registry", "merge", "stand-in"),
+    *("immediate", "last", "MAA", "BWT", "study", "variant"),
 }
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from pathlib import Path
 
 from llava_cmoe.registry.manifest import Manifest, RegistryError
@@ -53,16 +54,18 @@ class Merges:
         """Look into a run's folder; nothing is written yet."""
         self._registry, self._folder = registry, registry.run / "merges"
 
-    def next_folder(self) -> Path:
-        """Where a merge is prepared, until `commit` gives the folder its name."""
-        return self._folder / f".{self._next:02d}.partial"
+    def prepare(self) -> Path:
+        """An empty folder for the next merge; what a killed one left there was another merge's."""
+        if self._partial.exists():
+            shutil.rmtree(self._partial)
+        self._partial.mkdir(parents=True)
+        return self._partial
 
     def commit(self, record: MergeRecord) -> Path:
-        """Make a prepared merge an entry; returns its folder."""
-        partial, final = self.next_folder(), self._folder / f"{self._next:02d}"
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / FILE).write_text(record.to_json())
-        os.rename(partial, final)
+        """Make the prepared folder an entry; returns where it is now."""
+        (self._partial / FILE).write_text(record.to_json())
+        final = self._folder / f"{self._next:02d}"
+        os.rename(self._partial, final)
         return final
 
     def load(self, number: int) -> MergeRecord:
@@ -76,6 +79,10 @@ class Merges:
         if not learned or record.parent != learned[-1].sha256:
             raise RegistryError(f"{path}: was found for other learned tasks than the run holds now; merge it again")
         return record
+
+    @property
+    def _partial(self) -> Path:
+        return self._folder / ".next.partial"
 
     @property
     def _next(self) -> int:
