@@ -24,7 +24,7 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "probe", "report", "study", "chat"],
+    "": ["demo", "data", "train", "eval", "probe", "unseen", "report", "study", "chat"],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -33,6 +33,7 @@ COMMANDS = {
     "study": ["STUDY", "--jobs", "--dry-run"],
     "eval": ["RUN", "--routes", "--batch-size"],
     "probe": ["RUN", "KEY=VALUE", "--after", "--out"],
+    "unseen": ["RUN", "--sequence", "--root", "--out"],
     "report": ["RUN", "--out"],
     "chat": ["RUN", "--image", "--prompt", "--after"],
 }
