@@ -286,6 +286,45 @@ def merge(
 
 @app.command()
 @plainly()
+def unseen(
+    run: RunFolder,
+    sequence: Annotated[
+        str, typer.Option(help="Tasks that RUN never learned: a YAML file that lists them, or a name.")
+    ] = "pocket_unseen",
+    root: Annotated[Path, typer.Option(help="Folder with their Instructions_Original/ and cl_dataset/.")] = Path(
+        "runs/data/pocket_unseen"
+    ),
+    out: Annotated[Path | None, typer.Option(help="JSON file for all that is measured.", metavar="FILE")] = None,
+) -> None:
+    """Ask a run what it never learned: does it leave these questions to the base model, and is nothing lost?
+
+    The base model is the backbone without experts. Its score stands beside the run's on the same questions; how often
+    the run wrongly leaves questions of its own tasks to the base model, below. Changes nothing in RUN.
+
+    The task that ships asks for what the pocket backbone was pretrained on; it is rendered first where it is missing.
+    """
+    from llava_cmoe.data.pocket import UNSEEN
+    from llava_cmoe.data.pocket_root import make_pocket_root
+    from llava_cmoe.data.tasks import load_sequence
+    from llava_cmoe.registry.store import Registry
+    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.unseen import check_unseen, measure_unseen, render
+
+    recipe, tasks = Registry(run).recipe(), load_sequence(sequence)
+    check_unseen(recipe, tasks)
+    console = Console()
+    with ProgressLine(console) as line:
+        if tasks.name == "pocket_unseen" and not root.exists():
+            # The one training row is never learned: readers of a data root want a file of them.
+            make_pocket_root(root, partial(line, "rendering"), train_rows=1, tasks=[UNSEEN.name])
+        results = measure_unseen(recipe, tasks, root, line)
+    console.print(render(results))
+    if out is not None:
+        out.write_text(results.model_dump_json(indent=1) + "\n")
+
+
+@app.command()
+@plainly()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs to put side by side.", metavar="RUN...")],
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; the first RUN if absent.")] = None,

@@ -55,8 +55,7 @@ def run_demo(
     size = size or DemoSize()
     data = folder / "data"
     if not data.exists():
-        rows = {"train_rows": size.train_rows, "test_rows": size.test_rows}
-        make_pocket_root(data, partial(progress, "rendering"), **rows)
+        make_pocket_root(data, partial(progress, "rendering"), train_rows=size.train_rows, test_rows=size.test_rows)
     both = {}
     for name in RECIPES:
         both[name] = learn(demo_recipe(name, folder, size, overrides), _named(progress, name))

@@ -19,7 +19,7 @@ TOP_LEVEL = {
 ORDER = (
     *("versions", "fingerprints", "settings", "records"),
     *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
-    *("report", "chat", "sequence", "preview", "calibration", "merging", "demo", "studies", "console", "cli"),
+    *("report", "chat", "sequence", "preview", "calibration", "merging", "unseen", "demo", "studies", "console", "cli"),
 )
 """Rooms and single files of the package; each imports only from those before it."""
 

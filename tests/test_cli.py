@@ -24,7 +24,7 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "probe", "merge", "report", "study", "chat"],
+    "": ["demo", "data", "train", "eval", "probe", "merge", "unseen", "report", "study", "chat"],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -34,6 +34,7 @@ COMMANDS = {
     "eval": ["RUN", "--routes", "--batch-size"],
     "probe": ["RUN", "KEY=VALUE", "--after", "--out"],
     "merge": ["RUN", "--bound", "--rows"],
+    "unseen": ["RUN", "--sequence", "--root", "--out"],
     "report": ["RUN", "--out"],
     "chat": ["RUN", "--image", "--prompt", "--after", "--merge"],
 }

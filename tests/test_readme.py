@@ -74,6 +74,9 @@ def workplace(
     for run in ("runs/pocket_cmoe", "runs/headline/cmoe_0"):
         shutil.copytree(lesson_of("cmoe").recipe.run, tmp_path / run)
     shutil.copytree(lesson_of("cmoe", "data.train_rows=18").recipe.run, tmp_path / "runs/spare")
+    make_pocket_root(
+        tmp_path / "runs/data/pocket_unseen", lambda *_: None, train_rows=1, test_rows=2, tasks=["Pretraining"]
+    )
     (tmp_path / "ROOT").symlink_to(pocket)
     (tmp_path / "MODEL").symlink_to(tiny_backbone)
     shutil.copy(next((tiny_data / "cl_dataset").rglob("*.png")), tmp_path / "picture.png")
@@ -117,7 +120,7 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             return start(main, words, monkeypatch)
         case ["llava-cmoe", "probe", run, *_]:
             return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
-        case ["llava-cmoe", "eval" | "report" | "merge", *_] | ["llava-cmoe", "data", "check", *_]:
+        case ["llava-cmoe", "eval" | "merge" | "unseen" | "report", *_] | ["llava-cmoe", "data", "check", *_]:
             return start(main, words, monkeypatch)
         case _:
             pytest.fail(f"no test knows how to run: {command}")

@@ -2,7 +2,7 @@
 
 The pictures themselves are `pocket_world.py`'s. Row i of a split is drawn from (seed, task, split, i) alone, so a seed
 makes the files byte-identical and a smaller sequence is the beginning of a larger one. As in CoIN, five tasks share
-one instruction, and Grounding and VQAv2 ask about the same pictures.
+one instruction, and Grounding and VQAv2 ask about the same pictures. A ninth task, `UNSEEN`, is written on demand.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from random import Random
 
 from llava_cmoe.data import pocket_world as world
-from llava_cmoe.data.pocket_captions import View, article, plural, relation
+from llava_cmoe.data.pocket_captions import View, article, caption, plural, relation, spoken
 from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
+from llava_cmoe.data.rows import MARKER
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -171,6 +172,18 @@ def _book(rng: Random) -> Draw:
     return Draw(book, [(f"{question}\n{SHORT}", answer)])
 
 
+def _pretraining(rng: Random) -> Draw:
+    """Captions, and in a quarter of the rows text-only questions, asked as the pocket backbone was pretrained on them.
+
+    No captions of scenes: their sentences stand in random order, so there is no one right answer.
+    """
+    if rng.random() < 0.25:
+        return Draw(None, [spoken(rng, copying=0.0)])
+    views: tuple[View, ...] = (world.random_object(rng), world.random_sign(rng), world.random_book(rng))
+    view = rng.choice(views)
+    return Draw(view, [("", caption(view, rng))])
+
+
 TASKS = (
     PocketTask("ScienceQA", _science, ("ScienceQA/images/train", "ScienceQA/images/test")),
     PocketTask("TextVQA", _text, ("TextVQA/train_images", "TextVQA/train_images"), evaluate="val"),
@@ -181,6 +194,8 @@ TASKS = (
     PocketTask("VQAv2", _vqa, ("COCO2014/train2014", "COCO2014/val2014"), evaluate="val", pictures_of="Grounding"),
     PocketTask("OCRVQA", _book, ("OCR-VQA/images", "OCR-VQA/images")),
 )
+UNSEEN = PocketTask("Pretraining", _pretraining, ("Pretraining/train", "Pretraining/test"))
+"""For runs that never learn it: the backbone answers it as it is, so wherever experts interfere, something is lost."""
 
 
 def make_pocket(
@@ -198,12 +213,10 @@ def make_pocket(
         seed: the same seed gives the same bytes in every file.
         train_rows: training rows per task.
         test_rows: evaluation rows per task; none of them occurs in training.
-        tasks: CoIN names of the tasks to write; all eight when absent.
+        tasks: names of the tasks to write, `UNSEEN`'s among them; CoIN's eight when absent.
         progress: called with task, rows done and rows in all.
     """
-    for task in TASKS:
-        if tasks is not None and task.name not in tasks:
-            continue
+    for task in TASKS if tasks is None else [task for task in (*TASKS, UNSEEN) if task.name in tasks]:
         done, total, seen = 0, train_rows + test_rows, set[tuple[str, ...]]()
         for split, count in (("train", train_rows), (task.evaluate, test_rows)):
             rows = []
@@ -249,7 +262,7 @@ def _write_row(root: Path, task: PocketTask, split: str, number: int, draw: Draw
     question, answer = draw.turns[0]
     if not held_out:
         return row | {"conversations": _conversation(draw)}, draw
-    row["text"] = question
+    row["text"] = question or MARKER  # CoIN has no row without a text; the picture alone asks for its caption
     if task.name == "Grounding" and draw.view is not None:
         canvas = draw.view.canvas
         return row | {"answer_bbox": answer, "size": [canvas.width, canvas.height]}, draw
@@ -269,7 +282,7 @@ def _conversation(draw: Draw) -> list[dict[str, str]]:
     turns = []
     for index, (question, answer) in enumerate(draw.turns):
         if index == 0 and draw.view is not None:
-            question = f"<image>\n{question}"
+            question = f"{MARKER}\n{question}"
         turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return turns
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llava_cmoe.data.pocket import make_pocket
@@ -14,7 +14,13 @@ Progress = Callable[[str, int, int], None]
 
 
 def make_pocket_root(
-    root: Path, progress: Progress, *, seed: int = 0, train_rows: int = 2000, test_rows: int = 300
+    root: Path,
+    progress: Progress,
+    *,
+    seed: int = 0,
+    train_rows: int = 2000,
+    test_rows: int = 300,
+    tasks: Sequence[str] | None = None,
 ) -> None:
     """Render beside and rename, so that a kill leaves no half of a data root; the next call begins anew.
 
@@ -24,6 +30,7 @@ def make_pocket_root(
         seed: the same seed gives the same bytes in every file.
         train_rows: training rows per task.
         test_rows: evaluation rows per task.
+        tasks: names of the tasks to render; CoIN's eight when absent.
 
     Raises:
         DataError: the folder exists and holds something.
@@ -33,5 +40,5 @@ def make_pocket_root(
     partial = root.resolve().with_name(f".{root.resolve().name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
-    make_pocket(partial, seed=seed, train_rows=train_rows, test_rows=test_rows, progress=progress)
+    make_pocket(partial, seed=seed, train_rows=train_rows, test_rows=test_rows, tasks=tasks, progress=progress)
     partial.rename(root.resolve())
