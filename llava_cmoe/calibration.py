@@ -78,7 +78,7 @@ def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = l
 
 def render(probed: tuple[Probed, ...]) -> Table:
     """A row per task: how much the probe of each layer was used, bold where the layer would grow."""
-    sites = list(probed[0].use)
+    sites = list(dict.fromkeys(site for one in probed for site in one.use))
     title = "use of the probes, percent of a token's slots (bold: the layer would grow)"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("task", style="bold", no_wrap=True)
@@ -88,6 +88,7 @@ def render(probed: tuple[Probed, ...]) -> Table:
     table.add_column("would grow", justify="right")
     for one in probed:
         grown = one.growth.new_experts
-        cells = [f"{'[bold]' if site in grown else ''}{100 * use:.0f}" for site, use in one.use.items()]
+        # No number where no counted row has the picture that a site reads.
+        cells = [f"{'[bold]' * (site in grown)}{100 * one.use[site]:.0f}" if site in one.use else "" for site in sites]
         table.add_row(one.task, "yes" if one.learned else "no", *cells, f"{len(grown)} of {len(sites)}")
     return table

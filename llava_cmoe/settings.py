@@ -63,7 +63,9 @@ class ExpertSettings(Settings):
     alpha: float = Field(128.0, gt=0)
     """LoRA scale: an expert's output is multiplied by alpha / rank."""
     first_layer: int = Field(0, ge=0)
-    """Lowest LLM layer, from 0, whose FFN may hold experts."""
+    """Lowest LLM layer, from 0, whose FFN may hold experts; says nothing of `also_in`."""
+    also_in: tuple[Literal["vision", "projector"], ...] = ()
+    """Where experts may live besides the LLM: in the vision encoder's FFNs, in the projector; probed like any layer."""
     num_first: int = Field(2, gt=0)
     """Experts per site for the first task (it has no pool and is not probed)."""
     top_k: int = Field(2, gt=0)
@@ -73,6 +75,12 @@ class ExpertSettings(Settings):
     tokens begin spread over the whole pool, of which ever less can learn: the later a task comes, the worse."""
     balance_weight: float = Field(0.01, ge=0)
     """Weight of the balance loss n * sum_e F_e P_e, averaged over sites."""
+
+    @model_validator(mode="after")
+    def _named_once(self) -> Self:
+        if len(set(self.also_in)) < len(self.also_in):
+            raise ValueError(f"also_in names a place twice: {', '.join(self.also_in)}; name each once")
+        return self
 
 
 class ProbeSettings(Settings):
@@ -207,6 +215,12 @@ class CmoeSettings(Settings):
             raise ValueError(
                 f"locator.free needs a state that no expert has touched, and locator.layer is {layer} where "
                 f"experts.first_layer is {first}; set locator.layer to 0 to {first}, or locator.free: false"
+            )
+        if self.locator.free and self.experts.also_in:
+            raise ValueError(
+                "locator.free finds the plan in a state of the LLM; experts in the vision encoder or the projector "
+                "need it before, and with them that state is no longer the frozen model's; leave experts.also_in "
+                "empty, or set locator.free: false"
             )
         return self
 

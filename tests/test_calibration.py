@@ -7,7 +7,8 @@ import pytest
 from test_cli import refused, type_in
 from tiny import Lesson, files_of
 
-from llava_cmoe.calibration import PROBED, probe_tasks
+from llava_cmoe.calibration import PROBED, Probed, probe_tasks, render
+from llava_cmoe.records import Growth
 
 
 @pytest.fixture
@@ -38,6 +39,19 @@ def test_the_command_shows_every_task_and_writes_what_it_shows(lesson: Lesson, t
         for site, used in one.growth.frequencies.items():
             mean = sum(used) / len(used)  # alpha 0: the threshold is the mean
             assert one.growth.thresholds[site] == pytest.approx(mean)
+
+
+def test_a_site_that_no_counted_row_reached_has_no_number():
+    low, projector = "model.layers.0.mlp", "model.multi_modal_projector"
+    table = render(
+        (
+            Probed("text only", True, {low: 0.25}, Growth({})),
+            Probed("pictures", False, {projector: 0.5, low: 0.75}, Growth({projector: 1})),
+        )
+    )
+    shown = {str(column.header): list(column.cells) for column in table.columns}
+    assert shown["layer 0"] == ["25", "75"] and shown["projector"] == ["", "[bold]50"]
+    assert shown["would grow"] == ["0 of 2", "1 of 2"]
 
 
 def test_what_cannot_be_probed_is_refused(lesson: Lesson, lesson_of: Callable[[str], Lesson]):

@@ -28,6 +28,8 @@ def test_an_override_is_yaml(recipe: Path):
         ("run=\x07", "override .*not valid YAML"),
         ("seed.x=1", "override seed.x: seed is not a group of settings"),
         ("method.probe.alpha=-1", "method.probe.alpha: .*greater than or equal to 0"),
+        ("method.experts.also_in=[audio]", "method.experts.also_in.0: .*'vision' or 'projector', got 'audio'"),
+        ("method.experts.also_in=[vision, vision]", "method.experts: .*also_in names a place twice: vision, vision"),
     ],
 )
 def test_an_override_that_cannot_be_used_is_named(recipe: Path, override: str, message: str):

@@ -201,7 +201,8 @@ class ExpertBank(nn.Module):
 
     def _gate(self, h_BTD: Tensor) -> Tensor | None:
         """Gate times alpha / rank (here, once per site), as wide as the experts the newest task of the plan knows."""
-        plan = self.context.plan_on(h_BTD.device)
+        plan_on = self.context.image_plan_on if self.site.of_images else self.context.plan_on
+        plan = plan_on(h_BTD.device)
         if plan is None or plan.newest < 0 or self.num_experts == 0:
             return None
         if plan.newest >= len(self.routers):

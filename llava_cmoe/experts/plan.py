@@ -1,7 +1,7 @@
 """Route plans (whose routers serve which sample) and the context that hands the current one to every bank.
 
 Who makes a plan (locator, oracle, method) is not known here; what a plan does to a token is `routers.py`.
-Shape letters: B batch, T tokens, E experts, K tasks mixed for one sample.
+Shape letters: B batch, I images of the batch, T tokens, E experts, K tasks mixed for one sample.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from llava_cmoe.records import Mixture
 
@@ -26,12 +27,14 @@ class RoutePlan:
         newest: largest task index in the plan, kept on the host. Banks compute only the experts that this task's
             router knows: an old task's arithmetic keeps its shapes, hence its bits, whatever is learned later.
         mask_BT: True for tokens that are not padding; read only where gates are observed.
+        sample_I: sample of each row of the forward pass where a row is an image; None where row b is sample b.
     """
 
     tasks_BK: Tensor
     weights_BK: Tensor
     newest: int
     mask_BT: Tensor | None = None
+    sample_I: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check shapes; values stay unread, as reading them would wait for the device."""
@@ -57,10 +60,24 @@ class RoutePlan:
         """Several tasks per sample, weighted; the same host sync."""
         return cls(mixture.tasks_BK, mixture.weights_BK, int(mixture.tasks_BK.max()))
 
+    def of_images(self, sample_I: Tensor) -> RoutePlan:
+        """The same plan where a row is an image, given its sample; patches are never padding."""
+        return replace(self, sample_I=sample_I, mask_BT=None)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Tasks and their weights for each row of the forward pass, each (B, K) or (I, K)."""
+        if self.sample_I is None:
+            return self.tasks_BK, self.weights_BK
+        return self.tasks_BK[self.sample_I], self.weights_BK[self.sample_I]
+
     def to(self, device: torch.device) -> RoutePlan:
         """The same plan with its tensors on `device`."""
-        mask_BT = None if self.mask_BT is None else self.mask_BT.to(device)
-        return replace(self, tasks_BK=self.tasks_BK.to(device), weights_BK=self.weights_BK.to(device), mask_BT=mask_BT)
+        moved = {
+            name: value.to(device)
+            for name in ("tasks_BK", "weights_BK", "mask_BT", "sample_I")
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(self, **moved)
 
 
 class Observation:
@@ -115,22 +132,30 @@ class RouteContext:
     """
 
     def __init__(self) -> None:
-        """No plan, no observation: the base model."""
+        """No plan, no observation: the base model. `image_hook` is `images.py`'s, where banks serve images."""
         self.observation: Observation | None = None
+        self.image_hook: RemovableHandle | None = None
         self._plan: RoutePlan | None = None
+        self._image_plan: RoutePlan | None = None
 
     @contextmanager
     def use(self, plan: RoutePlan | None) -> Iterator[None]:
         """Route every forward inside by `plan` (None: the base model); the plan before comes back at the end."""
-        before, self._plan = self._plan, plan
+        before = self._plan, self._image_plan
+        self._plan, self._image_plan = plan, None
         try:
             yield
         finally:
-            self._plan = before
+            self._plan, self._image_plan = before
 
     def turn_to(self, plan: RoutePlan | None) -> None:
         """Route by `plan` from here to the end of the innermost `use`; for a plan found inside a forward pass."""
-        self._plan = plan
+        self._plan, self._image_plan = plan, None
+
+    def read_images(self, sample_I: Tensor) -> None:
+        """Route each image that the model is about to read by its sample's part of the plan in use."""
+        plan = self.plan_on(sample_I.device)
+        self._image_plan = None if plan is None else plan.of_images(sample_I)
 
     @contextmanager
     def observe(self) -> Iterator[Observation]:
@@ -146,3 +171,18 @@ class RouteContext:
         if self._plan is not None and self._plan.tasks_BK.device != device:
             self._plan = self._plan.to(device)
         return self._plan
+
+    def image_plan_on(self, device: torch.device) -> RoutePlan | None:
+        """The plan in use for the images that the model is reading, moved in the same way.
+
+        Raises:
+            ValueError: a part of the model reads images on its own, and nobody has said whose they are.
+        """
+        if self._plan is not None and self._image_plan is None:
+            raise ValueError(
+                "which sample each image belongs to is not known; call the model with input_ids and pixel_values, "
+                "not its vision encoder or projector alone"
+            )
+        if self._image_plan is not None and self._image_plan.tasks_BK.device != device:
+            self._image_plan = self._image_plan.to(device)
+        return self._image_plan

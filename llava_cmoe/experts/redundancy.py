@@ -90,9 +90,10 @@ class Redundancy:
 
     def _see(self, site: str, linear: str, stack: nn.Module, args: tuple[Tensor, Tensor]) -> None:
         assert isinstance(stack, StackedExperts)
+        of_images = self._host.banks[site].site.of_images
         plan = self._host.context.plan_on(args[0].device)
         assert plan is not None and plan.mask_BT is not None, "watched passes need a plan with a mask"
-        x_JI, gate_JE = (value[plan.mask_BT] for value in args)
+        x_JI, gate_JE = (value.flatten(0, 1) if of_images else value[plan.mask_BT] for value in args)
         out_JEO = _outputs(stack, x_JI, gate_JE.shape[-1])
         added = torch.einsum("jeo,je->jo", out_JEO, gate_JE).double().square().sum()
         for sums, value in ((self._changed, _changes(out_JEO, gate_JE)), (self._added, added)):

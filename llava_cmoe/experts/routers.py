@@ -3,7 +3,7 @@
 What the gate weighs is `bank.py`; who chose the plan is not known here. Unlike the usual growing router, a router is
 never widened: task t's weight keeps the E_t rows it was trained with, so nothing learned later can move its gate.
 Shape letters: B batch, T tokens, D hidden, E experts, K tasks mixed for one sample, C top-k slots of a token,
-N routers; S is B, or 1 where one plan serves the whole batch.
+N routers; S is B (images, where rows are images), or 1 where one plan serves the whole batch.
 """
 
 from __future__ import annotations
@@ -140,7 +140,8 @@ class Routers(nn.Module):
         rows = [nothing if weight is None else weight for weight in stored]
         weight_NED = pad_sequence([*rows, nothing], batch_first=True)
         known_NE = pad_sequence([torch.ones_like(row[:, 0], dtype=torch.bool) for row in [*rows, nothing]], True)
-        return weight_NED[plan.tasks_BK], known_NE[plan.tasks_BK], plan.weights_BK
+        tasks_SK, weights_SK = plan.rows()
+        return weight_NED[tasks_SK], known_NE[tasks_SK], weights_SK
 
     def _logits(self, h_BTD: Tensor, weight_SKED: Tensor) -> Tensor:
         """Logits (B, T, K, E) in float32, their sums over D taken in float64.

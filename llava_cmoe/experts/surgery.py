@@ -12,9 +12,11 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.sites import Site
 from llava_cmoe.experts.bank import ExpertBank, ExpertLinear, stack_name
+from llava_cmoe.experts.images import follow_images, unfollow_images
 from llava_cmoe.experts.plan import RouteContext
 
 
@@ -37,7 +39,7 @@ class ExpertHost:
 
 
 def install(
-    model: nn.Module,
+    model: PreTrainedModel,
     sites: Iterable[Site],
     *,
     rank: int,
@@ -70,10 +72,12 @@ def install(
         for path, linear in paths.items():
             bank.set_submodule(_join("frozen", path), ExpertLinear(linear, partial(bank.delta, stack_name(path))))
         banks[site.name] = bank
+    if any(site.of_images for site in linears):
+        follow_images(model, context)
     return ExpertHost(context, banks)
 
 
-def uninstall(model: nn.Module) -> None:
+def uninstall(model: PreTrainedModel) -> None:
     """Put the original modules back, the very same objects; they stay frozen. Their banks go with the host.
 
     Raises:
@@ -88,6 +92,7 @@ def uninstall(model: nn.Module) -> None:
             assert isinstance(wrapped, ExpertLinear)
             bank.set_submodule(_join("frozen", path), wrapped.frozen)
         model.set_submodule(name, bank.frozen)
+        unfollow_images(model, bank.context)
 
 
 def _linear(model: nn.Module, site: Site, path: str) -> nn.Module:

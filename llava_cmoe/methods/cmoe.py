@@ -15,8 +15,8 @@ over the whole pool mostly choose experts that cannot learn any more, and the la
 Where no expert lives below LLM layer m (`experts.first_layer`), the state that enters layer m is the frozen model's
 own. With `locator.free` it is read inside the very pass that answers: layers below m, verdict, plan, layers from m on.
 
-What differs from the paper is marked as a choice in the settings. Experts live in the FFNs; the mixture itself is
-`experts/bank.py`.
+What differs from the paper is marked as a choice in the settings. Experts live in the LLM's FFNs and, with
+`experts.also_in`, in the vision encoder's and the projector; the mixture itself is `experts/bank.py`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin
 
 from llava_cmoe.backbones.features import feature_in_passing, prompt_feature
-from llava_cmoe.backbones.sites import ffn_sites
+from llava_cmoe.backbones.sites import Site, ffn_sites, projector_sites, vision_sites
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.experts import ledger
@@ -41,7 +41,7 @@ from llava_cmoe.locators import LOCATORS
 from llava_cmoe.methods.base import Batch, ExtraLoss, LateVerdict, Learning, Method, StageData, Teach, Tensors
 from llava_cmoe.methods.probing import Start, probe
 from llava_cmoe.records import Growth, Learned, Located, Mixture
-from llava_cmoe.settings import CmoeSettings, RecipeError
+from llava_cmoe.settings import CmoeSettings, ExpertSettings, RecipeError
 
 FEATURE_BATCH = 64
 """Prompts per forward pass when a task's features are read for its locator."""
@@ -51,20 +51,14 @@ class Cmoe(Method):
     """Probe-guided knowledge extension and the probabilistic task locator around a frozen backbone."""
 
     def __init__(self, settings: CmoeSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
-        """Put an empty expert bank into every FFN of the language model that may hold experts.
+        """Put an empty expert bank at every site that may hold experts.
 
         Raises:
             RecipeError: the model has no such layer as `experts.first_layer`.
         """
-        experts, sites = settings.experts, ffn_sites(model)
-        if experts.first_layer >= len(sites):
-            raise RecipeError(
-                f"method.experts.first_layer is {experts.first_layer}, but this model's LLM layers are 0 to "
-                f"{len(sites) - 1}; set it to one of them"
-            )
-        sites = sites[experts.first_layer :]
+        experts = settings.experts
         self.settings, self.model, self.processor = settings, model, processor
-        self.host = install(model, sites, rank=experts.rank, alpha=experts.alpha, top_k=experts.top_k)
+        self.host = install(model, _sites(model, experts), rank=experts.rank, alpha=experts.alpha, top_k=experts.top_k)
         self.locator = LOCATORS[settings.locator.kind](settings.locator, device=model.device)
 
     def before_task(self, data: StageData, teach: Teach) -> Growth:
@@ -180,6 +174,19 @@ class Cmoe(Method):
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+
+
+def _sites(model: PreTrainedModel, experts: ExpertSettings) -> tuple[Site, ...]:
+    """Where experts may live, in the order in which the model runs them."""
+    llm = ffn_sites(model)
+    if experts.first_layer >= len(llm):
+        raise RecipeError(
+            f"method.experts.first_layer is {experts.first_layer}, but this model's LLM layers are 0 to "
+            f"{len(llm) - 1}; set it to one of them"
+        )
+    vision = vision_sites(model) if "vision" in experts.also_in else ()
+    projector = projector_sites(model) if "projector" in experts.also_in else ()
+    return (*vision, *projector, *llm[experts.first_layer :])
 
 
 def _plan(choice: Tensor | Mixture | None) -> RoutePlan | None:

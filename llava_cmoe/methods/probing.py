@@ -17,14 +17,14 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import IGNORED
 from llava_cmoe.experts import ledger
-from llava_cmoe.experts.bank import LoraPair
+from llava_cmoe.experts.bank import ExpertBank, LoraPair
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.surgery import ExpertHost
 from llava_cmoe.methods.base import Learning, StageData, Teach
@@ -88,6 +88,7 @@ def probe(
     )
     rows, plan = Subset(data.samples, order[:num_counted].tolist()), RoutePlan.single(data.index)
     counts = count(model, rows, collator, host, plan, settings.counted)
+    counts = {site: counts_E for site, counts_E in counts.items() if counts_E.any()}  # no picture: nothing to decide
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
     thresholds = thresholds_of(frequencies, settings)
     chosen = [site for site, used in frequencies.items() if probe_use(used, settings) > thresholds[site]]
@@ -120,7 +121,8 @@ def count(
 ) -> dict[str, Tensor]:
     """Top-k slots of the counted tokens per site and expert over some rows, summed over all processes: (E,) each.
 
-    f_le = counts_e / (k * tokens) follows, as every token fills k slots. All processes grow by the same sums.
+    f_le = counts_e / (k * tokens) follows, as every token fills k slots. All processes grow by the same sums. A site
+    that reads images counts all patches, whichever tokens are counted in the LLM.
     """
     with host.context.observe() as seen:
         for inputs, labels_BT in _share(model, samples, collator):
@@ -138,28 +140,32 @@ def count(
 def mean_tokens(
     model: PreTrainedModel, samples: Subset[dict[str, Tensor]], collator: Collator, host: ExpertHost
 ) -> dict[str, Tensor]:
-    """Mean input of every site over the non-pad tokens of some rows in the frozen model, over all processes: (D,)."""
+    """Mean input of every site in the frozen model over some rows, over all processes: (D,).
+
+    Over the non-pad tokens or, at a site that reads images, over all patches; NaN where the rows have no image.
+    """
     sums = {
         site: torch.zeros(bank.routers.hidden_size, dtype=torch.float64, device=model.device)
         for site, bank in host.banks.items()
     }
+    num_tokens = dict.fromkeys(sums, 0)
 
-    def add(site: str, bank: nn.Module, args: tuple[Tensor]) -> None:
-        sums[site] += args[0][mask_BT].double().sum(dim=0)
+    def add(site: str, bank: ExpertBank, args: tuple[Tensor]) -> None:
+        tokens_ND = args[0].flatten(0, 1) if bank.site.of_images else args[0][mask_BT]
+        sums[site] += tokens_ND.double().sum(dim=0)
+        num_tokens[site] += len(tokens_ND)
 
     hooks = [bank.register_forward_pre_hook(partial(add, site)) for site, bank in host.banks.items()]
-    num_tokens = torch.zeros((), dtype=torch.long, device=model.device)
     try:
         for inputs, _ in _share(model, samples, collator):
             mask_BT = inputs["attention_mask"].bool()
-            num_tokens += mask_BT.sum()
             with host.context.use(None):
                 model.base_model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
-    num_tokens = reduce(num_tokens, "sum")
-    return {site: (reduce(sum_D, "sum") / num_tokens).float() for site, sum_D in sums.items()}
+    totals = {site: reduce(torch.tensor(num, device=model.device), "sum") for site, num in num_tokens.items()}
+    return {site: (reduce(sum_D, "sum") / totals[site]).float() for site, sum_D in sums.items()}
 
 
 def _share(

@@ -126,9 +126,11 @@ def draw_study(summary: StudySummary, path: Path) -> None:
 
 
 def site_label(site: str) -> str:
-    """`layer 3` for a site named like `model.layers.3.mlp`, else the name itself."""
+    """`layer 3` for `model.layers.3.mlp`, `vision 3` in a vision tower, `projector`, else the name itself."""
+    if site.endswith("projector"):
+        return "projector"
     match = re.search(r"\blayers\.(\d+)\b", site)
-    return f"layer {match[1]}" if match else site
+    return f"{'vision' if 'vision' in site else 'layer'} {match[1]}" if match else site
 
 
 def _heat_map(axes: Axes, values: NDArray[np.float64], top: float) -> None:

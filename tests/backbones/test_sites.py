@@ -1,8 +1,9 @@
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from llava_cmoe.backbones.sites import Site, ffn_sites, linear_sites
+from llava_cmoe.backbones.sites import Site, ffn_sites, linear_sites, projector_sites, vision_sites
 
 
 @pytest.fixture
@@ -42,6 +43,57 @@ def test_every_site_exists_and_its_first_linear_reads_the_sites_input(
     for site in ffn_sites(model):
         linears = [model.get_submodule(f"{site.name}.{path}") for path in site.linears]
         assert all(isinstance(linear, nn.Linear) for linear in linears) and linears[0].in_features == hidden_size
+
+
+@torch.no_grad()
+def features(model: LlavaForConditionalGeneration) -> Tensor:
+    """What the LLM is given of a picture."""
+    pixel_values = torch.randn(1, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    return model.get_image_features(pixel_values).pooler_output[0]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reached"),
+    [(-1, {0, 1}), (-2, {0}), (2, {0, 1}), (1, {0}), ([0, 1], {0}), ([-1, 0], {0, 1})],
+)
+def test_vision_sites_are_the_ffns_that_reach_the_llm_and_no_others(
+    tiny_llava: LlavaForConditionalGeneration, chosen: int | list[int], reached: set[int]
+) -> None:
+    tiny_llava.config.vision_feature_layer = chosen
+    wide = len(chosen) if isinstance(chosen, list) else 1
+    tiny_llava.model.multi_modal_projector.linear_1 = nn.Linear(32 * wide, 32)
+    sites = {site.name: site for site in vision_sites(tiny_llava)}
+    assert [site.layer for site in sites.values()] == sorted(reached)
+    for layer in range(2):
+        name = f"model.vision_tower.encoder.layers.{layer}.mlp"
+        before, ffn = features(tiny_llava), tiny_llava.get_submodule(name)
+        ffn.fc2.bias.data += torch.linspace(0, 1, 32)
+        assert (not torch.equal(features(tiny_llava), before)) == (layer in reached) == (name in sites)
+
+
+def test_sites_before_the_llm_read_images_and_their_first_linear_reads_the_sites_input(
+    tiny_llava: LlavaForConditionalGeneration,
+) -> None:
+    sites = (*vision_sites(tiny_llava), *projector_sites(tiny_llava))
+    assert sites[-1].name == "model.multi_modal_projector"
+    for site in sites:
+        inside = [
+            path for path, module in tiny_llava.get_submodule(site.name).named_modules() if hasattr(module, "weight")
+        ]
+        assert site.of_images and list(site.linears) == inside  # all linears, in the order in which they run
+        assert tiny_llava.get_submodule(f"{site.name}.{site.linears[0]}").in_features == 32
+    assert not any(site.of_images for site in (*ffn_sites(tiny_llava), *linear_sites(tiny_llava)))
+
+
+def test_an_architecture_without_known_image_path_is_named_with_the_known_ones(
+    tiny_llava: LlavaForConditionalGeneration, tiny_llama: LlamaForCausalLM
+) -> None:
+    for sites in (vision_sites, projector_sites):
+        with pytest.raises(ValueError, match="'llama'; known: llava"):
+            sites(tiny_llama)
+    tiny_llava.config.vision_config.model_type = "siglip_vision_model"
+    with pytest.raises(ValueError, match="'siglip_vision_model'; known: clip_vision_model"):
+        vision_sites(tiny_llava)
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones(tiny_llava: LlavaForConditionalGeneration) -> None:

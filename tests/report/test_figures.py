@@ -64,7 +64,13 @@ def test_a_run_without_verdicts_or_sites_is_refused_by_name(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("site", "label"),
-    [("model.language_model.layers.12.mlp", "layer 12"), ("layers.3.mlp", "layer 3"), ("lm_head", "lm_head")],
+    [
+        ("model.language_model.layers.12.mlp", "layer 12"),
+        ("layers.3.mlp", "layer 3"),
+        ("lm_head", "lm_head"),
+        ("model.vision_tower.encoder.layers.3.mlp", "vision 3"),
+        ("model.multi_modal_projector", "projector"),
+    ],
 )
 def test_sites_are_labelled_by_their_layer(site: str, label: str) -> None:
     assert site_label(site) == label
