@@ -120,16 +120,25 @@ def train(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's: seed=1 method.probe.alpha=0.5"),
     ] = None,
+    experts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run that learned the same experts: only locators are fitted, nothing is trained.", metavar="RUN"
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained.")] = False,
 ) -> None:
     """Learn a sequence of tasks, evaluating after each one.
 
     A run that was stopped goes on with the same command. The pocket sequence is rendered first where it is missing.
 
+    To try another locator on experts that are learned: --experts RUN method.locator.kind=gaussian run=OTHER
+
     On several processes: accelerate launch train/continual.py RECIPE
     """
     from llava_cmoe.data.pocket_root import make_pocket_root
     from llava_cmoe.preview import preview, render
+    from llava_cmoe.relocating import relocate
     from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.sequence import lacks_pocket, learn, processes
 
@@ -149,7 +158,7 @@ def train(
             console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
             make_pocket_root(settings.data.root, partial(line, "rendering"))
         launched.wait_for_everyone()
-        results = learn(settings, line)
+        results = learn(settings, line) if experts is None else relocate(settings, experts, line)
     show(console, [results])
     console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
 

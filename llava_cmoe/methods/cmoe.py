@@ -106,9 +106,13 @@ class Cmoe(Method):
 
     def restore(self, tensors: Tensors) -> None:
         """Add the next task's experts, routers and locator as they were committed."""
-        restore(self.host.banks, TaskState(tensors.get("experts", {}), tensors["routers"]))
-        self.host.freeze()
+        self._restore(tensors)
         self.locator.add(tensors["locator"])
+
+    def take_over(self, tensors: Tensors, data: StageData) -> Learned:
+        """Add the next task's experts and routers as another run committed them, and fit a locator of this run's."""
+        self._restore(tensors)
+        return self.after_task(data, Growth({}))
 
     def locate(self, batch: Batch) -> Located:
         """The task whose VAE (or other model) finds each prompt most familiar; per sample, once per prompt."""
@@ -151,6 +155,10 @@ class Cmoe(Method):
         reading = feature_in_passing(self.model, batch, settings.layer, settings.feature, locate)
         with self.host.context.use(None), reading:
             yield verdict
+
+    def _restore(self, tensors: Tensors) -> None:
+        restore(self.host.banks, TaskState(tensors.get("experts", {}), tensors["routers"]))
+        self.host.freeze()
 
     def _lead(self, start: Start) -> Tensor:
         """What new experts' rows of a router start with, (D,): the mean token's logit is then `experts.head_start`."""

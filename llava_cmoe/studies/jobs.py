@@ -1,7 +1,8 @@
 """Learns runs several at a time, each in a process of its own; what the runs are is `plan.py`'s.
 
 A process is the ordinary `llava-cmoe train`, so a run that was killed goes on as any run does. Its log is locked while
-it writes there: where a study was killed and its runs were not, the next study does not start them a second time.
+it writes there: where a study was killed and its runs were not, the next study does not start them a second time. Runs
+that differ in the locator alone share what one of them learns, and wait for it (`relocating.py`).
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ def learn_all(runs: Sequence[PlannedRun], share: Sequence[Place], watcher: Watch
 
     try:
         while waiting or working:
-            while waiting and free:
-                run = waiting.pop(0)
+            while free and (ready := [run for run in waiting if not _waits(run, working, waiting)]):
+                run = ready[0]
+                waiting.remove(run)
                 started = _start(run, free[0])
                 if started is None:
                     end(run, 0.0, f"another process is learning it, see {run.log}; wait for that one, or end it")
@@ -111,7 +113,14 @@ def learn_all(runs: Sequence[PlannedRun], share: Sequence[Place], watcher: Watch
 
 def command(run: PlannedRun) -> list[str]:
     """The ordinary command that learns a run, with the interpreter of this process."""
-    return [sys.executable, "-m", "llava_cmoe.cli", "train", *run.words]
+    learned = run.source is not None and run.source.results() is not None
+    experts = ["--experts", str(run.source.recipe.run)] if run.source and learned else []
+    return [sys.executable, "-m", "llava_cmoe.cli", "train", *run.words, *experts]
+
+
+def _waits(run: PlannedRun, working: Sequence[_Working], waiting: Sequence[PlannedRun]) -> bool:
+    """Whether the run that learns a run's experts is not done yet; one that failed is not waited for."""
+    return run.source is not None and any(run.source is other for other in (*waiting, *(job.run for job in working)))
 
 
 def _start(run: PlannedRun, place: Place) -> _Working | None:

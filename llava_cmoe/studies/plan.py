@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from llava_cmoe.evaluation.log import Results, read_results
 from llava_cmoe.evaluation.scorers import get_scorer
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.store import Registry
+from llava_cmoe.relocating import expert_settings
 from llava_cmoe.sequence import lacks_pocket, sequence_of
 from llava_cmoe.settings import Recipe, RecipeError, Settings, load_recipe, parse_settings, read_yaml, shipped
 
@@ -89,6 +90,7 @@ class PlannedRun:
         recipe: as resolved, its run folder included.
         tasks: of its sequence.
         words: the same as `llava-cmoe train` takes it: recipe file and overrides.
+        source: an earlier run whose experts it takes over, as only the locator differs.
     """
 
     study: str
@@ -96,6 +98,7 @@ class PlannedRun:
     recipe: Recipe
     tasks: tuple[TaskSpec, ...]
     words: tuple[str, ...]
+    source: PlannedRun | None = None
 
     @property
     def name(self) -> str:
@@ -168,7 +171,19 @@ def _plan(file: Path, folder: Path) -> StudyPlan:
         runs = tuple(_run(study, own, variant, seed) for variant in variants.items() for seed in study.seeds)
     except ValueError as error:
         raise RecipeError(f"{file}: {error}") from error
-    return StudyPlan(study, own, runs)
+    return StudyPlan(study, own, _with_sources(runs))
+
+
+def _with_sources(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
+    """Each run beside the first one before it that learns the same experts."""
+    first: dict[str, PlannedRun] = {}
+    linked = []
+    for run in runs:
+        if run.recipe.method.name == "cmoe":
+            source = first.setdefault(json.dumps(expert_settings(run.recipe)), run)
+            run = run if source is run else replace(run, source=source)
+        linked.append(run)
+    return tuple(linked)
 
 
 def _run(study: Study, folder: Path, variant: tuple[str, tuple[str, ...]], seed: int) -> PlannedRun:

@@ -30,7 +30,7 @@ def written(tmp_path: Path, tiny_data: Path, tiny_backbone: Path) -> Callable[..
 
     def write(file: str = "study.yaml", **changes: Any) -> Path:
         document = {"name": "where", "recipe": str(tmp_path / "recipe.yaml"), "variants": VARIANTS} | changes
-        (tmp_path / file).write_text(yaml.safe_dump(document))
+        (tmp_path / file).write_text(yaml.safe_dump(document, sort_keys=False))
         return tmp_path / file
 
     return write
@@ -95,6 +95,24 @@ def test_what_cannot_be_used_is_refused_by_file_and_key(written: Callable[..., P
     with pytest.raises(RecipeError, match=re.escape(message)) as refused:
         plan_studies([file], tmp_path / "studies")
     assert str(refused.value).startswith(str(file)) and not (tmp_path / "studies").exists()
+
+
+def test_runs_that_differ_in_the_locator_alone_share_the_experts_of_the_first(written: Callable[..., Path], tmp_path):
+    variants = {
+        "vae": [],
+        "gaussian": ["method.locator.kind=gaussian"],
+        "small": ["method.experts.rank=2"],
+        "small_gaussian": ["method.experts.rank=2", "method.locator.kind=gaussian", "evaluation.routes=[located]"],
+        "lora": ["method={name: sequential_lora}"],
+        "lora_again": ["method={name: sequential_lora}", "evaluation.routes=[oracle]"],
+    }
+    [plan] = plan_studies([written(variants=variants, seeds=[1, 2])], tmp_path)
+    sources = {run.recipe.run.name: run.source and run.source.recipe.run.name for run in plan.runs}
+    assert {name: source for name, source in sources.items() if source} == {
+        f"{name}_{seed}": f"{source}_{seed}"
+        for seed in (1, 2)
+        for name, source in (("gaussian", "vae"), ("small_gaussian", "small"))
+    }
 
 
 def test_two_studies_of_one_name_are_refused(written: Callable[..., Path], tmp_path: Path):

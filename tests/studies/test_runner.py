@@ -48,7 +48,7 @@ def study(tmp_path: Path, tiny_data: Path, tiny_backbone: Path, monkeypatch: pyt
 
 
 def write(path: Path, variants: dict[str, list[str]]) -> Path:
-    path.write_text(yaml.safe_dump({"name": "where", "recipe": "recipe.yaml", "variants": variants}))
+    path.write_text(yaml.safe_dump({"name": "where", "recipe": "recipe.yaml", "variants": variants}, sort_keys=False))
     return path
 
 
@@ -135,3 +135,24 @@ def test_each_run_sees_one_of_the_gpus_that_the_study_sees(monkeypatch):
     assert [share["CUDA_VISIBLE_DEVICES"] for share in places(None, 9)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     assert [share["CUDA_VISIBLE_DEVICES"] for share in places(3, 9)] == ["5", "7", "5"]
+
+
+def test_a_run_that_differs_in_the_locator_waits_for_its_experts_and_trains_none(study: Path):
+    variants = {"vae": [], "gaussian": ["method.locator.kind=gaussian"], "mean": ["method.locator.feature=mean"]}
+    result = type_in("study", write(study, variants), "--jobs", 2)
+    assert result.exit_code == 0, result.output
+    vae, *others = (read_results(FOLDER / f"{variant}_0" / "results.json") for variant in variants)
+    for run, other in zip(runs_of(study)[1:], others, strict=True):
+        assert f"--experts {FOLDER / 'vae_0'}" in run.log.read_text()
+        assert "training" not in run.log.read_text().partition("--experts")[2]
+        assert other.routes["oracle"] == vae.routes["oracle"] and other.recipe != vae.recipe
+
+
+def test_experts_of_a_run_that_failed_are_learned_where_they_are_needed(study: Path):
+    write(study, {"broken": [], "good": ["method.locator.kind=gaussian"]})
+    broken, good = runs_of(study)
+    broken.recipe.run.mkdir(parents=True)
+    (broken.recipe.run / "tasks").write_text("in the way")
+    notes = Notes()
+    assert learn_all([broken, good], places(2, 2), notes) == [broken]
+    assert "--experts" not in good.log.read_text() and good.results() is not None

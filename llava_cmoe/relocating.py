@@ -1,0 +1,115 @@
+"""Experts of another run, locators of one's own: runs that differ in the locator alone need not be trained twice.
+
+Growth, experts and routers never see the locator, so what is taken over is what training would give again. A run made
+so is an ordinary run; learning goes on from it like from any other (`sequence.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from llava_cmoe.evaluation.log import Results, read_answers, write_answers
+from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.records import Learned
+from llava_cmoe.registry.manifest import RegistryError, TaskRecord, differing_keys, recipe_facts
+from llava_cmoe.registry.restore import restore_stage
+from llava_cmoe.registry.store import Registry
+from llava_cmoe.sequence import Clock, Progress, Run, check_lengths, learn, open_run, stage_data
+from llava_cmoe.settings import Recipe, RecipeError
+from llava_cmoe.versions import versions
+
+UNLOCATED = ("oracle", "random")
+"""Routes whose answers no locator had a hand in."""
+
+
+def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None) -> Results:
+    """Take over what another run learned, fit each task's locator as the recipe says, and go on as `learn` does.
+
+    Killed, it goes on with the same call, and also with `learn`, which then trains what was not taken over yet.
+
+    Args:
+        recipe: of the new run.
+        source: folder of the run that has the experts; it may have learned a part of the sequence.
+        progress: told what is being done.
+
+    Raises:
+        RecipeError: the method does not locate, or the recipes differ in more than the locator and the evaluation.
+        RegistryError: the source was learned from other data, on another backbone or with other versions.
+    """
+    earlier = Registry(source)
+    check_source(recipe, earlier)
+    take_over(open_run(recipe, writer=True), earlier, progress)
+    return learn(recipe, progress)
+
+
+def check_source(recipe: Recipe, source: Registry) -> None:
+    """Stop unless a recipe is the source's but for the locator, and for the evaluation; loads no model."""
+    if recipe.method.name != "cmoe":
+        raise RecipeError(f"{recipe.run}: method {recipe.method.name} does not locate; cmoe does")
+    if differences := list(differing_keys(expert_settings(source.recipe()), expert_settings(recipe))):
+        raise RecipeError(
+            f"{source.run}: its experts were learned with another recipe: {', '.join(differences)}; only "
+            "method.locator and evaluation may differ where experts are taken over"
+        )
+
+
+def expert_settings(recipe: Recipe) -> dict[str, object]:
+    """Every setting of a recipe that growth, experts and routers depend on."""
+    facts = recipe_facts(recipe)
+    method = {key: value for key, value in facts["method"].items() if key != "locator"}
+    return {key: value for key, value in facts.items() if key != "evaluation"} | {"method": method}
+
+
+def take_over(run: Run, source: Registry, progress: Progress) -> None:
+    """Commit all that the source learned with locators of this run, and copy the answers that have none."""
+    check_lengths(run)
+    if run.processes.is_main_process:
+        run.registry.open_run(run.recipe)
+    run.processes.wait_for_everyone()
+    num_taken = len(run.registry.records())
+    for index, record in enumerate(source.records()):
+        if index < num_taken:
+            restore_stage(run.method, run.registry, index, run.backbone)
+        else:
+            _take(run, source, record, partial(progress, f"{index + 1}/{len(run.stages)} {record.name}"))
+
+
+def _take(run: Run, source: Registry, record: TaskRecord, at: Callable[[str, int, int], None]) -> None:
+    for name, now in (
+        ("data_fingerprint", run.data_fingerprint),
+        ("backbone_fingerprint", run.backbone.fingerprint),
+        ("versions", versions()),
+    ):
+        if getattr(record, name) != now:
+            raise RegistryError(
+                f"{source.run}: {record.name} was learned with another {name.replace('_', ' ')} than there is now; "
+                "train the new run instead of taking experts over"
+            )
+    at("locating", 0, 1)
+    assert isinstance(run.method, Cmoe), "checked with the recipe"
+    data, clock = stage_data(run, record.index, run.stages[record.index]), Clock()
+    learned = run.method.take_over(source.load(record.index), data)
+    clock.lap("locating")
+    if run.processes.is_main_process:
+        _copy_answers(run, source, record.index)
+        run.registry.commit(
+            record.index,
+            record.name,
+            Learned(learned.tensors, {**record.facts, **learned.facts}),
+            data_fingerprint=run.data_fingerprint,
+            backbone_fingerprint=run.backbone.fingerprint,
+            seconds={**record.seconds, **clock.laps},
+        )
+    run.processes.wait_for_everyone()
+
+
+def _copy_answers(run: Run, source: Registry, after: int) -> None:
+    exam, folder = run.exam, source.run / run.exam.folder.name
+    if source.recipe().evaluation.batch_size != exam.settings.batch_size:
+        return  # the last bits of a logit may depend on who shares the batch
+    for path in sorted((folder / exam.answers_folder(after).name).glob("*.jsonl")):
+        if path.stem.rpartition(".")[2] in UNLOCATED:
+            exam.answers_folder(after).mkdir(parents=True, exist_ok=True)
+            write_answers(exam.answers_folder(after) / path.name, read_answers(path))

@@ -1,0 +1,107 @@
+"""Locators anew for learned experts: the very run that training would have made, without the training."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_cli import refused
+from tiny import Lesson, files_of
+
+from llava_cmoe import relocating, sequence
+from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.store import Registry
+from llava_cmoe.relocating import relocate
+from llava_cmoe.settings import Recipe
+
+OTHER = ("method.locator.kind=prototype", "method.locator.feature=mean")
+
+
+@pytest.fixture
+def lesson(lesson_of: Callable[..., Lesson]) -> Lesson:
+    return lesson_of("cmoe")
+
+
+def recipe_for(lesson: Lesson, run: Path, **locator: object) -> Recipe:
+    """The lesson's, with another locator, for a run of its own."""
+    method = lesson.recipe.method
+    changed = method.model_copy(update={"locator": method.locator.model_copy(update=locator)})
+    return lesson.recipe.model_copy(update={"run": run, "method": changed})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, (data, _) in files_of(folder).items()}
+
+
+def refuse_to_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "teacher", lambda *_: pytest.fail("something was trained"))
+
+
+def test_what_is_taken_over_is_what_training_gives(lesson_of, lesson: Lesson, tmp_path: Path, monkeypatch):
+    trained = lesson_of("cmoe", *OTHER)
+    refuse_to_train(monkeypatch)
+    recipe = trained.recipe.model_copy(update={"run": tmp_path / "taken"})
+    results = relocate(recipe, lesson.recipe.run)
+    by_hand, by_training = (Registry(run).records() for run in (recipe.run, trained.recipe.run))
+    assert [record.sha256 for record in by_hand] == [record.sha256 for record in by_training]
+    assert content(recipe.run / "answers") == content(trained.recipe.run / "answers")
+    assert results.routes == trained.results.routes and results.locator == trained.results.locator
+    assert results.locator != lesson.results.locator or results.stored_bytes != lesson.results.stored_bytes
+
+
+def test_killed_between_two_tasks_it_goes_on_and_plain_learning_finishes_it_too(lesson: Lesson, tmp_path, monkeypatch):
+    whole = relocate(recipe_for(lesson, tmp_path / "whole", kind="gaussian"), lesson.recipe.run)
+    take = relocating._take
+
+    def killed(run, source, record, at) -> None:
+        if record.index == 1:
+            raise KeyboardInterrupt
+        take(run, source, record, at)
+
+    recipe = recipe_for(lesson, tmp_path / "again", kind="gaussian")
+    monkeypatch.setattr(relocating, "_take", killed)
+    with pytest.raises(KeyboardInterrupt):
+        relocate(recipe, lesson.recipe.run)
+    monkeypatch.undo()
+    shutil.copytree(recipe.run, tmp_path / "learned")
+    assert len(Registry(recipe.run).records()) == 1
+    for results in (
+        relocate(recipe, lesson.recipe.run),
+        sequence.learn(recipe.model_copy(update={"run": tmp_path / "learned"})),
+    ):
+        assert results.routes == whole.routes and results.locator == whole.locator
+    assert read_results(tmp_path / "again/results.json").finished
+
+
+def test_answers_without_a_locator_are_copied_and_those_with_one_are_not(lesson: Lesson, tmp_path: Path, monkeypatch):
+    asked: list[str] = []
+    generate = sequence.evaluate_after
+
+    def looked_on(exam, questions, candidate, after, processes, progress):
+        asked.extend(path.name for path in sorted(exam.answers_folder(after).glob("*.jsonl")))
+        return generate(exam, questions, candidate, after, processes, progress)
+
+    monkeypatch.setattr(sequence, "evaluate_after", looked_on)
+    relocate(recipe_for(lesson, tmp_path / "run", kind="prototype"), lesson.recipe.run)
+    routes = {name.split(".")[1] for name in asked}
+    assert routes == {"oracle", "random"} and len(asked) == 2 * (1 + 2)
+
+
+def test_other_experts_and_other_data_are_refused(lesson: Lesson, lesson_of, tmp_path: Path, monkeypatch):
+    words = [tmp_path / "recipe.yaml", "--experts", lesson.recipe.run, f"run={tmp_path / 'run'}"]
+    shutil.copy(lesson.recipe.run.parent / "recipe.yaml", tmp_path)
+    refusal = refused("train", *words, "method.experts.rank=2", *OTHER, "evaluation.batch_size=2")
+    assert "method.experts.rank (was 4, now 2)" in refusal and "locator.kind" not in refusal
+    assert "batch_size" not in refusal and not (tmp_path / "run").exists()
+    lora = lesson_of("sequential_lora").recipe
+    assert "does not locate" in refused("train", lora.run.parent / "recipe.yaml", "--experts", lora.run)
+
+    open_run = relocating.open_run
+    monkeypatch.setattr(
+        relocating, "open_run", lambda *args, **words: replace(open_run(*args, **words), data_fingerprint="changed")
+    )
+    with pytest.raises(RegistryError, match="colours was learned with another data fingerprint"):
+        relocate(recipe_for(lesson, tmp_path / "run"), lesson.recipe.run)
+    assert not Registry(tmp_path / "run").records()
