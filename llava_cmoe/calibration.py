@@ -9,19 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from pydantic import TypeAdapter
 from rich import box
 from rich.table import Table
 from transformers import set_seed
 
+from llava_cmoe.evaluation.log import RunFacts
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.probing import probe_use
 from llava_cmoe.records import Growth
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.report.figures import site_label
-from llava_cmoe.sequence import Progress, check_data, open_run, stage_data, teacher
-from llava_cmoe.settings import Recipe, RecipeError
+from llava_cmoe.sequence import Progress, check_data, facts_of_run, open_run, stage_data, teacher
+from llava_cmoe.settings import ProbeSettings, Recipe, RecipeError
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,18 @@ class Probed:
     growth: Growth
 
 
-PROBED = TypeAdapter(tuple[Probed, ...])
-"""Reads and writes what was probed as JSON."""
+class Calibration(RunFacts):
+    """What probing said of every task of a run's sequence, and of which model by which settings."""
+
+    after: int
+    """Tasks that the probed model had learned."""
+    probe: ProbeSettings
+    """How it was probed; the recipe says how the run itself was."""
+    tasks: tuple[Probed, ...]
+    """In the order in which they are learned."""
 
 
-def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = lambda *_: None) -> tuple[Probed, ...]:
+def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = lambda *_: None) -> Calibration:
     """Probe every task of a run's sequence on the model as it was after its first `after` tasks (as it is if absent).
 
     A task is probed on the rows, and from the seed, with which learning probes it: of the next task this tells the
@@ -73,12 +80,14 @@ def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = l
         growth, _ = run.method.probe(data, teach)
         use = {site: probe_use(used, run.method.settings.probe) for site, used in growth.frequencies.items()}
         probed.append(Probed(stage.name, index < wanted, use, growth))
-    return tuple(probed)
+    return Calibration(
+        **facts_of_run(run).model_dump(), after=wanted, probe=run.method.settings.probe, tasks=tuple(probed)
+    )
 
 
-def render(probed: tuple[Probed, ...]) -> Table:
+def render(calibration: Calibration) -> Table:
     """A row per task: how much the probe of each layer was used, bold where the layer would grow."""
-    sites = list(dict.fromkeys(site for one in probed for site in one.use))
+    sites = list(dict.fromkeys(site for one in calibration.tasks for site in one.use))
     title = "use of the probes, percent of a token's slots (bold: the layer would grow)"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("task", style="bold", no_wrap=True)
@@ -86,7 +95,7 @@ def render(probed: tuple[Probed, ...]) -> Table:
     for site in sites:
         table.add_column(site_label(site), justify="right")
     table.add_column("would grow", justify="right")
-    for one in probed:
+    for one in calibration.tasks:
         grown = one.growth.new_experts
         # No number where no counted row has the picture that a site reads.
         cells = [f"{'[bold]' * (site in grown)}{100 * one.use[site]:.0f}" if site in one.use else "" for site in sites]

@@ -247,13 +247,13 @@ def probe(
     after: Annotated[
         int | None, typer.Option(help="The model as it was after its first N tasks; as it is now if absent.", min=1)
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file for frequencies and thresholds.", metavar="FILE")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all that is measured.", metavar="FILE")] = None,
 ) -> None:
     """Ask in which layers each task would grow, and change nothing: tasks that are learned should need few.
 
     Shows how much of a probe's use comes from the settings: compare method.probe.balance_weight=0, for example.
     """
-    from llava_cmoe.calibration import PROBED, probe_tasks, render
+    from llava_cmoe.calibration import probe_tasks, render
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.sequence import processes
@@ -262,10 +262,10 @@ def probe(
     recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))
     console = Console(quiet=not processes().is_main_process)
     with ProgressLine(console) as line:
-        probed = probe_tasks(recipe, after, line)
-    console.print(render(probed))
+        calibration = probe_tasks(recipe, after, line)
+    console.print(render(calibration))
     if out is not None and processes().is_main_process:
-        out.write_bytes(PROBED.dump_json(probed, indent=1) + b"\n")
+        out.write_text(calibration.model_dump_json(indent=1) + "\n")
 
 
 @app.command()

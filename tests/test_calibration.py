@@ -7,7 +7,7 @@ import pytest
 from test_cli import refused, type_in
 from tiny import Lesson, files_of
 
-from llava_cmoe.calibration import PROBED, Probed, probe_tasks, render
+from llava_cmoe.calibration import Calibration, Probed, probe_tasks, render
 from llava_cmoe.records import Growth
 
 
@@ -18,7 +18,7 @@ def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
 
 def test_probing_tells_the_growth_that_learning_the_next_task_began_with_and_writes_nothing(lesson: Lesson):
     before = files_of(lesson.recipe.run)
-    learned, following = probe_tasks(lesson.recipe, after=1)
+    learned, following = probe_tasks(lesson.recipe, after=1).tasks
     assert files_of(lesson.recipe.run) == before
     assert (learned.learned, following.learned) == (True, False)
     recorded = lesson.run.registry.records()[1].facts["growth"]
@@ -32,23 +32,24 @@ def test_the_command_shows_every_task_and_writes_what_it_shows(lesson: Lesson, t
         "probe", lesson.recipe.run, "method.probe.alpha=0", "method.probe.scope=layer", "--after", "1", "--out", out
     )
     assert result.exit_code == 0, result.output
-    written = PROBED.validate_json(out.read_bytes())
-    assert [one.task for one in written] == list(lesson.results.tasks)
-    for one in written:
+    written = Calibration.model_validate_json(out.read_bytes())
+    assert (written.base, written.after, written.probe.scope) == (lesson.results.base, 1, "layer")
+    assert written.recipe["method"]["probe"]["scope"] == "global"  # how the run itself was probed
+    assert [one.task for one in written.tasks] == list(lesson.results.tasks)
+    for one in written.tasks:
         assert f"{len(one.growth.new_experts)} of 2" in result.output
         for site, used in one.growth.frequencies.items():
             mean = sum(used) / len(used)  # alpha 0: the threshold is the mean
             assert one.growth.thresholds[site] == pytest.approx(mean)
 
 
-def test_a_site_that_no_counted_row_reached_has_no_number():
+def test_a_site_that_no_counted_row_reached_has_no_number(lesson: Lesson):
     low, projector = "model.layers.0.mlp", "model.multi_modal_projector"
-    table = render(
-        (
-            Probed("text only", True, {low: 0.25}, Growth({})),
-            Probed("pictures", False, {projector: 0.5, low: 0.75}, Growth({projector: 1})),
-        )
+    tasks = (
+        Probed("text only", True, {low: 0.25}, Growth({})),
+        Probed("pictures", False, {projector: 0.5, low: 0.75}, Growth({projector: 1})),
     )
+    table = render(probe_tasks(lesson.recipe, after=1).model_copy(update={"tasks": tasks}))
     shown = {str(column.header): list(column.cells) for column in table.columns}
     assert shown["layer 0"] == ["25", "75"] and shown["projector"] == ["", "[bold]50"]
     assert shown["would grow"] == ["0 of 2", "1 of 2"]

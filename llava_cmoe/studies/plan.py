@@ -152,7 +152,8 @@ def plan_studies(files: Sequence[Path], folder: Path) -> tuple[StudyPlan, ...]:
         DataError: data that is not there.
         RegistryError: a run was begun with another recipe.
     """
-    plans = tuple(_plan(file, folder) for file in files)
+    first: dict[str, PlannedRun] = {}
+    plans = tuple(_plan(file, folder, first) for file in files)
     names = [plan.study.name for plan in plans]
     if len(set(names)) < len(names):
         raise RecipeError(f"two studies have one name among {', '.join(names)}; their runs would lie in one folder")
@@ -163,27 +164,25 @@ def plan_studies(files: Sequence[Path], folder: Path) -> tuple[StudyPlan, ...]:
     return plans
 
 
-def _plan(file: Path, folder: Path) -> StudyPlan:
+def _plan(file: Path, folder: Path, first: dict[str, PlannedRun]) -> StudyPlan:
     study = parse_settings(Study, read_yaml(file), source=str(file))
     own = folder / study.name
     try:
         variants = study.all_variants()
-        runs = tuple(_run(study, own, variant, seed) for variant in variants.items() for seed in study.seeds)
+        runs = tuple(
+            _shared(_run(study, own, variant, seed), first) for variant in variants.items() for seed in study.seeds
+        )
     except ValueError as error:
         raise RecipeError(f"{file}: {error}") from error
-    return StudyPlan(study, own, _with_sources(runs))
+    return StudyPlan(study, own, runs)
 
 
-def _with_sources(runs: Sequence[PlannedRun]) -> tuple[PlannedRun, ...]:
-    """Each run beside the first one before it that learns the same experts."""
-    first: dict[str, PlannedRun] = {}
-    linked = []
-    for run in runs:
-        if run.recipe.method.name == "cmoe":
-            source = first.setdefault(json.dumps(expert_settings(run.recipe)), run)
-            run = run if source is run else replace(run, source=source)
-        linked.append(run)
-    return tuple(linked)
+def _shared(run: PlannedRun, first: dict[str, PlannedRun]) -> PlannedRun:
+    """The run beside the first one, of any study planned with it, that learns the same experts."""
+    if run.recipe.method.name != "cmoe":
+        return run
+    source = first.setdefault(json.dumps(expert_settings(run.recipe)), run)
+    return run if source is run else replace(run, source=source)
 
 
 def _run(study: Study, folder: Path, variant: tuple[str, tuple[str, ...]], seed: int) -> PlannedRun:

@@ -113,6 +113,9 @@ def test_runs_that_differ_in_the_locator_alone_share_the_experts_of_the_first(wr
         for seed in (1, 2)
         for name, source in (("gaussian", "vae"), ("small_gaussian", "small"))
     }
+    files = [written(), written("other.yaml", name="other", variants={"all": ["method.probe.scope=all"]})]
+    *_, shared = (run for plan in plan_studies(files, tmp_path) for run in plan.runs)
+    assert shared.name == "other/all_0" and shared.source and shared.source.name == "where/everywhere_0"
 
 
 def test_two_studies_of_one_name_are_refused(written: Callable[..., Path], tmp_path: Path):
