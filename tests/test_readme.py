@@ -21,6 +21,7 @@ from tiny import Lesson
 from llava_cmoe.cli import main
 from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.report.headline import Headline, headline_markdown
+from llava_cmoe.report.merges import MergeSummary, merges_markdown
 from llava_cmoe.report.studies import read_study, study_markdown
 
 REPOSITORY = Path(__file__).parent.parent
@@ -104,7 +105,7 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             words = [*words[2:], "--dry-run"]
         case ["accelerate", "launch", "eval/evaluate.py" as script, *_]:
             words = words[2:]
-        case ["python", "eval/headline.py" | "eval/study.py" as script, *_]:
+        case ["python", "eval/headline.py" | "eval/study.py" | "eval/merges.py" as script, *_]:
             words = words[1:]
         case ["llava-cmoe", "train" | "study", *_]:
             return start(main, [*words, "--dry-run"], monkeypatch)
@@ -194,6 +195,13 @@ def test_the_table_of_each_committed_study_is_there_and_no_other():
     assert {summary.study["name"] for summary in summaries} == set(re.findall(r"<!-- study (\S+): begin -->", README))
     for summary in summaries:
         assert generated(f"study {summary.study['name']}").strip() == study_markdown(summary)
+
+
+def test_the_table_of_merges_is_the_committed_one_or_is_not_there():
+    committed = REPOSITORY / "eval/results/merges.json"
+    assert committed.exists() == ("<!-- merges: begin -->" in README)
+    if committed.exists():
+        assert generated("merges").strip() == merges_markdown(MergeSummary.model_validate_json(committed.read_bytes()))
 
 
 def test_the_words_are_the_glossary_and_the_code_uses_them():

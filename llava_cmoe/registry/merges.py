@@ -80,6 +80,16 @@ class Merges:
             raise RegistryError(f"{path}: was found for other learned tasks than the run holds now; merge it again")
         return record
 
+    def last(self) -> MergeRecord:
+        """The newest entry.
+
+        Raises:
+            RegistryError: there is none, or the run has learned or lost tasks since.
+        """
+        if self._next == 1:
+            raise RegistryError(f"{self._registry.run}: nothing is merged yet; `llava-cmoe merge` does it")
+        return self.load(self._next - 1)
+
     @property
     def _partial(self) -> Path:
         return self._folder / ".next.partial"
