@@ -72,14 +72,15 @@ def merge_run(
     steps = tuple(redundancy.steps())
     steps, after = most(subject, steps, before, bound, progress)
     accuracy_before = accuracies(subject, subject.run.exam.folder, progress)
-    bytes_before = expert_bytes(subject)
+    bytes_before, merge = expert_bytes(subject), stand_ins_of(steps, host)
     with merged(subject, steps):
         accuracy_after = accuracies(subject, merges.prepare() / "answers", progress)
         bytes_after = expert_bytes(subject)
     record = MergeRecord(
         parent=registry.records()[-1].sha256,
         bound=bound,
-        stand_ins={site: stand_ins.of_E for site, stand_ins in stand_ins_of(steps, host).items()},
+        stand_ins={site: stand_ins.of_E for site, stand_ins in merge.items()},
+        shares={site: stand_ins.share_E for site, stand_ins in merge.items()},
         held_out={name: len(rows) for name, rows in subject.held_out.items()},
         loss=_pairs(before, after),
         accuracy=_pairs(accuracy_before, accuracy_after),

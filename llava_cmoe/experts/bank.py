@@ -21,7 +21,7 @@ Shape letters: B batch, T tokens, D hidden, E experts, R rank, I and O input and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,6 +86,27 @@ class ExpertBlock(nn.Module):
         return gated_BTER.flatten(-2) @ b_ERO.flatten(0, 1)
 
 
+@torch.no_grad()
+def _mean(block: ExpertBlock, shares: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+    """The expert A (R, I), B (R, O) closest to sum_e share_e B_e A_e; the very expert where it is the only one.
+
+    The sum has the rank of all experts together. Its best approximation of rank R (Eckart, Young 1936) comes from the
+    small matrix between two orthonormal bases, so nothing as large as the linear is made.
+    """
+    if len(shares) == 1:
+        (expert,) = shares
+        return block.A[expert], block.B[expert]
+    experts, rank = list(shares), block.A.shape[1]
+    share_E11 = torch.tensor(list(shares.values()), device=block.A.device).view(-1, 1, 1)
+    basis_IF, a_FF = torch.linalg.qr(block.A[experts].float().flatten(0, 1).mT)
+    basis_OF, b_FF = torch.linalg.qr((share_E11 * block.B[experts].float()).flatten(0, 1).mT)
+    left_FF, scale_F, right_FF = torch.linalg.svd(b_FF @ a_FF.mT)
+    half_R = scale_F[:rank].sqrt()
+    a_RI = (basis_IF @ right_FF.mT[:, :rank] * half_R).mT
+    b_RO = (basis_OF @ left_FF[:, :rank] * half_R).mT
+    return a_RI.to(block.A.dtype), b_RO.to(block.B.dtype)
+
+
 class StackedExperts(nn.Module):
     """All experts on one linear: a block of frozen ones, then a block of fresh ones, which an optimizer may hold."""
 
@@ -130,11 +151,13 @@ class StackedExperts(nn.Module):
         if self.fresh is not None:
             self.frozen, self.fresh = ExpertBlock(*self._all(), trainable=False), None
 
-    def keep(self, experts: Sequence[int]) -> ExpertBlock:
-        """Hold only some of the frozen experts; returns the block with all of them."""
+    def keep(self, stand_ins: StandIns) -> ExpertBlock:
+        """Hold only the experts that stay, each as the mean of those it stands in for; returns the whole block."""
         assert self.frozen is not None and self.fresh is None, "frozen experts alone are kept or left"
         whole = self.frozen
-        self.frozen = ExpertBlock(whole.A[list(experts)], whole.B[list(experts)], trainable=False)
+        means = [_mean(whole, stand_ins.mean_of(expert)) for expert in stand_ins.kept]
+        a_SRI, b_SRO = (torch.stack(matrices) for matrices in zip(*means, strict=True))
+        self.frozen = ExpertBlock(a_SRI, b_SRO, trainable=False)
         return whole
 
     def read(self, experts: range) -> LoraPair:
@@ -259,7 +282,7 @@ class ExpertBank(nn.Module):
         self.routers.freeze()
 
     def merge(self, stand_ins: StandIns) -> dict[str, ExpertBlock]:
-        """Leave out experts that others stand in for; returns all of them, for `unmerge`. A merged bank only answers.
+        """Leave out experts that others stand in for; returns all as they were, for `unmerge`. It then only answers.
 
         Raises:
             ValueError: the stand-ins are those of another number of experts.
@@ -270,7 +293,7 @@ class ExpertBank(nn.Module):
                 "merge a run as it was when the merge was found"
             )
         self._merged = stand_ins
-        return {key: stack.keep(stand_ins.kept) for key, stack in self.stacks.items()}
+        return {key: stack.keep(stand_ins) for key, stack in self.stacks.items()}
 
     def unmerge(self, whole: Mapping[str, ExpertBlock]) -> None:
         """Take back all experts."""

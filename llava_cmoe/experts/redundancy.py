@@ -1,11 +1,16 @@
-"""What would be lost if one expert stood in for another, or none did: measured on tokens, with the gates they have.
+"""What joining two experts of a site into one, or dropping one, would change: measured on tokens, with their gates.
 
-One number holds both, use and likeness. Of what the experts add to a linear, leaving out e with stand-in s changes
+Let e be left out and s, its stand-in, become the mean with the shares w and 1 - w. Of what the experts add to a linear
+this changes, over the tokens j of all tasks (o_je = B_e A_e x_j, ungated),
 
-    loss_es = sum_j g_je^2 |B_e A_e x_j - B_s A_s x_j|^2  /  sum_j |sum_e g_je B_e A_e x_j|^2
+    sum_j |g_je o_je + g_js o_js - (g_je + g_js) (w o_je + (1 - w) o_js)|^2  =  (1-w)^2 P_es - 2 w (1-w) Q_es + w^2 P_se
+    P_es = sum_j g_je^2 |o_je - o_js|^2        Q_es = sum_j g_je g_js |o_je - o_js|^2
 
-over the tokens j of a task: little if e is little used, or computes what s computes. With none, B_s A_s x_j is 0.
-Whether a task can bear it is measured by whoever tries the merge.
+which is least, (P_es P_se - Q_es^2) / (P_es + P_se + 2 Q_es), at w = (P_es + Q_es) / (P_es + P_se + 2 Q_es): little if
+both compute the same, if one is little used, or if tokens that use both use them alike. Without a stand-in the change
+is sum_j g_je^2 |o_je|^2. Every task counts relative to what its experts add in all, sum_j |sum_e g_je o_je|^2.
+
+The sums leave aside that the mean has the rank of one expert. Whether tasks can bear it is measured by whoever merges.
 Shape letters: J tokens, E experts, I and O input and output width of a linear.
 """
 
@@ -18,29 +23,65 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from llava_cmoe.experts.bank import StackedExperts
 from llava_cmoe.experts.stand_ins import StandIns
 from llava_cmoe.experts.surgery import ExpertHost
 
+EPSILON = 1e-6
+"""Least share of a stand-in in its mean: an expert that takes all of it leaves the ratio of the two finite."""
+
 
 @dataclass(frozen=True)
 class Step:
-    """One expert less: `stand_in` (-1: none) for `expert` of a site, at a loss summed over tasks, mean over linears."""
+    """One expert less: `expert` of a site goes into `stand_in` (-1: none) with a share of their mean.
+
+    `loss` is what that changes, relative, summed over tasks, mean over linears.
+    """
 
     loss: float
     site: str
     expert: int
     stand_in: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The three sums over tokens: P and Q, (E, E), and that of dropping, (E,)."""
+
+    p_EE: Tensor
+    q_EE: Tensor
+    none_E: Tensor
+
+    def __add__(self, other: Sums) -> Sums:
+        """Over the tokens of both."""
+        return Sums(self.p_EE + other.p_EE, self.q_EE + other.q_EE, self.none_E + other.none_E)
+
+    def __truediv__(self, number: Tensor | float) -> Sums:
+        """Relative to a number."""
+        return Sums(self.p_EE / number, self.q_EE / number, self.none_E / number)
+
+    def share_EE(self) -> Tensor:
+        """The share w of expert e (row) in its mean with s (column); 0 where the two never differ."""
+        whole_EE = self.p_EE + self.p_EE.mT + 2 * self.q_EE
+        return torch.where(whole_EE > 0, (self.p_EE + self.q_EE) / whole_EE, 0.0)
+
+    def loss_EE(self) -> Tensor:
+        """What joining e (row) and s (column) changes."""
+        w_EE = self.share_EE()
+        loss_EE = (1 - w_EE) ** 2 * self.p_EE - 2 * w_EE * (1 - w_EE) * self.q_EE + w_EE**2 * self.p_EE.mT
+        return loss_EE.clamp(min=0)
 
 
 class Redundancy:
-    """Adds up both sums of `loss_es`, for every task and linear, over the forward passes that run inside `watch`."""
+    """Adds up the sums of every task and linear over the forward passes that run inside `watch`."""
 
     def __init__(self, host: ExpertHost) -> None:
         """Nothing seen yet."""
         self._host = host
-        self._changed: dict[tuple[int, str, str], Tensor] = {}
+        self._sums: dict[tuple[int, str, str], Sums] = {}
         self._added: dict[tuple[int, str, str], Tensor] = {}
 
     @contextmanager
@@ -57,32 +98,28 @@ class Redundancy:
             for hook in hooks:
                 hook.remove()
 
-    def losses(self) -> dict[str, Tensor]:
-        """Site to `loss_es`, summed over tasks, mean over linears: (E, E + 1), the last column for none."""
-        found: dict[str, Tensor] = {}
-        for site, bank in self._host.banks.items():
-            found[site] = torch.zeros(bank.num_experts, bank.num_experts + 1, dtype=torch.float64)
-        for (task, site, linear), changed_EN in self._changed.items():
-            num_known, loss_EN = len(changed_EN), found[site]
-            mean_EN = (changed_EN / self._added[task, site, linear]).cpu() / len(self._host.banks[site].stacks)
-            loss_EN[:num_known, :num_known] += mean_EN[:, :-1]
-            loss_EN[:num_known, -1] += mean_EN[:, -1]
+    def relative(self) -> dict[str, Sums]:
+        """Site to its sums, relative per task, summed over tasks, mean over linears."""
+        found: dict[str, Sums] = {}
+        for (task, site, linear), sums in self._sums.items():
+            mean = sums / (self._added[task, site, linear] * len(self._host.banks[site].stacks))
+            found[site] = found[site] + mean if site in found else mean
         return found
 
     def steps(self) -> Iterator[Step]:
         """Experts to leave out, the least lost first; of each site one stays, and no stand-in is left out itself."""
-        losses = self.losses()
-        possible = [
-            Step(float(loss_EN[expert, stand_in]), site, expert, stand_in)
-            for site, loss_EN in losses.items()
-            for expert in range(len(loss_EN))
-            for stand_in in (*range(expert), -1)
-        ]
-        left_out: dict[str, set[int]] = {site: set() for site in losses}
-        standing_in: dict[str, set[int]] = {site: set() for site in losses}
+        possible, num_experts = list[Step](), dict[str, int]()
+        for site, sums in self.relative().items():
+            losses, shares, none = sums.loss_EE().tolist(), sums.share_EE().tolist(), sums.none_E.tolist()
+            num_experts[site] = len(none)
+            for expert in range(len(none)):
+                possible.append(Step(none[expert], site, expert, -1, 0.0))
+                possible += [Step(losses[expert][s], site, expert, s, shares[expert][s]) for s in range(expert)]
+        left_out: dict[str, set[int]] = {site: set() for site in num_experts}
+        standing_in: dict[str, set[int]] = {site: set() for site in num_experts}
         for step in sorted(possible, key=lambda step: step.loss):
             gone, busy = left_out[step.site], standing_in[step.site]
-            one_stays = len(gone) + 1 < len(losses[step.site])
+            one_stays = len(gone) + 1 < num_experts[step.site]
             if one_stays and step.expert not in gone | busy and step.stand_in not in gone:
                 gone.add(step.expert)
                 busy |= {step.stand_in} - {-1}
@@ -94,32 +131,46 @@ class Redundancy:
         plan = self._host.context.plan_on(args[0].device)
         assert plan is not None and plan.mask_BT is not None, "watched passes need a plan with a mask"
         x_JI, gate_JE = (value.flatten(0, 1) if of_images else value[plan.mask_BT] for value in args)
-        out_JEO = _outputs(stack, x_JI, gate_JE.shape[-1])
-        added = torch.einsum("jeo,je->jo", out_JEO, gate_JE).double().square().sum()
-        for sums, value in ((self._changed, _changes(out_JEO, gate_JE)), (self._added, added)):
-            key = plan.newest, site, linear
-            sums[key] = sums[key] + value if key in sums else value
+        out_JEO = _outputs(stack, x_JI)
+        gate_JE = functional.pad(gate_JE, (0, out_JEO.shape[1] - gate_JE.shape[-1]))  # experts younger than the task
+        added = torch.einsum("jeo,je->jo", out_JEO, gate_JE).double().square().sum().cpu()
+        key = plan.newest, site, linear
+        sums = _sums(out_JEO, gate_JE)
+        self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+        self._added[key] = self._added[key] + added if key in self._added else added
 
 
 def stand_ins_of(steps: Sequence[Step], host: ExpertHost) -> Mapping[str, StandIns]:
     """The merge that some steps make, by site; sites without experts are absent."""
     of_E = {site: list(range(bank.num_experts)) for site, bank in host.banks.items() if bank.num_experts}
+    part_E = {site: [1.0] * len(stand_ins) for site, stand_ins in of_E.items()}
     for step in steps:
         of_E[step.site][step.expert] = step.stand_in
-    return {site: StandIns(tuple(stand_ins)) for site, stand_ins in of_E.items()}
+        # To the stand-in's own part of one as the share is to the rest; several may have the same stand-in.
+        part_E[step.site][step.expert] = step.share / max(1 - step.share, EPSILON)
+    return {site: StandIns(tuple(of_E[site]), _shares(of_E[site], part_E[site])) for site in of_E}
 
 
-def _outputs(stack: StackedExperts, x_JI: Tensor, num_experts: int) -> Tensor:
-    """What each of the first experts makes of each token, ungated: (J, E, O)."""
+def _shares(of_E: Sequence[int], part_E: Sequence[float]) -> tuple[float, ...]:
+    whole = [sum(part for part, other in zip(part_E, of_E, strict=True) if other == stand_in) for stand_in in of_E]
+    return tuple(
+        0.0 if stand_in < 0 else part / total for part, total, stand_in in zip(part_E, whole, of_E, strict=True)
+    )
+
+
+def _outputs(stack: StackedExperts, x_JI: Tensor) -> Tensor:
+    """What each expert makes of each token, ungated: (J, E, O)."""
     (block,) = stack.blocks
-    a_ERI, b_ERO = block.A[:num_experts], block.B[:num_experts]
-    return torch.einsum("ji,eri,ero->jeo", x_JI.to(a_ERI.dtype), a_ERI, b_ERO)
+    return torch.einsum("ji,eri,ero->jeo", x_JI.to(block.A.dtype), block.A, block.B)
 
 
-def _changes(out_JEO: Tensor, gate_JE: Tensor) -> Tensor:
-    """sum_j g_je^2 |o_je - o_js|^2 for each expert e and stand-in s, and in the last column for none: (E, E + 1)."""
-    out_JEO, weight_JE = out_JEO.double(), gate_JE.double().square()
-    norm_JE = out_JEO.square().sum(dim=-1)
-    dots_EE = torch.einsum("je,jeo,jso->es", weight_JE, out_JEO, out_JEO)
-    none_E1 = (weight_JE * norm_JE).sum(dim=0).unsqueeze(1)
-    return torch.cat([none_E1 - 2 * dots_EE + weight_JE.mT @ norm_JE, none_E1], dim=1).clamp(min=0)
+def _sums(out_JEO: Tensor, gate_JE: Tensor) -> Sums:
+    out_JEO, gate_JE = out_JEO.double(), gate_JE.double()
+    dot_JEE = torch.einsum("jeo,jso->jes", out_JEO, out_JEO)
+    norm_JE = dot_JEE.diagonal(dim1=1, dim2=2)
+    distance_JEE = (norm_JE.unsqueeze(1) + norm_JE.unsqueeze(2) - 2 * dot_JEE).clamp(min=0)
+    return Sums(
+        p_EE=torch.einsum("je,jes->es", gate_JE.square(), distance_JEE).cpu(),
+        q_EE=torch.einsum("je,js,jes->es", gate_JE, gate_JE, distance_JEE).cpu(),
+        none_E=(gate_JE.square() * norm_JE).sum(dim=0).cpu(),
+    )

@@ -1,7 +1,9 @@
-"""Which expert stands in for which at one site: a merge, as a value; nothing is averaged and no router changes.
+"""Which expert stands in for which at one site: a merge, as a value; no router changes.
 
-A token still chooses among all experts. What it gives to one that was left out goes to the stand-in, so a choice of
-both becomes one expert with the sum of both shares. Which merge is a good one is `redundancy.py`'s.
+A token still chooses among all experts. What it gives to one that was left out goes to its stand-in, which becomes the
+mean of all that it stands in for, itself among them. A choice of two of them becomes one expert with the sum of both
+gates: exactly what it was where the gates are to each other as the shares in the mean. Which merge is a good one is
+`redundancy.py`'s.
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ class StandIns:
     Attributes:
         of_E: per expert its own index where it stays, the index of an older one that stays, or -1: it is dropped.
             Older ones only: a task then never computes an expert that its router did not know.
+        share_E: per expert its share in the mean that its stand-in becomes; 0 where it is dropped.
     """
 
     of_E: tuple[int, ...]
+    share_E: tuple[float, ...]
 
     def __post_init__(self) -> None:
         """Raises ValueError where an expert that stands in does not stay itself, or is newer."""
@@ -35,6 +39,11 @@ class StandIns:
     def kept(self) -> tuple[int, ...]:
         """Experts that stay, oldest first."""
         return tuple(expert for expert, stand_in in enumerate(self.of_E) if expert == stand_in)
+
+    def mean_of(self, expert: int) -> dict[int, float]:
+        """The experts that have a share in a kept one, itself included, with the share of each."""
+        shares = zip(self.of_E, self.share_E, strict=True)
+        return {other: share for other, (stand_in, share) in enumerate(shares) if stand_in == expert and share}
 
     def gate_of(self, gate_BTE: Tensor) -> Tensor:
         """The gate over kept experts, (B, T, S), from that over the first E experts; S are the kept ones of these."""

@@ -2,8 +2,8 @@
 
     runs/NAME/merges/01/            merge.json  answers/
 
-No task's directory changes, and no tensor is written: what stays is in the tasks' own files. Deleting an entry takes a
-merge back. How one is found is `merging.py`'s.
+No task's directory changes, and no tensor is written: what stays is made from the tasks' own files. Deleting an entry
+takes a merge back. How one is found is `merging.py`'s.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class MergeRecord(Manifest):
     """The most by which a task's held-out loss was allowed to rise, in nats per answer token."""
     stand_ins: dict[str, tuple[int, ...]]
     """Site to each expert's stand-in: itself, an older one, or -1 for none."""
+    shares: dict[str, tuple[float, ...]]
+    """Site to each expert's share in the mean that its stand-in is."""
     held_out: dict[str, int]
     """Task to the number of its rows, never learned, that the loss was measured on."""
     loss: dict[str, BeforeAfter]

@@ -57,4 +57,4 @@ def restore_merge(method: Method, registry: Registry, number: int) -> None:
     record = Merges(registry).load(number)
     assert isinstance(method, Cmoe), "only a run with a pool of experts has merges"
     for site, of_E in record.stand_ins.items():
-        method.host.banks[site].merge(StandIns(of_E))
+        method.host.banks[site].merge(StandIns(of_E, record.shares[site]))

@@ -24,6 +24,7 @@ def record(saved: float, **lost: float) -> MergeRecord:
         parent="p",
         bound=0.02,
         stand_ins={"low": (0, 1, 0), "high": (0, -1, 2)},
+        shares={"low": (0.5, 1.0, 0.5), "high": (1.0, 0.0, 1.0)},
         held_out=dict.fromkeys(lost, 9),
         loss={task: BeforeAfter(before=1.0, after=1.0) for task in lost},
         accuracy={task: BeforeAfter(before=60.0, after=60.0 - points) for task, points in lost.items()},
