@@ -31,7 +31,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo learns and asks; 9 min 43 s on 2 cores as measured, at most 12 are meant."""
+    """How much the demo learns and asks; 9 min 36 s on 2 cores as measured, at most 12 are meant."""
 
     train_rows: int = 400
     test_rows: int = 40
