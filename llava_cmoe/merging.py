@@ -38,6 +38,8 @@ from llava_cmoe.versions import versions
 
 BATCH = 32
 """Samples per forward pass while losses are measured."""
+PATIENCE = 4
+"""So many experts in a row that a task cannot do without end the search for more."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Subject:
 def merge_run(
     recipe: Recipe, bound: float, num_rows: int, progress: Progress = lambda *_: None
 ) -> tuple[MergeRecord, Path]:
-    """Find the largest merge that all tasks bear, measure it on the evaluation rows and write it down; says where.
+    """Find a large merge that all tasks bear, measure it on the evaluation rows and write it down; says where.
 
     Args:
         recipe: of the run.
@@ -120,17 +122,25 @@ def open_subject(recipe: Recipe, num_rows: int) -> Subject:
 def most(
     subject: Subject, steps: Sequence[Step], before: Mapping[str, float], bound: float, progress: Progress
 ) -> tuple[tuple[Step, ...], dict[str, float]]:
-    """The longest beginning of `steps` that every task bears, by bisection, and the losses with it."""
-    bearable, too_many, after = 0, len(steps) + 1, dict(before)
-    while too_many - bearable > 1:
-        tried = (bearable + too_many) // 2
-        with merged(subject, steps[:tried]):
-            measured = losses(subject, partial(progress, f"{tried} of {len(steps)} experts left out"))
+    """Steps that every task bears together, taken in order where they can be, and the losses with them.
+
+    As many at once as went well before, twice over; what cannot be borne is tried in halves, and a single step that
+    cannot is passed over. Steps come in the order of what they change, so after `PATIENCE` of these no more are tried.
+    """
+    taken, after = list[Step](), dict(before)
+    position, stride, passed_over = 0, 1, 0
+    while position < len(steps) and passed_over < PATIENCE:
+        tried = [*taken, *steps[position : position + stride]]
+        with merged(subject, tried):
+            measured = losses(subject, partial(progress, f"{len(tried)} of {len(steps)} experts left out"))
         if all(measured[name] <= before[name] + bound for name in before):
-            bearable, after = tried, measured
+            taken, after, passed_over = tried, measured, 0
+            position, stride = position + stride, 2 * stride
+        elif stride > 1:
+            stride //= 2
         else:
-            too_many = tried
-    return tuple(steps[:bearable]), after
+            position, passed_over = position + 1, passed_over + 1
+    return tuple(taken), after
 
 
 @contextmanager
