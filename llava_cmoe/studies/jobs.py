@@ -113,8 +113,7 @@ def learn_all(runs: Sequence[PlannedRun], share: Sequence[Place], watcher: Watch
 
 def command(run: PlannedRun) -> list[str]:
     """The ordinary command that learns a run, with the interpreter of this process."""
-    learned = run.source is not None and run.source.results() is not None
-    experts = ["--experts", str(run.source.recipe.run)] if run.source and learned else []
+    experts = ["--experts", str(run.source.recipe.run)] if run.source and run.source.results() else []
     return [sys.executable, "-m", "llava_cmoe.cli", "train", *run.words, *experts]
 
 
