@@ -126,6 +126,10 @@ def train(
             help="Run that learned the same experts: only locators are fitted, nothing is trained.", metavar="RUN"
         ),
     ] = None,
+    anyway: Annotated[
+        bool,
+        typer.Option("--anyway", help="Go on with another recipe, data or number of processes than began the run."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained.")] = False,
 ) -> None:
     """Learn a sequence of tasks, evaluating after each one.
@@ -134,13 +138,14 @@ def train(
 
     To try another locator on experts that are learned: --experts RUN method.locator.kind=gaussian run=OTHER
 
-    On several processes: accelerate launch train/continual.py RECIPE
+    On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
     """
     from llava_cmoe.data.pocket_root import make_pocket_root
     from llava_cmoe.preview import preview, render
     from llava_cmoe.relocating import relocate
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.sequence import lacks_pocket, learn, processes
+    from llava_cmoe.sequence import lacks_pocket, learn
+    from llava_cmoe.training.processes import processes
 
     settings = load_recipe(recipe, overrides or ())
     launched = processes()
@@ -158,7 +163,7 @@ def train(
             console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
             make_pocket_root(settings.data.root, partial(line, "rendering"))
         launched.wait_for_everyone()
-        results = learn(settings, line) if experts is None else relocate(settings, experts, line)
+        results = learn(settings, line, anyway) if experts is None else relocate(settings, experts, line)
     show(console, [results])
     console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
 
@@ -222,7 +227,8 @@ def evaluate(
     """
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.sequence import evaluate_run, processes
+    from llava_cmoe.sequence import evaluate_run
+    from llava_cmoe.training.processes import processes
 
     recipe = Registry(run).recipe()
     own = recipe.evaluation
@@ -256,8 +262,8 @@ def probe(
     from llava_cmoe.calibration import probe_tasks, render
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.sequence import processes
     from llava_cmoe.settings import override
+    from llava_cmoe.training.processes import processes
 
     recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))
     console = Console(quiet=not processes().is_main_process)

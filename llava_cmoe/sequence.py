@@ -6,10 +6,12 @@ answered is not asked again.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import torch
@@ -30,8 +32,9 @@ from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
 from llava_cmoe.records import Growth, Learned, StageReport
 from llava_cmoe.registry.manifest import RegistryError, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
-from llava_cmoe.registry.store import Registry
+from llava_cmoe.registry.store import Registry, differ
 from llava_cmoe.settings import Recipe
+from llava_cmoe.training.processes import processes
 from llava_cmoe.training.stage import train_stage
 from llava_cmoe.versions import versions
 
@@ -59,12 +62,19 @@ class Run:
         return self.method.stages(self.sequence.names)
 
 
-def learn(recipe: Recipe, progress: Progress = lambda *_: None) -> Results:
-    """Learn the whole sequence, or go on where it was interrupted; every process of a launch calls this."""
+def learn(recipe: Recipe, progress: Progress = lambda *_: None, anyway: bool = False) -> Results:
+    """Learn the whole sequence, or go on where it was interrupted; every process of a launch calls this.
+
+    Args:
+        recipe: of the run; one that was begun goes on with the recipe, the data and the processes it was begun with.
+        progress: told what is done.
+        anyway: go on with others, and only warn.
+    """
     run = open_run(recipe, writer=True)
     check_lengths(run)  # before the recipe is written down, so that its limit can still be raised
+    check_data(run, anyway)
     if run.processes.is_main_process:
-        run.registry.open_run(recipe)
+        run.registry.open_run(recipe, run.processes.num_processes, anyway)
     run.processes.wait_for_everyone()
     return walk(run, run.stages, progress)
 
@@ -80,12 +90,12 @@ def evaluate_run(recipe: Recipe, progress: Progress = lambda *_: None) -> Result
     done = tuple(stage for index, stage in enumerate(run.stages) if index < num_learned or not stage.learns)
     if not done:
         raise RegistryError(f"{recipe.run}: nothing is learned yet; train the run, then evaluate it")
+    check_data(run)
     return walk(run, done, progress)
 
 
 def walk(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Results:
     """Stage by stage: bring back what was learned or learn it, then evaluate."""
-    check_data(run)
     questions = encode_questions(run.exam, run.backbone.processor, keep=run.recipe.data.keep_encoded)
     num_learned = len(run.registry.records())
     for index, stage in enumerate(stages):
@@ -121,6 +131,7 @@ def learn_stage(run: Run, index: int, stage: Stage, at: Callable[[str, int, int]
             backbone_fingerprint=run.backbone.fingerprint,
             seconds={**clock.laps, "probing": growth.probe_seconds},
         )
+        shutil.rmtree(scaffold(run, index, stage.name), ignore_errors=True)
     run.processes.wait_for_everyone()
 
 
@@ -162,11 +173,6 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     )
 
 
-def processes() -> PartialState:
-    """The processes of this launch: one, or those that `accelerate launch` started."""
-    return PartialState(cpu=not torch.cuda.is_available())
-
-
 def sequence_of(recipe: Recipe) -> TaskSequence:
     """The tasks a recipe learns, in order."""
     sequence = load_sequence(recipe.data.sequence)
@@ -189,7 +195,7 @@ def leave(rows: Dataset, count: int | None, seed: int) -> Dataset:
     return rows.shuffle(seed=seed).select(list(range(kept, len(rows))))
 
 
-def check_data(run: Run) -> None:
+def check_data(run: Run, anyway: bool = False) -> None:
     """Stop if a stage was learned from other data than is there now: one run is one sequence, asked the same questions.
 
     Raises:
@@ -197,10 +203,11 @@ def check_data(run: Run) -> None:
     """
     for record in run.registry.records():
         if record.data_fingerprint != run.data_fingerprint:
-            raise RegistryError(
+            differ(
                 f"{run.recipe.run}: {record.name} was learned from other data than {run.recipe.data.root} holds now "
                 f"(fingerprint {record.data_fingerprint[:12]}, now {run.data_fingerprint[:12]}); "
-                "bring those files back, or learn the new ones in a run folder of their own"
+                "bring those files back, learn the new ones in a run folder of their own, or go on with --anyway",
+                anyway,
             )
 
 
@@ -250,11 +257,16 @@ def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None]) -> T
             settings,
             pad_token_id=run.backbone.processor.tokenizer.pad_token_id,
             seed=data.seed,
-            folder=run.recipe.run / "trainer",
+            folder=scaffold(run, data.index, data.name) / label,
             progress=partial(at, label),
         )
 
     return teach
+
+
+def scaffold(run: Run, index: int, name: str) -> Path:
+    """Folder of a stage's checkpoints, which go when the stage is committed."""
+    return run.recipe.run / "trainer" / f"{index + 1:02d}_{name}"
 
 
 def facts_of(growth: Growth, trained: StageReport) -> dict[str, object]:

@@ -252,6 +252,9 @@ class TrainingSettings(Settings):
     """Arithmetic of forward and backward (bf16 is autocast)."""
     max_length: int = Field(2048, gt=0)
     """Longest sample in tokens; a longer one is an error before training starts."""
+    checkpoint_steps: int | None = Field(None, gt=0, multiple_of=5)
+    """Optimizer steps between two checkpoints inside a stage, a multiple of 5 (losses are logged so often); none when
+    absent: a killed stage is then learned again from its start."""
 
 
 class EvaluationSettings(Settings):

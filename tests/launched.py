@@ -1,4 +1,7 @@
-"""What processes of their own do in the tests of the sequence: learn, or learn until killed at a chosen call."""
+"""What processes of their own do in the tests of runs: learn, or learn until killed at a chosen call.
+
+One of several processes dies where `FATAL` holds its rank and the call, as JSON: `{"rank": "1", "call": 9}`.
+"""
 
 import itertools
 import json
@@ -38,5 +41,10 @@ def learn_until_killed(document: dict[str, Any], module: str, function: str, cal
 
 
 if __name__ == "__main__":
+    fatal = json.loads(os.environ.get("FATAL", "{}"))
     for argument in sys.argv[1:]:
+        if os.environ["RANK"] == fatal.get("rank"):
+            learn_until_killed(
+                json.loads(argument), "llava_cmoe.training.stage", "StageTrainer.training_step", fatal["call"]
+            )
         learn_from(json.loads(argument))

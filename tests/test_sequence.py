@@ -1,12 +1,9 @@
-"""A run ends the same, however often it was killed, started again or spread over processes."""
+"""A run ends the same, however often it was killed and started again. On several processes: `test_engines.py`."""
 
 import json
 import multiprocessing
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
 from llava_cmoe.versions import versions
 
-TESTS = Path(__file__).parent
 Make = Callable[..., Recipe]
 
 
@@ -149,45 +145,3 @@ def test_a_draw_of_rows_is_seeded_and_a_short_file_is_taken_whole():
     assert len(set(drawn["id"])) == 5
     assert drawn["id"][:] == sequence.draw(rows, 5, seed=3)["id"][:] != sequence.draw(rows, 5, seed=4)["id"][:]
     assert sequence.draw(rows, None, seed=3) is rows and sequence.draw(rows, 21, seed=3) is rows
-
-
-def test_two_processes_learn_what_one_does(recipe_in: Make):
-    # Each process takes means over its own tokens, of losses and of the balance term's factors: without that term, and
-    # with as many learned tokens in every sample, two of batch 2 and one of batch 4 are the same sums in another order.
-    equal = {
-        "cmoe": ("method.experts.balance_weight=0", "method.probe.balance_weight=0", "training.learning_rate=1e-3"),
-        "sequential_lora": ("training.learning_rate=1e-3",),
-    }
-    one = [recipe_in(f"one_{method}", method, *overrides) for method, overrides in equal.items()]
-    halves = ("training.batch_size=2",)
-    two = [recipe_in(f"two_{method}", method, *overrides, *halves) for method, overrides in equal.items()]
-    launch(two)
-    for alone, together in zip(one, two, strict=True):
-        sequence.learn(alone)
-        assert read_results(together.run / "results.json").processes == 2
-        assert answers_of(together.run) == answers_of(alone.run)
-        for left, right in zip(Registry(alone.run).records(), Registry(together.run).records(), strict=True):
-            assert left.facts["growth"]["new_experts"] == right.facts["growth"]["new_experts"]
-            assert left.files.keys() == right.files.keys()
-            folder = f"tasks/{left.index + 1:02d}_{left.name}"
-            for name in left.files:
-                torch.testing.assert_close(
-                    load_file(together.run / folder / name), load_file(alone.run / folder / name), rtol=0, atol=1e-5
-                )
-
-
-def launch(recipes: list[Recipe]) -> None:
-    """Two processes learn some recipes, one after the other; `--multi_gpu` starts several also without a GPU."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes=2",
-        "--num_machines=1",
-    ]
-    command += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", str(TESTS / "launched.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [recipe.model_dump_json() for recipe in recipes]
-    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-4000:]

@@ -1,7 +1,7 @@
 """A tiny run, whole: two tasks on disk, recipes that learn them in seconds, and what is seen while a method learns.
 
-Pictures, answers and models mean nothing here. Every answer is one letter, so all batches of one size hold equally
-many learned tokens.
+Pictures, answers and models mean nothing here. Every answer of the two tasks is one letter, so all batches of one size
+hold equally many learned tokens; those of a third one, where a test wants it, differ in length.
 """
 
 import json
@@ -28,6 +28,7 @@ NUM_TRAIN, NUM_EVAL, BATCH = 24, 6, 4
 QUESTIONS = {
     "colours": "Which colour is it?\nA. red\nB. green\nC. blue",
     "sides": "Please provide the longer side that this sentence describes: [up, across]",
+    "counts": "Answer with one letter for each thing in the image.",
 }
 METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {},
@@ -43,9 +44,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_data(root: Path) -> None:
-    """Two tasks in CoIN's layout, with a sequence file beside them; a quarter of the first one's rows is text only."""
-    for task in TASKS:
+def write_data(root: Path, names: tuple[str, ...] = TASKS) -> None:
+    """Tasks in CoIN's layout, with a sequence file beside them; a quarter of the first one's rows is text only."""
+    for task in names:
         for split, count in (("train", NUM_TRAIN), ("test", NUM_EVAL)):
             rows = [_row(root, task, split, number) for number in range(count)]
             file = root / "Instructions_Original" / task / f"{split}.json"
@@ -59,14 +60,14 @@ def write_data(root: Path) -> None:
             "scorer": "gqa",
             "max_new_tokens": 3,
         }
-        for task in TASKS
+        for task in names
     ]
     (root / "sequence.yaml").write_text(json.dumps({"name": "tiny", "tasks": tasks}))
 
 
 def _row(root: Path, task: str, split: str, number: int) -> dict[str, Any]:
     kind = number % 3
-    question, answer = f"{QUESTIONS[task]} {number}", "ABC"[kind]
+    question, answer = f"{QUESTIONS[task]} {number}", " ".join("ABC"[: kind + 1]) if task == "counts" else "ABC"[kind]
     row: dict[str, Any] = {"question_id": f"{task}-{split}-{number}"}
     text_only = task == "colours" and number % 4 == 3
     if not text_only:

@@ -5,7 +5,7 @@ Rows are encoded by `encoding.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,15 +23,20 @@ class Collator:
     Attributes:
         pad_token_id: fills `input_ids`; the attention mask is 0 and the label ignored there.
         side: where padding goes.
+        silent: a row with a picture that joins batches without one. Its tokens count as padding and its labels are
+            ignored: it only makes the vision encoder run where other processes wait for it.
     """
 
     pad_token_id: int
     side: Literal["left", "right"] = "right"
+    silent: Mapping[str, Tensor] | None = None
 
     def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Pad tensors along the tokens to (B, T); concatenate pictures, which a batch of text-only rows has none of."""
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
         batch: dict[str, Tensor] = {}
+        if self.silent is not None and not any("pixel_values" in row for row in rows):
+            rows = [*rows, dict(self.silent)]
         for key in dict.fromkeys(key for row in rows for key in row):
             values = [row[key] for row in rows if key in row]
             if all(row[key].shape == row["input_ids"].shape for row in rows if key in row):
@@ -41,3 +46,12 @@ class Collator:
             else:
                 batch[key] = torch.cat(values)
         return batch
+
+
+def silenced(rows: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
+    """The first row with a picture as a `silent` row: nothing of it is seen, counted or learned; None without any."""
+    for row in rows:
+        if "pixel_values" in row:
+            hidden = {"attention_mask": torch.zeros_like(row["attention_mask"])}
+            return {**row, **hidden, "labels": torch.full_like(row["labels"], IGNORED)}
+    return None

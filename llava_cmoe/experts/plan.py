@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -109,7 +111,8 @@ class Observation:
         """Mean over sites of n * sum_e F_e P_e (Switch Transformer, Eq. 4; METHODS 1.2): 1 where use is uniform.
 
         F is the share of top-k slots an expert got, P its mean softmax probability, both over the non-pad tokens that
-        this process saw. Differentiable through P.
+        all processes saw in this forward pass, so that several are one. Differentiable through this process's part of
+        P; it is scaled for gradients that are averaged over processes. Costs one small sum over processes.
 
         Raises:
             ValueError: no bank with experts ran under a plan while this observation was open.
@@ -117,12 +120,23 @@ class Observation:
         if not self.counts:
             raise ValueError("balance loss of nothing: run the model inside context.use(plan) and context.observe()")
         terms = []
-        for site, counts_E in self.counts.items():
+        for probability_E, (counts_E, num_tokens) in zip(self._probability.values(), self._of_all(), strict=True):
             share_E = counts_E / counts_E.sum().clamp(min=1)
-            # A token's probabilities sum to 1, so their total is the number of tokens: no second count to keep.
-            total = self._probability[site].detach().sum().clamp(min=torch.finfo(torch.float32).tiny)
-            terms.append(len(counts_E) * (share_E * self._probability[site] / total).sum())
-        return torch.stack(terms).mean()
+            total = num_tokens.clamp(min=torch.finfo(torch.float32).tiny)
+            terms.append(len(counts_E) * (share_E * probability_E / total).sum())
+        return torch.stack(terms).mean() * int(PartialState().num_processes)
+
+    def _of_all(self) -> list[tuple[Tensor, Tensor]]:
+        """Slot counts (E,) and number of tokens per site, summed over all processes; float32 holds 2^24 slots exactly.
+
+        A token's probabilities sum to 1, so their total is the number of tokens: no second count to keep.
+        """
+        own = [
+            torch.cat([counts_E.float(), self._probability[site].detach().sum(dim=0, keepdim=True)])
+            for site, counts_E in self.counts.items()
+        ]
+        summed = reduce(torch.cat(own), "sum").split([len(part) for part in own])
+        return [(part[:-1], part[-1]) for part in summed]
 
 
 class RouteContext:

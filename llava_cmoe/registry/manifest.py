@@ -98,15 +98,17 @@ class TaskRecord(Manifest):
 
 
 class RunRecord(Manifest):
-    """`run.json`: the recipe that began the run, written before anything is learned and never changed."""
+    """`run.json`: what began the run, written before anything is learned; only `--anyway` ever changes it."""
 
     recipe: dict[str, Any]
     """The recipe, as `recipe_facts` gives it."""
+    processes: int = 1
+    """Processes that learn it: with their number the batch of a step changes."""
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON without its output directory: where a run lies says nothing about what it learns."""
-    return recipe.model_dump(mode="json", exclude={"run"})
+    """A recipe as JSON, without what says nothing about what is learned: where a run lies, how often it is saved."""
+    return recipe.model_dump(mode="json", exclude={"run": True, "training": {"checkpoint_steps"}})
 
 
 def differing_keys(began: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -60,40 +60,52 @@ class Registry:
                 logger.warning("removing %s, left by a commit that was killed", leftover)
                 shutil.rmtree(leftover)
 
-    def open_run(self, recipe: Recipe) -> None:
+    def open_run(self, recipe: Recipe, processes: int = 1, anyway: bool = False) -> None:
         """Begin a run with a recipe, or go on with the one that began it.
 
+        Args:
+            recipe: what is learned, and how.
+            processes: that learn it.
+            anyway: go on with another recipe or number of processes, which `run.json` holds from then on.
+
         Raises:
-            RegistryError: the run was begun, or a task learned, with another recipe; names the differing keys.
+            RegistryError: the run was begun, or a task learned, with others; names what differs and both values.
         """
-        self.check_recipe(recipe)
-        path = self.run / "run.json"
-        if not path.exists():
+        self.check_recipe(recipe, processes, anyway)
+        path, record = self.run / "run.json", RunRecord(recipe=recipe_facts(recipe), processes=processes)
+        if not path.exists() or RunRecord.read(path) != record:
             self._check_writer()
             self._tasks.mkdir(parents=True, exist_ok=True)
             beside = self.run / f".run.json{PARTIAL}"
-            _write(beside, RunRecord(recipe=recipe_facts(recipe)).to_json())
+            _write(beside, record.to_json())
             os.rename(beside, path)
             _sync(self.run)
 
-    def check_recipe(self, recipe: Recipe) -> None:
-        """Stop unless a recipe may begin the run or go on with it.
+    def check_recipe(self, recipe: Recipe, processes: int = 1, anyway: bool = False) -> None:
+        """Stop, or with `anyway` only warn, unless a recipe may begin the run or go on with it.
 
         Raises:
-            RegistryError: the run was begun, or a task learned, with another recipe; names the differing keys.
+            RegistryError: the run was begun, or a task learned, with another recipe, or the run on another number of
+                processes; names what differs and both values.
         """
-        facts = recipe_facts(recipe)
-        path = self.run / "run.json"
-        begun = {str(path): RunRecord.read(path).recipe} if path.exists() else {}
+        facts, path = recipe_facts(recipe), self.run / "run.json"
+        begun = RunRecord.read(path) if path.exists() else RunRecord(recipe=facts, processes=processes)
         learned = {str(self._folder(record.index, record.name)): record.settings for record in self.records()}
-        for source, earlier in (begun | learned).items():
+        for source, earlier in ({str(path): begun.recipe} | learned).items():
             resolved = recipe_facts(self._resolve(earlier, source))  # a key that is younger than the run: its default
             differences = list(differing_keys(resolved, facts))
             if differences:
-                raise RegistryError(
+                differ(
                     f"{source}: this run was begun with another recipe: {', '.join(differences)}; "
-                    "restore these values, or give the new recipe a run folder of its own"
+                    "restore these values, give the new recipe a run folder of its own, or go on with --anyway",
+                    anyway,
                 )
+        if begun.processes != processes:
+            differ(
+                f"{path}: this run was begun on another number of processes, {begun.processes}, now it is {processes}: "
+                "a step would learn from another number of samples; launch as many, or go on with --anyway",
+                anyway,
+            )
 
     def recipe(self) -> Recipe:
         """The recipe that began the run, with the folder where the run lies now as its output directory.
@@ -229,6 +241,13 @@ class Registry:
 
     def _check_writer(self) -> None:
         assert self._writer, "only the process that opened the registry with writer=True may write to it"
+
+
+def differ(message: str, anyway: bool) -> None:
+    """Stop at a difference to how a run was begun, or with `anyway` only warn."""
+    if not anyway:
+        raise RegistryError(message)
+    logger.warning(message)
 
 
 def _write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:

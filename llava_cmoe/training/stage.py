@@ -1,11 +1,12 @@
 """One stage of training: one `transformers.Trainer` from start to end over whatever requires gradients.
 
-Knows no method: what a method adds to the loss comes in as a context around the forward pass. Nothing is saved here; a
-stage that was killed is learned again from its start, and a seed per stage makes that the same stage.
+Knows no method: what a method adds to the loss comes in as a context around the forward pass. A stage that was killed
+is learned again from its last checkpoint, or from its start, and a seed per stage makes that the same stage.
 """
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -14,18 +15,25 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.collator import Collator, silenced
 from llava_cmoe.methods.base import ExtraLoss, Learning
 from llava_cmoe.records import StageReport
 from llava_cmoe.settings import TrainingSettings
+from llava_cmoe.training.checkpoints import CheckpointTrainer
+from llava_cmoe.training.processes import deepspeed_asked, processes
+from llava_cmoe.training.zero import check_engine, leave_engine, tell_engine
 
 Progress = Callable[[int, int], None]
 """Called with the optimizer steps done and all steps."""
 
 
-class StageTrainer(Trainer):
+LOGGED = 5
+"""Optimizer steps between two logged losses: one host sync each."""
+
+
+class StageTrainer(CheckpointTrainer):
     """The stock Trainer, with the method's context around each forward pass and its terms added to the loss."""
 
     def __init__(self, learning: Learning, **kwargs: Any) -> None:
@@ -33,33 +41,32 @@ class StageTrainer(Trainer):
         super().__init__(**kwargs)
         self._learning = learning
         self._extra_loss: ExtraLoss = float
-        self.model_accepts_loss_kwargs = False  # a mean per batch: the terms below are means, too
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward inside the method's context: checkpointing runs layers again in backward."""
         with self._learning(inputs) as self._extra_loss:
             return super().training_step(model, inputs, *args, **kwargs)
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        """Language-modelling loss plus the method's terms."""
-        loss: Any = super().compute_loss(model, inputs)
-        return loss + self._extra_loss()
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, num_items_in_batch: Any = None, **kwargs: Any
+    ) -> Any:
+        """Language-modelling loss, a mean over the learned tokens of a whole step on all processes, plus the method's.
+
+        The method's terms are means per forward pass; a step's is the mean of these.
+        """
+        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # else the Trainer divides the sum
+        return loss + self._extra_loss() / (self.current_gradient_accumulation_steps if scaled else 1)
 
 
 class _Report(TrainerCallback):
-    """Tells how far the stage is and keeps the losses, one host sync per logging interval."""
+    """Tells how far the stage is."""
 
-    def __init__(self, progress: Progress | None) -> None:
-        self.losses: list[float] = []
+    def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._progress is not None:
-            self._progress(state.global_step, state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
+        self._progress(state.global_step, state.max_steps)
 
 
 def train_stage(
@@ -71,7 +78,7 @@ def train_stage(
     pad_token_id: int,
     seed: int,
     folder: Path,
-    progress: Progress | None = None,
+    progress: Progress = lambda *_: None,
 ) -> StageReport:
     """Train the parameters that require gradients, in place.
 
@@ -82,39 +89,63 @@ def train_stage(
         settings: one stage's settings.
         pad_token_id: fills short rows of a batch, on the right.
         seed: of the rows' order and of dropout.
-        folder: the Trainer's output folder; stays empty.
+        folder: where its checkpoints are, if any are kept.
         progress: told after every optimizer step.
     """
     began = time.monotonic()
-    report = _Report(progress)
-    trainer = StageTrainer(
-        learning,
-        model=model,
-        args=training_arguments(settings, seed, folder, on_cpu=model.device.type == "cpu"),
-        train_dataset=samples,
-        data_collator=Collator(pad_token_id),
-        callbacks=[report],
-    )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
-            trainer.remove_callback(callback)
-    trainer.train()
-    # Accelerate leaves its autocast around `forward`; what answers now must compute as a restored model does.
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    model.eval()  # type: ignore[no-untyped-call]
-    tenth = max(1, len(report.losses) // 10)
+    arguments = training_arguments(settings, seed, folder, on_cpu=model.device.type == "cpu")
+    collator = Collator(pad_token_id, silent=_silent(samples))
+    state = _train(model, samples, learning, arguments, collator, progress)
+    gc.collect()  # engine, optimizer and hooks refer to each other: the next stage needs their memory
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    tenth = max(1, len(losses) // 10)
     return StageReport(
-        steps=trainer.state.global_step,
+        steps=state.global_step,
         samples=len(samples),  # type: ignore[arg-type]
-        first_loss=statistics.fmean(report.losses[:tenth]),
-        last_loss=statistics.fmean(report.losses[-tenth:]),
+        first_loss=statistics.fmean(losses[:tenth]),
+        last_loss=statistics.fmean(losses[-tenth:]),
         seconds=time.monotonic() - began,
     )
 
 
+def _train(
+    model: PreTrainedModel,
+    samples: Dataset[dict[str, Tensor]],
+    learning: Learning,
+    arguments: TrainingArguments,
+    collator: Collator,
+    progress: Progress,
+) -> TrainerState:
+    """One Trainer from start to end; nothing of it is left but what it tells."""
+    trainer = StageTrainer(
+        learning,
+        model=model,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=collator,
+        callbacks=[_Report(progress)],
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
+            trainer.remove_callback(callback)
+    check_engine(trainer)
+    trainer.resume(Path(str(arguments.output_dir)))
+    leave_engine(trainer)
+    model.eval()  # type: ignore[no-untyped-call]
+    return trainer.state
+
+
+def _silent(samples: Dataset[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """A row for batches of text alone: ZeRO-3 and DDP wait for all processes in the vision encoder, too."""
+    if processes().num_processes == 1:
+        return None
+    return silenced(samples[index] for index in range(len(samples)))  # type: ignore[arg-type]
+
+
 def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_cpu: bool) -> TrainingArguments:
     """The settings in the Trainer's words; everything else stays at its defaults."""
-    return TrainingArguments(
+    bf16 = settings.precision == "bf16"
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -124,14 +155,18 @@ def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_c
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bf16",
+        bf16=bf16 and not deepspeed_asked(),
         use_cpu=on_cpu,
         seed=seed,
         data_seed=seed,
-        logging_steps=5,
+        logging_steps=LOGGED,
         logging_first_step=True,
-        save_strategy="no",
+        save_strategy="no" if settings.checkpoint_steps is None else "steps",
+        save_steps=settings.checkpoint_steps or LOGGED,
+        save_total_limit=2,  # the last one may be half written
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
     )
+    tell_engine(arguments, bf16)
+    return arguments

@@ -1,0 +1,111 @@
+"""Checkpoints inside a stage: what is trained, the optimizer, the order of rows and random states, per process.
+
+    runs/NAME/trainer/03_imagenet/training/checkpoint-400/    the Trainer's or DeepSpeed's files, without frozen weights
+                                           complete.json      written last: what started it
+
+They are scaffolding. What was learned is the registry's, and the folder is deleted once the stage is committed. Other
+than the registry's, these files hold optimizer states in PyTorch's own format; only this program reads its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "complete.json"
+TRAINED = "trained.safetensors"
+
+
+class CheckpointTrainer(Trainer):
+    """The stock Trainer, whose checkpoints leave out what is frozen: of a 7B model, all but some 100 MB."""
+
+    model: PreTrainedModel
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the parameters that are trained; DeepSpeed's own files hold them where it trains."""
+        if output_dir is not None and not self.is_deepspeed_enabled and self.args.should_save:
+            os.makedirs(output_dir, exist_ok=True)
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in trained(self.model).items()},
+                Path(output_dir) / TRAINED,
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / TRAINED)
+        with torch.no_grad():
+            for name, parameter in trained(self.model).items():
+                parameter.copy_(saved[name])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:
+            engine: Any = self.model_wrapped
+            engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def resume(self, folder: Path) -> None:
+        """Train, from the last complete checkpoint in a folder that this number of processes left with this engine."""
+        self.add_callback(_Complete(self._origin()))
+        checkpoint = last_complete(folder, self._origin())
+        # DeepSpeed loads strictly; what is frozen is in the model, and not missing in the checkpoint.
+        frozen = {name for name, value in self.model.named_parameters() if not value.requires_grad}
+        model: Any = self.model
+        forgiving = model.register_load_state_dict_post_hook(partial(_forgive, frozen))
+        try:
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            forgiving.remove()
+
+    def _origin(self) -> dict[str, Any]:
+        plugin = self.args.deepspeed_plugin
+        return {"processes": self.args.world_size, "zero_stage": None if plugin is None else plugin.zero_stage}
+
+
+class _Complete(TrainerCallback):
+    """Marks a checkpoint that every process has finished writing."""
+
+    def __init__(self, origin: dict[str, Any]) -> None:
+        self._origin = origin
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
+            beside = path.with_suffix(".partial")
+            beside.write_text(json.dumps(self._origin))
+            beside.rename(path)
+        processes.wait_for_everyone()
+
+
+def last_complete(folder: Path, origin: dict[str, Any]) -> Path | None:
+    """The newest complete checkpoint that was left by the same number of processes and the same engine."""
+    complete = {int(path.parent.name.rpartition("-")[2]): path for path in folder.glob(f"checkpoint-*/{COMPLETE}")}
+    if not complete:
+        return None
+    path = complete[max(complete)]
+    left = json.loads(path.read_text())
+    if left != origin:
+        logger.warning("%s was left by %s, this is %s: the stage is learned from its start", path.parent, left, origin)
+        return None
+    return path.parent
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def _forgive(frozen: set[str], module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if name not in frozen]

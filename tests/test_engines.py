@@ -1,0 +1,184 @@
+"""Two processes under every engine of `zero_configs/` learn what one process learns without any."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from llava_cmoe import sequence
+from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.registry.store import Registry
+from llava_cmoe.settings import Recipe, shipped
+
+TESTS = Path(__file__).parent
+TASKS = ("colours", "sides", "counts")
+ENGINES = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+# AdamW's first steps are the gradients' signs: rounding that turns one moves a weight by two learning rates.
+QUICK = ("training.learning_rate=1e-3", "data.train_rows=16", "data.eval_rows=3", "evaluation.routes=[located]")
+TOLERANCE = 2e-5
+LIMIT = 300
+"""Seconds after which a launch counts as hanging; it takes some 15 on two cores."""
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def three_tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data root of three tasks: some rows are text only, and answers differ in length."""
+    root = tmp_path_factory.mktemp("three")
+    tiny.write_data(root, TASKS)
+    return root
+
+
+@pytest.fixture(scope="module")
+def make(three_tasks: Path, tiny_backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """A recipe in a folder of its own."""
+
+    def make(method: str, *overrides: str) -> Recipe:
+        run = tmp_path_factory.mktemp(method) / "run"
+        return tiny.recipe(run, three_tasks, tiny_backbone, method, *QUICK, *overrides)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def alone(make: Make) -> Callable[..., Recipe]:
+    """A recipe that one process has learned without an engine; each once."""
+
+    @cache
+    def learned(method: str, *overrides: str) -> Recipe:
+        recipe = make(method, *overrides)
+        sequence.learn(recipe)
+        return recipe
+
+    return learned
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_learn_what_one_does(make: Make, alone: Callable[..., Recipe], engine: str):
+    cases: list[tuple[str, tuple[str, ...]]] = [("cmoe", ()), ("sequential_lora", ()), ("moelora", ())]
+    if engine == "zero3":  # the few tokens of a process cannot choose all experts: who waits for one that is not used?
+        cases.append(("cmoe", ("method.experts.num_first=4", "method.experts.top_k=1")))
+    together = [make(method, "training.batch_size=2", *overrides) for method, overrides in cases]
+    launch(engine, together)
+    for (method, overrides), recipe in zip(cases, together, strict=True):
+        assert_same(alone(method, *overrides), recipe)
+        assert read_results(recipe.run / "results.json").processes == 2
+
+
+def test_accumulated_batches_are_one_batch(make: Make, alone: Callable[..., Recipe]):
+    # The balance term is of a forward pass: what two passes count, no single one has seen.
+    unbalanced = ("method.experts.balance_weight=0", "method.probe.balance_weight=0")
+    together = make("cmoe", "training.batch_size=1", "training.accumulation=2", *unbalanced)
+    launch("zero2", [together])
+    assert_same(alone("cmoe", *unbalanced), together)
+
+
+def test_bf16_keeps_experts_and_routers_in_float32(make: Make):
+    recipe, bf16 = make("cmoe", "training.batch_size=2"), "training.precision=bf16"
+    spread, plain = (make("cmoe", "training.batch_size=2", bf16) for _ in range(2))
+    launch("zero2", [spread])
+    launch("ddp", [plain])
+    for index in range(len(TASKS)):
+        left, right = (Registry(run.run).load(index) for run in (spread, plain))
+        for group in ("experts", "routers"):
+            assert {tensor.dtype for tensor in left[group].values()} == {torch.float32}
+            torch.testing.assert_close(left[group], right[group], rtol=0, atol=5e-3)  # some five steps
+    assert recipe.training.precision == "float32"
+
+
+def test_a_run_whose_one_process_was_killed_ends_like_one_that_was_not(make: Make):
+    settings = ("training.batch_size=1", "training.checkpoint_steps=5", "data.tasks=[colours, sides]")  # 8 steps each
+    whole, killed = (make("cmoe", *settings) for _ in range(2))
+    launch("zero3", [whole])
+    launch("zero3", [killed], fatal={"rank": "1", "call": 8})  # between two checkpoints of the first stage
+    stage = killed.run / "trainer/01_colours/training"
+    assert not list((killed.run / "tasks").iterdir())
+    assert [path.parent.name for path in stage.glob("*/complete.json")] == ["checkpoint-5"]
+    launch("zero3", [killed])
+    ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (whole, killed)]
+    assert ends[0] == ends[1]  # of every tensor and loss, through the chain of records
+    assert not list((killed.run / "trainer").iterdir())
+
+
+def test_another_number_of_processes_is_an_error_that_names_the_way_on(alone: Callable[..., Recipe]):
+    recipe = alone("sequential_lora")
+    told = launch("ddp", [recipe], fails=True)
+    assert "begun on another number of processes, 1, now it is 2" in told and "--anyway" in told
+
+
+def test_an_engine_that_the_launch_turns_off_is_an_error(make: Make):
+    told = launch("zero2", [make("sequential_lora")], fails=True, ACCELERATE_USE_CPU="true")
+    assert "turns DeepSpeed off; leave use_cpu out" in told
+
+
+def test_eight_stages_leave_no_engine_and_no_memory_behind(tiny_backbone: Path):
+    for engine in ("zero2", "zero3"):
+        told = started(engine, [str(TESTS / "eight_stages.py"), str(tiny_backbone)], num_processes=1)
+        assert told.returncode == 0, told.stderr[-4000:]
+        left = json.loads(told.stdout.splitlines()[-1])
+        assert [stage["engines"] for stage in left] == [0] * 8
+        assert len({stage["bytes"] for stage in left}) == 1
+
+
+def test_the_configurations_differ_in_what_their_names_say():
+    configs = {path.stem: yaml.safe_load(path.read_text()) for path in shipped("zero_configs").glob("*.yaml")}
+    assert {*ENGINES, "single", "cpu_debug", "two_nodes"} == set(configs)
+    for name, config in configs.items():
+        told = config.get("deepspeed_config", {})
+        assert (config["distributed_type"] == "DEEPSPEED") == bool(told), name
+        assert config["mixed_precision"] == "no" and "use_cpu" not in config, name
+        if name in ENGINES:
+            stage, offload = (int(name[4]), name.endswith("offload")) if name != "ddp" else (None, False)
+            assert told.get("zero_stage") == stage
+            assert (told.get("offload_optimizer_device") == "cpu") == offload
+            assert (told.get("offload_param_device") == "cpu") == (offload and stage == 3)
+
+
+def assert_same(one: Recipe, two: Recipe) -> None:
+    """Decisions are equal, and tensors and losses but for the order of their sums."""
+    left_records, right_records = (Registry(recipe.run).records() for recipe in (one, two))
+    for left, right in zip(left_records, right_records, strict=True):
+        assert left.facts["growth"]["new_experts"] == right.facts["growth"]["new_experts"]
+        assert left.facts["growth"]["frequencies"] == right.facts["growth"]["frequencies"]
+        for loss in ("first_loss", "last_loss"):
+            assert left.facts["training"][loss] == pytest.approx(right.facts["training"][loss], abs=TOLERANCE)
+        folder = f"tasks/{left.index + 1:02d}_{left.name}"
+        for name in left.files:
+            tensors = [load_file(recipe.run / folder / name) for recipe in (one, two)]
+            torch.testing.assert_close(*tensors, rtol=0, atol=TOLERANCE)
+
+
+def launch(
+    engine: str,
+    recipes: list[Recipe],
+    fatal: dict[str, Any] | None = None,
+    fails: bool = False,
+    **environment: str,
+) -> str:
+    """Two processes learn some recipes, one after the other; returns what they say."""
+    arguments = [str(TESTS / "launched.py"), *(recipe.model_dump_json() for recipe in recipes)]
+    done = started(engine, arguments, FATAL=json.dumps(fatal or {}), **environment)
+    assert (done.returncode != 0) == (fails or fatal is not None), done.stderr[-4000:]
+    return done.stderr
+
+
+def started(
+    engine: str, arguments: list[str], num_processes: int = 2, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A launch by a configuration that ships; one that hangs is an error."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(shipped(f"zero_configs/{engine}.yaml"))]
+    command += [f"--num_processes={num_processes}", "--main_process_port=0", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=LIMIT)
