@@ -50,7 +50,10 @@ class BackboneSettings(Settings):
     path: str = "pocket"
     """Hugging Face model folder or name, or `pocket` for the small LLaVA that ships with this package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision the frozen weights are loaded in."""
+    """Precision the frozen weights are loaded in; that in which the quantized ones compute."""
+    quantization: Literal["none", "8bit", "nf4"] = "none"
+    """Bits of the LLM's frozen linears, by bitsandbytes: 8 (LLM.int8) or 4 (NF4, QLoRA's); no other weight is touched.
+    With 8bit the last digits of an answer depend on its batch, as outliers are looked for in all of it."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel; on a CPU with short samples `eager` trains faster (a fused backward takes thrice as long)."""
 
@@ -70,6 +73,9 @@ class ExpertSettings(Settings):
     """Experts per site for the first task (it has no pool and is not probed)."""
     top_k: int = Field(2, gt=0)
     """Experts a token uses at a site; fewer where fewer exist."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision experts are held and learned in; routers keep float32. bfloat16 halves their memory, and loses updates
+    below 1/256 of a weight, as small learning rates make them."""
     head_start: float = Field(6.0, ge=0)
     """Logit by which a new router starts in favour of the task's own experts, at the task's mean token. With 0 its
     tokens begin spread over the whole pool, of which ever less can learn: the later a task comes, the worse."""

@@ -198,6 +198,6 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def backbone_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters under the names they have in the bare backbone, whatever was wrapped around them."""
+    """A model's tensors under the names they have in the bare backbone, whatever was wrapped around them."""
     wrapping = re.compile(r"\.frozen(?=\.)|\.base_layer|^base_model\.model\.")
-    return {wrapping.sub("", name): value for name, value in model.named_parameters()}
+    return {wrapping.sub("", name): value for name, value in model.state_dict().items()}

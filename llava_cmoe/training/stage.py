@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ class StageTrainer(Trainer):
 
     def __init__(self, learning: Learning, **kwargs: Any) -> None:
         """`learning` comes from the method, everything else is the Trainer's."""
-        super().__init__(**kwargs)
+        with _said_to_be_adapted(kwargs["model"]):
+            super().__init__(**kwargs)
         self._learning = learning
         self._extra_loss: ExtraLoss = float
         self.model_accepts_loss_kwargs = False  # a mean per batch: the terms below are means, too
@@ -44,6 +46,17 @@ class StageTrainer(Trainer):
         """Language-modelling loss plus the method's terms."""
         loss: Any = super().compute_loss(model, inputs)
         return loss + self._extra_loss()
+
+
+@contextmanager
+def _said_to_be_adapted(model: Any) -> Iterator[None]:
+    """Let a Trainer be made for a quantized model: it looks for adapters beside the weights, but knows only PEFT's."""
+    quantized = getattr(model, "is_quantized", False)
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = quantized
 
 
 class _Report(TrainerCallback):
