@@ -252,6 +252,9 @@ class TrainingSettings(Settings):
     """Share of the steps spent warming up; cosine decay follows."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay."""
+    optimizer: Literal["adamw", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """AdamW, or bitsandbytes': its moments in 8 bits (2 bytes a trained parameter instead of 8), or paged out to the
+    CPU where a GPU's memory runs short; on a CPU a paged one is not paged."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this norm; 0 turns clipping off."""
     precision: Literal["float32", "bf16"] = "float32"

@@ -136,6 +136,7 @@ def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_c
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
+        optim=TrainingArguments.optim if settings.optimizer == "adamw" else settings.optimizer,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision == "bf16",
         use_cpu=on_cpu,
