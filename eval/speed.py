@@ -96,7 +96,12 @@ def measure(run: Path, batch_size: int, repetitions: int) -> dict[str, Any]:
 def questions(recipe: Recipe, method: Cmoe, num_tasks: int, batch_size: int) -> tuple[Batch, Tensor]:
     """One left-padded batch of evaluation prompts, from all learned tasks in turn, and the true task of each."""
     specs = sequence_of(recipe).tasks[:num_tasks]
-    prompts = [PromptRows(read_eval(recipe.data.root, task), method.processor, task.geometry) for task in specs]
+    prompts = [
+        PromptRows(
+            read_eval(recipe.data.root, task), method.processor, task.geometry, max_pixels=recipe.data.max_pixels
+        )
+        for task in specs
+    ]
     tasks = [number % num_tasks for number in range(batch_size)]
     rows = [prompts[task][number // num_tasks % len(prompts[task])] for number, task in enumerate(tasks)]
     batch = Collator(method.processor.tokenizer.pad_token_id, "left")(rows)

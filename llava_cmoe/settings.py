@@ -42,6 +42,12 @@ class DataSettings(Settings):
     """Use only this many evaluation rows per task (seeded draw); all when absent."""
     keep_encoded: bool = False
     """Keep encoded rows in memory after their first use: for small data (85 kB a row at 84 pixels, 1.3 MB at 336)."""
+    workers: int = Field(0, ge=0)
+    """Processes that open and encode the rows of the next batches while one is trained on; with 0, training waits for
+    each. They change no result, and a run may go on with others."""
+    max_pixels: int | None = Field(None, gt=0)
+    """A square picture of more pixels is made smaller before the backbone's processor gets it: for processors that
+    make more tokens of a larger picture, and to resize large photographs only once. As they are when absent."""
 
 
 class BackboneSettings(Settings):
@@ -54,8 +60,15 @@ class BackboneSettings(Settings):
     quantization: Literal["none", "8bit", "nf4"] = "none"
     """Bits of the LLM's frozen linears, by bitsandbytes: 8 (LLM.int8) or 4 (NF4, QLoRA's); no other weight is touched.
     With 8bit the last digits of an answer depend on its batch, as outliers are looked for in all of it."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel; on a CPU with short samples `eager` trains faster (a fused backward takes thrice as long)."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel; on a CPU with short samples `eager` trains faster (a fused backward takes thrice as long).
+    `flash_attention_2` needs the package flash-attn and a GPU."""
+
+    @model_validator(mode="after")
+    def _flash_in_half(self) -> Self:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ValueError("attention flash_attention_2 computes in 16 bits, dtype is float32; set dtype: bfloat16")
+        return self
 
 
 class ExpertSettings(Settings):
@@ -261,6 +274,14 @@ class TrainingSettings(Settings):
     """Arithmetic of forward and backward (bf16 is autocast)."""
     max_length: int = Field(2048, gt=0)
     """Longest sample in tokens; a longer one is an error before training starts."""
+    checkpointing: bool = False
+    """Keep only what enters each layer, and compute the layer again for its gradients: less memory, a third more time,
+    the same gradients."""
+    group_by_length: bool = False
+    """A step reads rows of like length, and rows with a picture apart from those without: less padding to compute."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
+    """Where losses are reported while training: TensorBoard (files in RUN/logs), or a service; TensorBoard where it is
+    installed when absent, nowhere with []. Changes no result, and a run may go on with another."""
 
 
 class EvaluationSettings(Settings):

@@ -162,8 +162,8 @@ def _look_on(lesson: Lesson, patch: pytest.MonkeyPatch) -> None:
         lesson.run = open_run(*args, **kwargs)
         return lesson.run
 
-    def teaching(run: sequence.Run, *args: Any) -> Any:
-        teach = teacher(run, *args)
+    def teaching(run: sequence.Run, *args: Any, **kwargs: Any) -> Any:
+        teach = teacher(run, *args, **kwargs)
 
         def taught(*args: Any, label: str, **kwargs: Any) -> Any:
             if label == "training" and lesson.untrained is None:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from llava_cmoe.backbones.pocket import POCKET_DIR
 from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
@@ -50,8 +51,13 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
 
     Raises:
         BackboneError: no such folder or model, an architecture that is not image-text-to-text, no safetensors,
-            weights that do not fit the configuration, or no processor.
+            weights that do not fit the configuration, no processor, or an attention kernel that is not installed.
     """
+    if settings.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise BackboneError(
+            "backbone.attention flash_attention_2 needs the package flash-attn and a CUDA GPU, and one of them is not "
+            "here; install flash-attn, or set backbone.attention: sdpa"
+        )
     folder = _folder(settings.path)
     config = _check_architecture(folder)
     files = [path for pattern in FILE_PATTERNS for path in folder.glob(pattern)]

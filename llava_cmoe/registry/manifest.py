@@ -105,8 +105,8 @@ class RunRecord(Manifest):
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON without its output directory: where a run lies says nothing about what it learns."""
-    return recipe.model_dump(mode="json", exclude={"run"})
+    """A recipe as JSON without what says nothing about what is learned: where it lies, who helps, who is told."""
+    return recipe.model_dump(mode="json", exclude={"run": True, "data": {"workers"}, "training": {"report_to"}})
 
 
 def differing_keys(began: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

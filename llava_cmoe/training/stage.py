@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.methods.base import ExtraLoss, Learning
 from llava_cmoe.records import StageReport
 from llava_cmoe.settings import TrainingSettings
+from llava_cmoe.training.order import LikeRows, kinds_of
+from llava_cmoe.training.trackers import elsewhere, in_folder, trackers_of
 
 Progress = Callable[[int, int], None]
 """Called with the optimizer steps done and all steps."""
@@ -29,11 +31,11 @@ Progress = Callable[[int, int], None]
 class StageTrainer(Trainer):
     """The stock Trainer, with the method's context around each forward pass and its terms added to the loss."""
 
-    def __init__(self, learning: Learning, **kwargs: Any) -> None:
-        """`learning` comes from the method, everything else is the Trainer's."""
+    def __init__(self, learning: Learning, grouped: bool = False, **kwargs: Any) -> None:
+        """`learning` comes from the method, everything else is the Trainer's; `grouped` rows come with their like."""
         with _said_to_be_adapted(kwargs["model"]):
             super().__init__(**kwargs)
-        self._learning = learning
+        self._learning, self._grouped = learning, grouped
         self._extra_loss: ExtraLoss = float
         self.model_accepts_loss_kwargs = False  # a mean per batch: the terms below are means, too
 
@@ -41,6 +43,14 @@ class StageTrainer(Trainer):
         """One forward and backward inside the method's context: checkpointing runs layers again in backward."""
         with self._learning(inputs) as self._extra_loss:
             return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
+        """The Trainer's own way of grouping would encode every row to know its length."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not self._grouped or rows is None:
+            return super()._get_train_sampler(train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LikeRows(kinds_of(rows), step, self.args.seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         """Language-modelling loss plus the method's terms."""
@@ -85,6 +95,8 @@ def train_stage(
     seed: int,
     folder: Path,
     progress: Progress | None = None,
+    workers: int = 0,
+    logs: Path | None = None,
 ) -> StageReport:
     """Train the parameters that require gradients, in place.
 
@@ -97,16 +109,20 @@ def train_stage(
         seed: of the rows' order and of dropout.
         folder: the Trainer's output folder; stays empty.
         progress: told after every optimizer step.
+        workers: processes that encode rows.
+        logs: folder for TensorBoard's files; without it nothing is reported to any tracker.
     """
     began = time.monotonic()
     report = _Report(progress)
+    trackers = () if logs is None else trackers_of(settings)
     trainer = StageTrainer(
         learning,
+        settings.group_by_length,
         model=model,
-        args=training_arguments(settings, seed, folder, on_cpu=model.device.type == "cpu"),
+        args=training_arguments(settings, seed, folder, model.device.type == "cpu", workers, elsewhere(trackers)),
         train_dataset=samples,
         data_collator=Collator(pad_token_id),
-        callbacks=[report],
+        callbacks=[report, *(in_folder(trackers, logs) if logs else ())],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
@@ -114,6 +130,8 @@ def train_stage(
     trainer.train()
     # Accelerate leaves its autocast around `forward`; what answers now must compute as a restored model does.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if settings.checkpointing:
+        model.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
     model.eval()  # type: ignore[no-untyped-call]
     tenth = max(1, len(report.losses) // 10)
     return StageReport(
@@ -125,7 +143,9 @@ def train_stage(
     )
 
 
-def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_cpu: bool) -> TrainingArguments:
+def training_arguments(
+    settings: TrainingSettings, seed: int, folder: Path, on_cpu: bool, workers: int, trackers: list[str]
+) -> TrainingArguments:
     """The settings in the Trainer's words; everything else stays at its defaults."""
     return TrainingArguments(
         output_dir=str(folder),
@@ -139,13 +159,17 @@ def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_c
         optim=TrainingArguments.optim if settings.optimizer == "adamw" else settings.optimizer,
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.precision == "bf16",
+        activation_checkpointing=settings.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,  # what they keep lasts for all epochs
         use_cpu=on_cpu,
         seed=seed,
         data_seed=seed,
         logging_steps=5,
         logging_first_step=True,
         save_strategy="no",
-        report_to="none",
+        report_to=trackers,
         disable_tqdm=True,
         remove_unused_columns=False,
     )
