@@ -1,11 +1,15 @@
-"""What locating costs: seconds of the prefill on three routes, on a finished run that locates in passing.
+"""How fast it is: what locating costs on a finished run, or what experts cost beside plain LoRA on a model's shape.
 
     python eval/speed.py runs/pocket_cmoe_free --repetitions 30 --out eval/results/speed.json
+    python eval/speed.py --device cuda --model llava-1.5-7b --random-weights --checkpointing
 
+Of a run that locates in passing: seconds of the prefill on three routes.
 *oracle* is told the task, *free* locates inside the prefill, *twice* locates in a forward pass of its own before it (up
 to the locator's layer). One process measures all three in turn, the first of each turn changing, so that whatever else
 the machine does meets all alike. A prefill is one forward pass over a left-padded batch of all tasks, as `generate`
 begins; decoding is the same on every route.
+
+Without a run: tokens a second and memory of learning and reading made-up rows (`llava_cmoe/throughput.py`).
 """
 
 from __future__ import annotations
@@ -32,35 +36,74 @@ from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import sequence_of
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings import BackboneSettings, Recipe, TrainingSettings, parse_settings
+from llava_cmoe.throughput import Load, measure_training
 from llava_cmoe.versions import versions
 
 Batch = dict[str, Tensor]
 Answering = Callable[[], AbstractContextManager[object]]
 
 
+CUDA = torch.cuda.is_available()
+
+
 def main(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run with method.locator.free.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of the batch, from all tasks in turn.")] = 32,
+    run: Annotated[
+        Path | None, typer.Argument(help="Finished run with method.locator.free; experts are measured without.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
     repetitions: Annotated[int, typer.Option(min=1, help="Turns that are measured, after two that are not.")] = 30,
-    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("eval/results/speed.json"),
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if CUDA else "cpu",
+    model: Annotated[str, typer.Option(help="Without a run: pocket, llava-1.5-7b, or a model's folder.")] = "pocket",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Build the model from its configuration, without a checkpoint.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a made-up row, without its picture's.")] = 64,
+    experts: Annotated[int, typer.Option(min=1, help="Per site, one of which learns.")] = 8,
+    dtype: Annotated[str, typer.Option(help="Of the frozen weights.")] = "bfloat16" if CUDA else "float32",
+    attention: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")] = "sdpa",
+    quantization: Annotated[str, typer.Option(help="none, 8bit or nf4 of a checkpoint's weights.")] = "none",
+    optimizer: Annotated[str, typer.Option(help="As training.optimizer.")] = "adamw",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="As training.gradient_checkpointing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON to write; of a run, eval/results/speed.json.")] = None,
 ) -> None:
-    """Measure the three routes and write medians, ratios to oracle, and what they were measured with."""
+    """Measure, and write medians, ratios, and what they were measured with."""
     try:
-        found = measure(run, batch_size, repetitions)
+        if device == "cuda" and not CUDA:
+            raise ValueError("--device cuda: torch sees no GPU; leave the option out")
+        if run is not None:
+            found = measure(run, batch_size, repetitions, device)
+            out, ratios = out or Path("eval/results/speed.json"), found["ratio_to_oracle"]
+        else:
+            kinds = {"dtype": dtype, "attention": attention, "quantization": quantization}
+            precision = "float32" if dtype == "float32" else "bf16"
+            learning = {"optimizer": optimizer, "gradient_checkpointing": checkpointing, "precision": precision}
+            found = measure_training(
+                model,
+                random_weights,
+                device,
+                Load(batch_size, tokens, experts, repetitions),
+                parse_settings(BackboneSettings, kinds, source="eval/speed.py"),
+                parse_settings(TrainingSettings, learning, source="eval/speed.py"),
+            )
+            ratios = found["cmoe_to_lora"]
+            for name, pace in found["paces"].items():
+                memory = "" if pace["peak_bytes"] is None else f", {pace['peak_bytes'] / 2**30:.1f} GiB"
+                typer.echo(f"{name}: {pace['learning']:.0f} tokens/s learning{memory}, {pace['reading']:.0f} reading")
     except (OSError, ValueError, RegistryError) as error:
         raise typer.BadParameter(str(error)) from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    typer.echo("  ".join(f"{name} {ratio:.3f}" for name, ratio in found["ratio_to_oracle"].items()))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n")
+    typer.echo("  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
 
 
-def measure(run: Path, batch_size: int, repetitions: int) -> dict[str, Any]:
+def measure(run: Path, batch_size: int, repetitions: int, device: str) -> dict[str, Any]:
     """Medians of seconds and of ratios within a turn, with sizes, machine and versions."""
     registry = Registry(run)
     recipe = registry.recipe()
     backbone = load_backbone(recipe.backbone)
-    backbone.model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    backbone.model.to(device)  # type: ignore[arg-type]
     method = restore_method(recipe, backbone, registry)
     if not (isinstance(method, Cmoe) and method.settings.locator.free):
         raise ValueError(f"{run}: method.locator.free is off; learn a run such as train/recipes/pocket_cmoe_free.yaml")
@@ -87,7 +130,7 @@ def measure(run: Path, batch_size: int, repetitions: int) -> dict[str, Any]:
         "repetitions": repetitions,
         "seconds": {name: median(turn[name] for turn in turns) for name in routes},
         "ratio_to_oracle": {name: median(turn[name] / turn["oracle"] for turn in turns) for name in routes},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
@@ -96,7 +139,12 @@ def measure(run: Path, batch_size: int, repetitions: int) -> dict[str, Any]:
 def questions(recipe: Recipe, method: Cmoe, num_tasks: int, batch_size: int) -> tuple[Batch, Tensor]:
     """One left-padded batch of evaluation prompts, from all learned tasks in turn, and the true task of each."""
     specs = sequence_of(recipe).tasks[:num_tasks]
-    prompts = [PromptRows(read_eval(recipe.data.root, task), method.processor, task.geometry) for task in specs]
+    prompts = [
+        PromptRows(
+            read_eval(recipe.data.root, task), method.processor, task.geometry, max_pixels=recipe.data.max_pixels
+        )
+        for task in specs
+    ]
     tasks = [number % num_tasks for number in range(batch_size)]
     rows = [prompts[task][number // num_tasks % len(prompts[task])] for number, task in enumerate(tasks)]
     batch = Collator(method.processor.tokenizer.pad_token_id, "left")(rows)

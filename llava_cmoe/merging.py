@@ -112,7 +112,12 @@ def open_subject(recipe: Recipe, num_rows: int) -> Subject:
             )
         chosen: Dataset = rows.select(range(min(num_rows, len(rows))))
         held_out[task.name] = SampleRows(
-            chosen, run.backbone.processor, recipe.training.max_length, task.geometry, keep=True
+            chosen,
+            run.backbone.processor,
+            recipe.training.max_length,
+            task.geometry,
+            keep=True,
+            max_pixels=recipe.data.max_pixels,
         )
     for index in range(len(records)):
         restore_stage(run.method, run.registry, index, run.backbone)

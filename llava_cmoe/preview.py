@@ -63,7 +63,7 @@ def preview(recipe: Recipe) -> Preview:
     sequence = sequence_of(recipe)
     tasks = _count_rows(recipe, sequence)
     backbone = load_backbone(recipe.backbone)
-    frozen = sum(parameter.numel() for parameter in backbone.model.parameters())
+    frozen = backbone.model.num_parameters()  # of weights in 4 bits, one tensor element holds two
     method = build_method(recipe, backbone)
     stages = method.stages(sequence.names)
     if stages[0].learns:

@@ -36,6 +36,7 @@ from llava_cmoe.registry.store import Registry, differ
 from llava_cmoe.settings import Recipe
 from llava_cmoe.training.processes import processes
 from llava_cmoe.training.stage import train_stage
+from llava_cmoe.training.trackers import trackers_of
 from llava_cmoe.versions import versions
 
 Progress = Callable[[str, str, int, int], None]
@@ -70,6 +71,7 @@ def learn(recipe: Recipe, progress: Progress = lambda *_: None, anyway: bool = F
         progress: told what is done.
         anyway: go on with others, and only warn.
     """
+    trackers_of(recipe.training)  # raises for one that is not installed
     run = open_run(recipe, writer=True)
     check_lengths(run)  # before the recipe is written down, so that its limit can still be raised
     check_data(run, anyway)
@@ -113,7 +115,7 @@ def learn_stage(run: Run, index: int, stage: Stage, at: Callable[[str, int, int]
     data = stage_data(run, index, stage)
     if run.processes.is_main_process:
         forget_answers(run.exam, stage.after)
-    teach = teacher(run, data, at)
+    teach = teacher(run, data, at, logs=run.recipe.run / "logs" / f"{index + 1:02d}_{stage.name}")
     method, clock = run.method, Clock()
     set_seed(data.seed)
     growth = method.before_task(data, teach)
@@ -156,7 +158,7 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     root, seed = recipe.data.root, recipe.seed
     train_rows = {task.name: draw(read_train(root, task), recipe.data.train_rows, seed) for task in sequence.tasks}
     eval_rows = {task.name: draw(read_eval(root, task), recipe.data.eval_rows, seed) for task in sequence.tasks}
-    exam = Exam(sequence, eval_rows, recipe.run / "answers", recipe.evaluation, seed)
+    exam = Exam(sequence, eval_rows, recipe.run / "answers", recipe.evaluation, seed, recipe.data.max_pixels)
     files = [file for task in sequence.tasks for file in files_of(root, task)]
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
@@ -232,17 +234,18 @@ def stage_data(run: Run, index: int, stage: Stage) -> StageData:
     if len(geometries) > 1:
         raise ValueError(f"stage {stage.name}: its tasks differ in geometry ({', '.join(sorted(geometries))})")
     rows, geometry = concatenate_datasets([run.train_rows[spec.name] for spec in specs]), specs[0].geometry
+    keep, max_pixels = recipe.data.keep_encoded, recipe.data.max_pixels
     return StageData(
         index=index,
         name=stage.name,
-        samples=SampleRows(rows, processor, recipe.training.max_length, geometry, keep=recipe.data.keep_encoded),
-        prompts=PromptRows(rows, processor, geometry),
+        samples=SampleRows(rows, processor, recipe.training.max_length, geometry, keep, max_pixels),
+        prompts=PromptRows(rows, processor, geometry, max_pixels=max_pixels),
         seed=Random(f"{recipe.seed}/{stage.name}").getrandbits(31),
     )
 
 
-def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None]) -> Teach:
-    """What a method trains with: the run's training settings, one Trainer per call."""
+def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None], logs: Path | None = None) -> Teach:
+    """What a method trains with: the run's training settings, one Trainer per call; reports nothing without `logs`."""
 
     def teach(
         samples: torch.utils.data.Dataset[dict[str, Tensor]], learning: Learning, *, label: str, **changes: float | None
@@ -259,6 +262,8 @@ def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None]) -> T
             seed=data.seed,
             folder=scaffold(run, data.index, data.name) / label,
             progress=partial(at, label),
+            workers=run.recipe.data.workers,
+            logs=None if logs is None else logs / label,
         )
 
     return teach

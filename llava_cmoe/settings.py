@@ -42,6 +42,12 @@ class DataSettings(Settings):
     """Use only this many evaluation rows per task (seeded draw); all when absent."""
     keep_encoded: bool = False
     """Keep encoded rows in memory after their first use: for small data (85 kB a row at 84 pixels, 1.3 MB at 336)."""
+    workers: int = Field(0, ge=0)
+    """Processes that open and encode the rows of the next batches while one is trained on; with 0, training waits for
+    each. They change no result, and a run may go on with others."""
+    max_pixels: int | None = Field(None, gt=0)
+    """A square picture of more pixels is made smaller before the backbone's processor gets it: for processors that
+    make more tokens of a larger picture, and to resize large photographs only once. As they are when absent."""
 
 
 class BackboneSettings(Settings):
@@ -50,9 +56,19 @@ class BackboneSettings(Settings):
     path: str = "pocket"
     """Hugging Face model folder or name, or `pocket` for the small LLaVA that ships with this package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision the frozen weights are loaded in."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel; on a CPU with short samples `eager` trains faster (a fused backward takes thrice as long)."""
+    """Precision the frozen weights are loaded in; that in which the quantized ones compute."""
+    quantization: Literal["none", "8bit", "nf4"] = "none"
+    """Bits of the LLM's frozen linears, by bitsandbytes: 8 (LLM.int8) or 4 (NF4, QLoRA's); no other weight is touched.
+    With 8bit the last digits of an answer depend on its batch, as outliers are looked for in all of it."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention kernel; on a CPU with short samples `eager` trains faster (a fused backward takes thrice as long).
+    `flash_attention_2` needs the package flash-attn and a GPU."""
+
+    @model_validator(mode="after")
+    def _flash_in_half(self) -> Self:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            raise ValueError("attention flash_attention_2 computes in 16 bits, dtype is float32; set dtype: bfloat16")
+        return self
 
 
 class ExpertSettings(Settings):
@@ -70,6 +86,9 @@ class ExpertSettings(Settings):
     """Experts per site for the first task (it has no pool and is not probed)."""
     top_k: int = Field(2, gt=0)
     """Experts a token uses at a site; fewer where fewer exist."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision experts are held and learned in; routers keep float32. bfloat16 halves their memory, and loses updates
+    below 1/256 of a weight, as small learning rates make them."""
     head_start: float = Field(6.0, ge=0)
     """Logit by which a new router starts in favour of the task's own experts, at the task's mean token. With 0 its
     tokens begin spread over the whole pool, of which ever less can learn: the later a task comes, the worse."""
@@ -246,6 +265,9 @@ class TrainingSettings(Settings):
     """Share of the steps spent warming up; cosine decay follows."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay."""
+    optimizer: Literal["adamw", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    """AdamW, or bitsandbytes': its moments in 8 bits (2 bytes a trained parameter instead of 8), or paged out to the
+    CPU where a GPU's memory runs short; on a CPU a paged one is not paged."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this norm; 0 turns clipping off."""
     precision: Literal["float32", "bf16"] = "float32"
@@ -255,6 +277,14 @@ class TrainingSettings(Settings):
     checkpoint_steps: int | None = Field(None, gt=0, multiple_of=5)
     """Optimizer steps between two checkpoints inside a stage, a multiple of 5 (losses are logged so often); none when
     absent: a killed stage is then learned again from its start."""
+    gradient_checkpointing: bool = False
+    """Keep only what enters each layer, and compute the layer again for its gradients: less memory, a third more time,
+    the same gradients."""
+    group_by_length: bool = False
+    """A step reads rows of like length, and rows with a picture apart from those without: less padding to compute."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] | None = None
+    """Where losses are reported while training: TensorBoard (files in RUN/logs), or a service; TensorBoard where it is
+    installed when absent, nowhere with []. Changes no result, and a run may go on with another."""
 
 
 class EvaluationSettings(Settings):

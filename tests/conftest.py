@@ -1,13 +1,18 @@
 """A random LLaVA of 77,000 weights and its processor, made offline in stock transformers classes.
 
 What the shipped pocket backbone can do is tested with the pocket backbone; here only shapes and properties matter.
+Everything is tested on the CPU, also where there is a GPU; `test_gpu.py` starts processes that see it.
 """
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["GPU_OF_TESTS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -131,6 +136,16 @@ def lesson_of(
         return tiny.attend(tiny.recipe(run, tiny_data, tiny_backbone, method, *overrides))
 
     return attend
+
+
+@pytest.fixture(scope="session")
+def sees_gpu() -> dict[str, str]:
+    """Environment of a process that is to use the GPU; skips where there is none."""
+    seeing = {**os.environ, "CUDA_VISIBLE_DEVICES": os.environ["GPU_OF_TESTS"]}
+    asking = [sys.executable, "-c", "import torch; raise SystemExit(not torch.cuda.is_available())"]
+    if torch.version.cuda is None or subprocess.run(asking, env=seeing).returncode:
+        pytest.skip("there is no GPU")
+    return seeing
 
 
 def _llava(processor: LlavaProcessor) -> LlavaForConditionalGeneration:

@@ -19,7 +19,19 @@ TOP_LEVEL = {
 ORDER = (
     *("versions", "fingerprints", "settings", "records"),
     *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
-    *("report", "chat", "sequence", "preview", "calibration", "relocating", "merging", "unseen", "demo", "studies"),
+    *(
+        "report",
+        "chat",
+        "sequence",
+        "preview",
+        "calibration",
+        "relocating",
+        "merging",
+        "unseen",
+        "demo",
+        "studies",
+        "throughput",
+    ),
     *("console", "cli"),
 )
 """Rooms and single files of the package; each imports only from those before it."""

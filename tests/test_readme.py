@@ -107,6 +107,9 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             words = words[2:]
         case ["python", "eval/headline.py" | "eval/study.py" | "eval/merges.py" as script, *_]:
             words = words[1:]
+        case ["python", "eval/speed.py" as script, *_]:
+            elsewhere = {"cuda": "cpu", "llava-1.5-7b": "MODEL"}
+            words = [*(elsewhere.get(word, word) for word in words[1:]), "--batch-size", "1", "--repetitions", "1"]
         case ["llava-cmoe", "train" | "study", *_]:
             return start(main, [*words, "--dry-run"], monkeypatch)
         case ["llava-cmoe", "data", "make-pocket", "ROOT", *_]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from tiny import Lesson
 
 from llava_cmoe import sequence
@@ -45,3 +46,26 @@ def test_a_run_that_locates_beforehand_is_refused(
     assert measure(lesson_of("cmoe").recipe.run, tmp_path / "speed.json", monkeypatch) == 2
     assert "method.locator.free is off" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (tmp_path / "speed.json").exists()
+
+
+def test_without_a_run_experts_are_measured_beside_plain_lora(
+    tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    words = ["--device", "cpu", "--model", str(tiny_backbone), "--random-weights", "--tokens", "4", "--experts", "2"]
+    sizes = ["--batch-size", "2", "--repetitions", "1", "--out", str(tmp_path / "pace.json")]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words, *sizes])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not left.value.code
+    found = json.loads((tmp_path / "pace.json").read_text())
+    assert found["paces"].keys() == {"lora", "cmoe"} and found["device"] == "cpu" and found["weights"] == "random"
+    shown = capsys.readouterr().out
+    assert "lora: " in shown and "cmoe: " in shown and "learning_time" in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--device", "cuda"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert left.value.code == 2 and "torch sees no GPU" in capsys.readouterr().err

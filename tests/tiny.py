@@ -163,8 +163,8 @@ def _look_on(lesson: Lesson, patch: pytest.MonkeyPatch) -> None:
         lesson.run = open_run(*args, **kwargs)
         return lesson.run
 
-    def teaching(run: sequence.Run, *args: Any) -> Any:
-        teach = teacher(run, *args)
+    def teaching(run: sequence.Run, *args: Any, **kwargs: Any) -> Any:
+        teach = teacher(run, *args, **kwargs)
 
         def taught(*args: Any, label: str, **kwargs: Any) -> Any:
             if label == "training" and lesson.untrained is None:
@@ -199,6 +199,6 @@ def files_of(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 
 def backbone_weights(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters under the names they have in the bare backbone, whatever was wrapped around them."""
+    """A model's tensors under the names they have in the bare backbone, whatever was wrapped around them."""
     wrapping = re.compile(r"\.frozen(?=\.)|\.base_layer|^base_model\.model\.")
-    return {wrapping.sub("", name): value for name, value in model.named_parameters()}
+    return {wrapping.sub("", name): value for name, value in model.state_dict().items()}

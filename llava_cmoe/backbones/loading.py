@@ -17,11 +17,14 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from llava_cmoe.backbones.pocket import POCKET_DIR
+from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
 from llava_cmoe.fingerprints import fingerprint_files
 from llava_cmoe.settings import BackboneSettings
 
@@ -35,27 +38,34 @@ class BackboneError(ValueError):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen model in eval mode, its processor, and the sha256 over the files both were read from."""
+    """A frozen model in eval mode, its processor, the sha256 over the files both were read from, its quantization."""
 
     model: PreTrainedModel
     processor: ProcessorMixin
     fingerprint: str
+    quantization: str
 
 
 def load_backbone(settings: BackboneSettings) -> Backbone:
-    """Load, freeze and fingerprint the backbone; it stays on the CPU.
+    """Load, freeze and fingerprint the backbone; it stays on the CPU, but a quantized one goes where it will compute.
 
     Raises:
         BackboneError: no such folder or model, an architecture that is not image-text-to-text, no safetensors,
-            weights that do not fit the configuration, or no processor.
+            weights that do not fit the configuration, no processor, or an attention kernel that is not installed.
     """
+    if settings.attention == "flash_attention_2" and not is_flash_attn_2_available():
+        raise BackboneError(
+            "backbone.attention flash_attention_2 needs the package flash-attn and a CUDA GPU, and one of them is not "
+            "here; install flash-attn, or set backbone.attention: sdpa"
+        )
     folder = _folder(settings.path)
-    _check_architecture(folder)
+    config = _check_architecture(folder)
     files = [path for pattern in FILE_PATTERNS for path in folder.glob(pattern)]
     return Backbone(
-        model=_load_model(folder, getattr(torch, settings.dtype), settings.attention),
+        model=_load_model(folder, settings, config),
         processor=_load_processor(folder),
         fingerprint=fingerprint_files(files, root=folder),
+        quantization=settings.quantization,
     )
 
 
@@ -73,11 +83,11 @@ def _folder(path: str) -> Path:
         ) from error
 
 
-def _check_architecture(folder: Path) -> None:
+def _check_architecture(folder: Path) -> PretrainedConfig:
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder}: no config.json; backbone.path must be a model folder in Hugging Face's format")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {error}") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
@@ -86,13 +96,15 @@ def _check_architecture(folder: Path) -> None:
         )
     if not any(folder.glob("*.safetensors")):
         raise BackboneError(f"{folder}: no *.safetensors (pickles are not read); save the model with save_pretrained")
+    return config
 
 
-def _load_model(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConfig) -> PreTrainedModel:
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         folder,
-        dtype=dtype,
-        attn_implementation=attention,
+        dtype=getattr(torch, settings.dtype),
+        attn_implementation=settings.attention,
+        quantization_config=quantization_of(settings, config),
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
@@ -103,6 +115,7 @@ def _load_model(folder: Path, dtype: torch.dtype, attention: str) -> PreTrainedM
     if absent:
         raise BackboneError(f"{folder}: incomplete, the weights lack {absent[0]} and {len(absent) - 1} more")
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    keep_bytes(frozen)
     return frozen
 
 

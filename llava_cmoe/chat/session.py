@@ -66,13 +66,21 @@ def open_session(run: Path, after: int | None = None, merge: int | None = None) 
     if merge is not None:
         restore_merge(method, registry, merge)
     names = [record.name for record in registry.records()[:after]]
-    return ChatSession(method, backbone, names, load_sequence(recipe.data.sequence).tasks[0].geometry)
+    geometry = load_sequence(recipe.data.sequence).tasks[0].geometry
+    return ChatSession(method, backbone, names, geometry, recipe.data.max_pixels)
 
 
 class ChatSession:
     """A learned method and its backbone; every question is located anew, earlier ones are not remembered."""
 
-    def __init__(self, method: Method, backbone: Backbone, names: Sequence[str], geometry: Geometry = "pad") -> None:
+    def __init__(
+        self,
+        method: Method,
+        backbone: Backbone,
+        names: Sequence[str],
+        geometry: Geometry = "pad",
+        max_pixels: int | None = None,
+    ) -> None:
         """Talk to what is learned.
 
         Args:
@@ -80,8 +88,10 @@ class ChatSession:
             backbone: the one that the method sits on.
             names: of the known tasks, in the order in which they were learned.
             geometry: how pictures became square while learning.
+            max_pixels: largest picture while learning.
         """
-        self._method, self._processor, self._names, self._geometry = method, backbone.processor, names, geometry
+        self._method, self._processor, self._names = method, backbone.processor, names
+        self._geometry, self._max_pixels = geometry, max_pixels
         self._worker = ThreadPoolExecutor(max_workers=1)  # one answer after another: they share a model and its plan
         method.model.eval()  # type: ignore[no-untyped-call]
 
@@ -92,7 +102,8 @@ class ChatSession:
             DataError: the picture is missing, broken or too large.
         """
         turns: list[Turn] = [{"role": "user", "text": f"{MARKER}\n{question}"}]
-        encoded = encode_prompt(self._processor, turns, open_square(image, self._processor, self._geometry))
+        square = open_square(image, self._processor, self._geometry, self._max_pixels)
+        encoded = encode_prompt(self._processor, turns, square)
         batch = Collator(self._tokenizer.pad_token_id, "left")([encoded])
         prompt = {name: tensor.to(self._method.model.device) for name, tensor in batch.items()}
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)

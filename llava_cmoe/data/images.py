@@ -5,6 +5,7 @@ Resizing and normalising belong to the backbone's image processor; which geometr
 
 from __future__ import annotations
 
+import math
 import struct
 import warnings
 import zlib
@@ -72,6 +73,18 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
+    """An image of at most `max_pixels` in the same proportions; a smaller one is returned as it is.
+
+    Boxes in parts of width and height, as CoIN's Grounding has them, stay true, since both shrink by one factor.
+    """
+    scale = math.sqrt(max_pixels / (image.width * image.height))
+    if scale >= 1:
+        return image
+    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+    return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def centre_crop(image: Image.Image) -> Image.Image:

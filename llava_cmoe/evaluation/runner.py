@@ -39,6 +39,7 @@ class Exam:
         folder: where the answers files go: `after_03/TextVQA.located.jsonl` (3: after the third task).
         settings: routes and batch size.
         seed: of the random route.
+        max_pixels: largest picture that the backbone's processor is given; any when None.
     """
 
     sequence: TaskSequence
@@ -46,6 +47,7 @@ class Exam:
     folder: Path
     settings: EvaluationSettings
     seed: int
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         """A misspelt scorer is told before anything is learned."""
@@ -92,7 +94,7 @@ def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str,
         task.name: Questions(
             ids=tuple(exam.rows[task.name]["id"]),
             texts=tuple(turns[0]["text"] for turns in exam.rows[task.name]["turns"]),
-            prompts=PromptRows(exam.rows[task.name], processor, task.geometry, keep=keep),
+            prompts=PromptRows(exam.rows[task.name], processor, task.geometry, keep, exam.max_pixels),
             max_new_tokens=task.max_new_tokens,
         )
         for task in exam.sequence.tasks

@@ -85,6 +85,8 @@ class RoutePlan:
 class Observation:
     """What banks saw while it was open, summed over forward passes; tensors stay on the device until they are read.
 
+    Reading the balance loss ends it: with gradient checkpointing, what runs in backward was seen before.
+
     Attributes:
         counts: site name to the number of top-k slots of non-pad tokens that each expert got (int64, width E).
     """
@@ -93,9 +95,12 @@ class Observation:
         """Nothing seen yet."""
         self.counts: dict[str, Tensor] = {}
         self._probability: dict[str, Tensor] = {}
+        self._ended = False
 
     def add(self, site: str, counts_E: Tensor, probability_E: Tensor) -> None:
         """Called by banks: slot counts and summed softmax probabilities of one forward pass over one site."""
+        if self._ended:
+            return
         if site not in self.counts:
             self.counts[site], self._probability[site] = counts_E, probability_E
         elif self.counts[site].shape == counts_E.shape:
@@ -119,6 +124,7 @@ class Observation:
         """
         if not self.counts:
             raise ValueError("balance loss of nothing: run the model inside context.use(plan) and context.observe()")
+        self._ended = True
         terms = []
         for probability_E, (counts_E, num_tokens) in zip(self._probability.values(), self._of_all(), strict=True):
             share_E = counts_E / counts_E.sum().clamp(min=1)

@@ -58,7 +58,14 @@ class Cmoe(Method):
         """
         experts = settings.experts
         self.settings, self.model, self.processor = settings, model, processor
-        self.host = install(model, _sites(model, experts), rank=experts.rank, alpha=experts.alpha, top_k=experts.top_k)
+        self.host = install(
+            model,
+            _sites(model, experts),
+            rank=experts.rank,
+            alpha=experts.alpha,
+            top_k=experts.top_k,
+            dtype=getattr(torch, experts.dtype),
+        )
         self.locator = LOCATORS[settings.locator.kind](settings.locator, device=model.device)
 
     def before_task(self, data: StageData, teach: Teach) -> Growth:

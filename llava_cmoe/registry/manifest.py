@@ -107,8 +107,9 @@ class RunRecord(Manifest):
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON, without what says nothing about what is learned: where a run lies, how often it is saved."""
-    return recipe.model_dump(mode="json", exclude={"run": True, "training": {"checkpoint_steps"}})
+    """A recipe as JSON, without what says nothing about what is learned: where it lies, who helps, who is told."""
+    aside: dict[str, Any] = {"run": True, "data": {"workers"}, "training": {"report_to", "checkpoint_steps"}}
+    return recipe.model_dump(mode="json", exclude=aside)
 
 
 def differing_keys(began: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -45,6 +45,13 @@ def restore_stage(method: Method, registry: Registry, index: int, backbone: Back
             f"{registry.run}: {record.name} was learned on another backbone "
             f"({record.backbone_fingerprint[:12]}, this one is {backbone.fingerprint[:12]}); set backbone.path to it"
         )
+    quantization = record.settings["backbone"].get("quantization", "none")  # a run older than the setting has no key
+    if quantization != backbone.quantization:
+        raise RegistryError(
+            f"{registry.run}: {record.name} was learned with backbone.quantization {quantization}, this backbone has "
+            f"{backbone.quantization}: experts and locators fit the rounded weights that they were learned on; "
+            f"set backbone.quantization to {quantization}"
+        )
     method.restore(registry.load(index))
 
 

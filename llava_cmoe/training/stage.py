@@ -9,12 +9,13 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from llava_cmoe.data.collator import Collator, silenced
@@ -22,7 +23,9 @@ from llava_cmoe.methods.base import ExtraLoss, Learning
 from llava_cmoe.records import StageReport
 from llava_cmoe.settings import TrainingSettings
 from llava_cmoe.training.checkpoints import CheckpointTrainer
+from llava_cmoe.training.order import LikeRows, kinds_of
 from llava_cmoe.training.processes import deepspeed_asked, processes
+from llava_cmoe.training.trackers import elsewhere, in_folder, trackers_of
 from llava_cmoe.training.zero import check_engine, leave_engine, tell_engine
 
 Progress = Callable[[int, int], None]
@@ -36,16 +39,25 @@ LOGGED = 5
 class StageTrainer(CheckpointTrainer):
     """The stock Trainer, with the method's context around each forward pass and its terms added to the loss."""
 
-    def __init__(self, learning: Learning, **kwargs: Any) -> None:
-        """`learning` comes from the method, everything else is the Trainer's."""
-        super().__init__(**kwargs)
-        self._learning = learning
+    def __init__(self, learning: Learning, grouped: bool = False, **kwargs: Any) -> None:
+        """`learning` comes from the method, everything else is the Trainer's; `grouped` rows come with their like."""
+        with _said_to_be_adapted(kwargs["model"]):
+            super().__init__(**kwargs)
+        self._learning, self._grouped = learning, grouped
         self._extra_loss: ExtraLoss = float
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward inside the method's context: checkpointing runs layers again in backward."""
         with self._learning(inputs) as self._extra_loss:
             return super().training_step(model, inputs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
+        """The Trainer's own way of grouping would encode every row to know its length."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not self._grouped or rows is None:
+            return super()._get_train_sampler(train_dataset)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LikeRows(kinds_of(rows), step, self.args.seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, num_items_in_batch: Any = None, **kwargs: Any
@@ -57,6 +69,17 @@ class StageTrainer(CheckpointTrainer):
         loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # else the Trainer divides the sum
         return loss + self._extra_loss() / (self.current_gradient_accumulation_steps if scaled else 1)
+
+
+@contextmanager
+def _said_to_be_adapted(model: Any) -> Iterator[None]:
+    """Let a Trainer be made for a quantized model: it looks for adapters beside the weights, but knows only PEFT's."""
+    quantized = getattr(model, "is_quantized", False)
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = quantized
 
 
 class _Report(TrainerCallback):
@@ -79,6 +102,8 @@ def train_stage(
     seed: int,
     folder: Path,
     progress: Progress = lambda *_: None,
+    workers: int = 0,
+    logs: Path | None = None,
 ) -> StageReport:
     """Train the parameters that require gradients, in place.
 
@@ -91,12 +116,25 @@ def train_stage(
         seed: of the rows' order and of dropout.
         folder: where its checkpoints are, if any are kept.
         progress: told after every optimizer step.
+        workers: processes that encode rows.
+        logs: folder for TensorBoard's files; without it nothing is reported to any tracker.
     """
     began = time.monotonic()
-    arguments = training_arguments(settings, seed, folder, on_cpu=model.device.type == "cpu")
-    collator = Collator(pad_token_id, silent=_silent(samples))
-    state = _train(model, samples, learning, arguments, collator, progress)
+    trackers = () if logs is None else trackers_of(settings)
+    on_cpu = model.device.type == "cpu"
+    state = _train(
+        learning,
+        settings.group_by_length,
+        model=model,
+        args=training_arguments(settings, seed, folder, on_cpu, workers, elsewhere(trackers)),
+        train_dataset=samples,
+        data_collator=Collator(pad_token_id, silent=_silent(samples)),
+        callbacks=[_Report(progress), *(in_folder(trackers, logs) if logs else ())],
+    )
     gc.collect()  # engine, optimizer and hooks refer to each other: the next stage needs their memory
+    if settings.gradient_checkpointing:
+        model.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
+    model.eval()  # type: ignore[no-untyped-call]
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     tenth = max(1, len(losses) // 10)
     return StageReport(
@@ -108,30 +146,15 @@ def train_stage(
     )
 
 
-def _train(
-    model: PreTrainedModel,
-    samples: Dataset[dict[str, Tensor]],
-    learning: Learning,
-    arguments: TrainingArguments,
-    collator: Collator,
-    progress: Progress,
-) -> TrainerState:
+def _train(*args: Any, **kwargs: Any) -> TrainerState:
     """One Trainer from start to end; nothing of it is left but what it tells."""
-    trainer = StageTrainer(
-        learning,
-        model=model,
-        args=arguments,
-        train_dataset=samples,
-        data_collator=collator,
-        callbacks=[_Report(progress)],
-    )
+    trainer = StageTrainer(*args, **kwargs)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
             trainer.remove_callback(callback)
     check_engine(trainer)
-    trainer.resume(Path(str(arguments.output_dir)))
+    trainer.resume(Path(str(trainer.args.output_dir)))
     leave_engine(trainer)
-    model.eval()  # type: ignore[no-untyped-call]
     return trainer.state
 
 
@@ -142,7 +165,9 @@ def _silent(samples: Dataset[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     return silenced(samples[index] for index in range(len(samples)))  # type: ignore[arg-type]
 
 
-def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_cpu: bool) -> TrainingArguments:
+def training_arguments(
+    settings: TrainingSettings, seed: int, folder: Path, on_cpu: bool, workers: int, trackers: list[str]
+) -> TrainingArguments:
     """The settings in the Trainer's words; everything else stays at its defaults."""
     bf16 = settings.precision == "bf16"
     arguments = TrainingArguments(
@@ -154,8 +179,13 @@ def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_c
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup,
         weight_decay=settings.weight_decay,
+        optim=TrainingArguments.optim if settings.optimizer == "adamw" else settings.optimizer,
         max_grad_norm=settings.max_grad_norm,
         bf16=bf16 and not deepspeed_asked(),
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,  # what they keep lasts for all epochs
         use_cpu=on_cpu,
         seed=seed,
         data_seed=seed,
@@ -164,7 +194,7 @@ def training_arguments(settings: TrainingSettings, seed: int, folder: Path, on_c
         save_strategy="no" if settings.checkpoint_steps is None else "steps",
         save_steps=settings.checkpoint_steps or LOGGED,
         save_total_limit=2,  # the last one may be half written
-        report_to="none",
+        report_to=trackers,
         disable_tqdm=True,
         remove_unused_columns=False,
     )

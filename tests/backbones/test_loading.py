@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, ProcessorMixin
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from llava_cmoe.backbones import loading
 from llava_cmoe.backbones.loading import BackboneError, load_backbone
@@ -59,6 +60,13 @@ def test_pocket_is_the_folder_in_the_package(folder, monkeypatch):
 def test_missing_folder_is_named(path):
     with pytest.raises(BackboneError, match=f"backbone.path {path}: no such folder"):
         load(path)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_an_attention_kernel_that_is_not_installed_is_named_before_anything_is_read():
+    settings = BackboneSettings(path="/no/such/folder", attention="flash_attention_2", dtype="bfloat16")
+    with pytest.raises(BackboneError, match="needs the package flash-attn .*set backbone.attention: sdpa"):
+        load_backbone(settings)
 
 
 def test_folder_without_a_configuration_is_refused(tmp_path):

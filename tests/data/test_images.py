@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_cmoe.data.images import centre_crop, open_image, pad_to_square
+from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrink
 from llava_cmoe.data.problems import DataError
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
@@ -151,3 +151,25 @@ def test_crop_is_the_centred_square_of_the_shorter_side(width: int, height: int)
     left, top = (width - side) // 2, (height - side) // 2
     assert abs(2 * left - (width - side)) <= 1 and abs(2 * top - (height - side)) <= 1
     assert cropped.tobytes() == image.crop((left, top, left + side, top + side)).tobytes()
+
+
+@given(SIDES, SIDES, st.integers(1, 4000))
+def test_a_shrunk_picture_keeps_its_proportions_and_the_limit(width: int, height: int, max_pixels: int) -> None:
+    image = Image.new("RGB", (width, height))
+    small = shrink(image, max_pixels)
+    if width * height <= max_pixels:
+        assert small is image
+        return
+    assert small.width * small.height <= max(max_pixels, small.width, small.height)  # a side has one pixel at least
+    scale = (max_pixels / (width * height)) ** 0.5
+    assert abs(small.width - max(1, width * scale)) <= 1 and abs(small.height - max(1, height * scale)) <= 1
+
+
+def test_a_box_in_parts_of_the_square_stays_where_it_is() -> None:
+    image = Image.new("RGB", (80, 40), "black")
+    image.paste(RED, (20, 8, 60, 32))
+    square = pad_to_square(image, (0, 0, 0))
+    small = shrink(square, 400)
+    assert small.size == (20, 20)
+    boxes = [one.getchannel("R").point(lambda red: 255 * (red > 127)).getbbox() for one in (square, small)]
+    assert [side / square.width for side in boxes[0]] == [side / small.width for side in boxes[1]]

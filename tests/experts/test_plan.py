@@ -76,3 +76,13 @@ def test_balance_loss_of_nothing_and_of_mixed_widths_are_errors() -> None:
     seen.add("a", torch.tensor([1]), torch.tensor([1.0]))
     with pytest.raises(ValueError, match="a: observed 2 experts after 1"):
         seen.add("a", torch.tensor([1, 0]), torch.tensor([0.5, 0.5]))
+
+
+def test_what_runs_again_in_backward_is_not_counted_again() -> None:
+    context = RouteContext()
+    with context.observe() as seen:
+        counts_E, probability_E = torch.tensor([3, 1]), torch.tensor([2.0, 2.0])
+        seen.add("a", counts_E, probability_E)
+        loss = seen.balance_loss()
+        seen.add("a", counts_E, probability_E)  # as a checkpointed layer does
+    assert torch.equal(seen.counts["a"], counts_E) and seen.balance_loss() == loss

@@ -14,7 +14,7 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.records import StageReport
 from llava_cmoe.settings import TrainingSettings
-from llava_cmoe.training.stage import train_stage
+from llava_cmoe.training.stage import StageTrainer, train_stage
 
 NUM_ROWS, TRAINED = 12, "lm_head.weight"
 
@@ -101,6 +101,24 @@ def test_progress_is_told_after_every_step(student: LlavaForConditionalGeneratio
         progress=lambda done, total: told.append((done, total)),
     )
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_an_optimizer_of_bitsandbytes_learns_nearly_what_adamw_does(
+    student: LlavaForConditionalGeneration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    made: list[Any] = []
+    create = StageTrainer.create_optimizer
+    monkeypatch.setattr(StageTrainer, "create_optimizer", lambda *given: made.append(create(*given)) or made[-1])
+    plain_adamw, report = train(student, tmp_path, epochs=4)
+    learned, near = train(student, tmp_path, epochs=4, optimizer=name)
+    assert torch.equal(learned, train(student, tmp_path, epochs=4, optimizer=name)[0])
+    (moments,) = made[1].state.values()
+    assert moments["state1"].dtype == (torch.float32 if "32bit" in name else torch.uint8)
+    change = plain_adamw - student.get_parameter(TRAINED)
+    assert (learned - plain_adamw).norm() < (0.001 if "32bit" in name else 0.15) * change.norm()
+    assert near.last_loss == pytest.approx(report.last_loss, rel=0.02)
 
 
 def test_nothing_is_written(student: LlavaForConditionalGeneration, tmp_path: Path):
