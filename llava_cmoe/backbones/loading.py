@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -73,17 +74,27 @@ def _folder(path: str) -> Path:
         ) from error
 
 
-def _check_architecture(folder: Path) -> None:
+def read_config(folder: Path) -> PretrainedConfig:
+    """What a folder's config.json describes.
+
+    Raises:
+        BackboneError: no such file, or an architecture that is not image-text-to-text.
+    """
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder}: no config.json; backbone.path must be a model folder in Hugging Face's format")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {error}") from error
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise BackboneError(
             f"{folder}/config.json: model_type {config.model_type} is not an image-text-to-text model, such as llava is"
         )
+    return config
+
+
+def _check_architecture(folder: Path) -> None:
+    read_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise BackboneError(f"{folder}: no *.safetensors (pickles are not read); save the model with save_pretrained")
 
