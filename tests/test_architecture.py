@@ -19,8 +19,8 @@ TOP_LEVEL = {
 ORDER = (
     *("versions", "fingerprints", "settings", "records"),
     *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
-    *("report", "chat", "sequence", "preview", "calibration", "relocating", "merging", "unseen", "demo", "studies"),
-    *("console", "cli"),
+    *("report", "chat", "sequence", "preview", "budget", "calibration", "relocating", "merging", "unseen", "demo"),
+    *("studies", "console", "cli"),
 )
 """Rooms and single files of the package; each imports only from those before it."""
 

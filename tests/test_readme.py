@@ -28,13 +28,16 @@ REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
 SUMMARY = "eval/results/pocket.json"
 UNFINISHED = "*The headline runs are not finished: no number is stated before they are.*"
-WHOLE_FOLDERS = ("tests/", "eval/results/", "llava_cmoe/backbones/pocket_weights/")
+WHOLE_FOLDERS = (
+    *("tests/", "eval/results/"),
+    *("llava_cmoe/backbones/pocket_weights/", "llava_cmoe/backbones/known_configs/"),
+)
 """One line of the tree stands for all of each."""
 
 GLOSSARY = {
     *("backbone", "site", "expert", "bank", "router", "gate", "plan", "probe", "growth", "locator", "route"),
     *("task", "sequence", "stage", "run", "registry", "merge", "stand-in"),
-    *("immediate", "last", "MAA", "BWT", "study", "variant"),
+    *("immediate", "last", "MAA", "BWT", "study", "variant", "budget"),
 }
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
