@@ -215,6 +215,25 @@ def plan(
 
 @app.command()
 @plainly()
+def convert(
+    llm: Annotated[Path, typer.Option(help="LLaMA in transformers' format, such as vicuna-7b-v1.5.", metavar="DIR")],
+    projector: Annotated[Path, typer.Option(help="mm_projector.bin of LLaVA's stage 1.", metavar="FILE")],
+    vision: Annotated[Path, typer.Option(help="CLIP in transformers' format: ViT-L/14 at 336.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Folder to write, for backbone.path.", metavar="DIR")],
+) -> None:
+    """Put an LLM, LLaVA's own projector file and a vision encoder together as one model of transformers.
+
+    This is the base that CoIN starts from. Weights keep their bits. The projector's file is the only one that is not
+    safetensors, and it is read as tensors alone: nothing in it is ever run.
+    """
+    from llava_cmoe.backbones.conversion import convert as put_together
+
+    put_together(llm, projector, vision, out)
+    Console().print(f"{out}: ready for backbone.path", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
 def study(
     studies: Annotated[
         list[Path], typer.Argument(help="Study files, such as train/recipes/studies/rank.yaml.", metavar="STUDY...")
