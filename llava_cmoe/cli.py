@@ -210,6 +210,7 @@ def plan(
     )
     Console().print(render(computed))
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(computed.model_dump_json(indent=1) + "\n")
 
 

@@ -50,6 +50,7 @@ class Need:
         stage: what is being learned.
         strategy: how it is spread.
         num_gpus: over how many.
+        batch_size: samples that go forward at once on each.
         memory: bytes of one process, by part.
         activations: bytes of one process's batch.
     """
@@ -57,6 +58,7 @@ class Need:
     stage: str
     strategy: str
     num_gpus: int
+    batch_size: int
     memory: Memory
     activations: Activations
 
@@ -82,10 +84,8 @@ class Budget(BaseModel):
     """Settings that train the wanted mean per task."""
     wanted_mean: float
     """That mean, in parameters."""
-    batch_size: int
-    """Samples per step and GPU that activations are counted for."""
     length: int
-    """Tokens of each of them."""
+    """Tokens of a sample."""
     needs: tuple[Need, ...]
     """Memory per stage, strategy and number of GPUs."""
     samples: int | None = None
@@ -137,7 +137,6 @@ def budget(
         courses=courses,
         paper_settings=_settings(recipe, empty, wanted_mean, num_tasks),
         wanted_mean=wanted_mean,
-        batch_size=recipe.training.batch_size,
         length=length,
         needs=tuple(_needs(recipe, courses[0], tuple(banks), length, gpus)),
         samples=samples,
@@ -171,30 +170,35 @@ def _settings(recipe: Recipe, method: Method, wanted: float, num_tasks: int) -> 
 
 
 def _needs(recipe: Recipe, course: Course, sites: tuple[str, ...], length: int, gpus: Sequence[int]) -> Iterator[Need]:
-    """Of the first task, which grows most, and of probing before the last: every site a probe, the pool its largest."""
-    frame, method = outline(recipe.backbone), recipe.method
-    stages: dict[str, tuple[Grown, ...]] = {"every task": ()}
+    """Memory of the stages that may need most: the first task grows most, the last one has the largest pool.
+
+    Probing has as large a pool, a probe at every site, and batches of its own.
+    """
+    frame, method, training = outline(recipe.backbone), recipe.method, recipe.training
+    stages: dict[str, tuple[tuple[Grown, ...], int]] = {"every task": ((), training.batch_size)}
     if isinstance(method, CmoeSettings):
-        grown = growth_of(method, sites, len(course.tasks), course.num_grown or 0)
-        stages = {"first task": grown[:1]}
-        if len(grown) > 1:
-            stages["probing for the last"] = (*grown[:-1], dict.fromkeys(sites, method.probe.max_new_experts))
-    for stage, tasks in stages.items():
+        tasks = growth_of(method, sites, len(course.tasks), course.num_grown or 0)
+        stages = {"first task": (tasks[:1], training.batch_size)}
+        if len(tasks) > 1:
+            probes = dict.fromkeys(sites, method.probe.max_new_experts)
+            stages["probing for the last"] = (*tasks[:-1], probes), method.probe.batch_size or training.batch_size
+            stages["last task"] = tasks, training.batch_size
+    for stage, (tasks, batch_size) in stages.items():
         learner = on_paper(recipe)
         if isinstance(learner, Cmoe):
             grow(learner, tasks)
-        trained = ledger.trainable(learner.model).parameters
         load = Load(
             backbone=backbone_bytes(frame),
             frozen=frame.num_parameters(),
-            pool=sum(size.trained.parameters for size in course.tasks[: len(tasks) - 1]) if tasks else 0,
-            trained=trained,
-            compute_bytes=PRECISION_BYTES[recipe.training.precision],
+            pool=sum(size.trained.parameters for size in course.tasks[: max(0, len(tasks) - 1)]),
+            trained=ledger.trainable(learner.model).parameters,
+            compute_bytes=PRECISION_BYTES[training.precision],
         )
-        kept = activations(learner, recipe.training, length)
+        kept = activations(learner, training.model_copy(update={"batch_size": batch_size}), length)
         for strategy in STRATEGIES:
             for num_gpus in gpus:
-                yield Need(stage, strategy.name, num_gpus, memory_of(load, strategy, num_gpus), kept)
+                memory = memory_of(load, strategy, num_gpus)
+                yield Need(stage, strategy.name, num_gpus, batch_size, memory, kept)
 
 
 def _samples(recipe: Recipe, rows: int | None) -> int:

@@ -69,11 +69,21 @@ def _settings(budget: Budget) -> Table:
 
 
 def _parts(budget: Budget) -> Table:
-    title = f"memory of one GPU by part (GB); activations of {budget.batch_size} samples of {budget.length} tokens"
+    title = f"memory of one GPU by part (GB); activations of so many samples of {budget.length} tokens"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ("stage", "spread by"):
         table.add_column(heading, no_wrap=True)
-    headings = ("GPUs", "backbone", "old experts", "trained", "gradients", "optimizer", "gathered", "activations")
+    headings = (
+        "GPUs",
+        "samples",
+        "backbone",
+        "old experts",
+        "trained",
+        "gradients",
+        "optimizer",
+        "gathered",
+        "activations",
+    )
     for heading in (*headings, "checkpointed", "on the host"):
         table.add_column(heading, justify="right")
     for need in _ordered(budget):
@@ -81,7 +91,8 @@ def _parts(budget: Budget) -> Table:
         sizes = (memory.pool, memory.trained, memory.gradients, memory.optimizer, memory.gathered)
         kept = (need.activations.kept, need.activations.checkpointed, memory.host)
         cells = map(_gb, (memory.backbone["none"] or 0, *sizes, *kept))
-        table.add_row(need.stage, need.strategy, str(need.num_gpus), *cells, end_section=_ends(budget, need))
+        counts = str(need.num_gpus), str(need.batch_size)
+        table.add_row(need.stage, need.strategy, *counts, *cells, end_section=_ends(budget, need))
     return table
 
 

@@ -11,7 +11,15 @@ from llava_cmoe.budget.course import expected_sites, growth_of, locator_size, on
 from llava_cmoe.budget.means import PAPER_MEAN, settings_for
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.settings import CmoeSettings, ExpertSettings, LocatorSettings, ProbeSettings, Recipe
+from llava_cmoe.settings import (
+    CmoeSettings,
+    ExpertSettings,
+    LocatorSettings,
+    ProbeSettings,
+    Recipe,
+    load_recipe,
+    shipped,
+)
 
 LAYERS, WIDTH, INNER = 32, 4096, 11008
 
@@ -102,3 +110,12 @@ def test_settings_of_the_papers_mean_train_that_mean(cmoe_7b: Cmoe):
 
 def test_a_mean_that_nothing_comes_near_names_no_setting(cmoe_7b: Cmoe):
     assert settings_for(1e12, cmoe_7b.host.banks, cmoe_7b.settings, num_tasks=8) == ()
+
+
+def test_the_recipe_of_coin_trains_about_the_papers_mean(cmoe_7b: Cmoe):
+    recipe = load_recipe(shipped("train/recipes/coin_cmoe_llava_7b.yaml"))
+    assert isinstance(recipe.method, CmoeSettings)
+    sites = list(cmoe_7b.host.banks)
+    growth = growth_of(recipe.method, sites, 8, expected_sites(recipe.method.probe, len(sites)))
+    sizes = task_sizes(recipe, growth)
+    assert sum(size.trained.parameters for size in sizes) / 8 == pytest.approx(PAPER_MEAN, rel=0.02)

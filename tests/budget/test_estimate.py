@@ -28,11 +28,15 @@ def test_the_command_shows_what_it_writes(tmp_path: Path):
     assert last.trained.parameters == 2 * 4 * expert + (2 * 6 + 2 * 4 * 7) * 224
     assert f"{last.trained.parameters:,}" in result.output
     assert {(need.stage, need.num_gpus) for need in found.needs} == {
-        (stage, count) for stage in ("first task", "probing for the last") for count in (1, 2)
+        (stage, count) for stage in ("first task", "probing for the last", "last task") for count in (1, 2)
     }
     probing = next(need for need in found.needs if need.stage == "probing for the last")
     assert probing.memory.pool == 4 * sum(task.trained.parameters for task in found.courses[0].tasks[:-1])
     assert probing.memory.trained == 4 * (2 * 6 * expert + 224 * (2 * 6 * 2 + 2 * 4 * 6))
+    training = next(need for need in found.needs if need.stage == "last task")
+    assert (probing.batch_size, training.batch_size) == (4, 1)  # probing has a batch of its own in this recipe
+    assert training.memory.trained == 4 * last.trained.parameters
+    assert training.activations.kept < probing.activations.kept < 4 * training.activations.kept
 
 
 def test_of_a_method_that_does_not_grow_every_task_costs_the_same(tmp_path: Path):
@@ -57,7 +61,8 @@ def test_hours_are_all_samples_by_the_throughput(tmp_path: Path):
 def test_a_folder_with_nothing_but_a_config_is_enough(tmp_path: Path):
     config = REPOSITORY / "llava_cmoe/backbones/pocket_weights/config.json"
     (tmp_path / "config.json").write_text(config.read_text())
-    assert type_in("plan", POCKET, *SHORT, f"backbone.path={tmp_path}").exit_code == 0
+    recipe = REPOSITORY / "train/recipes/pocket_sequential_lora.yaml"
+    assert type_in("plan", recipe, *SHORT, f"backbone.path={tmp_path}").exit_code == 0
 
 
 @pytest.mark.parametrize(
