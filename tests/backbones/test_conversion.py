@@ -6,23 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from original import PATCH, SIDE, VOCABULARY, WIDTH, write_parts
 from PIL import Image
 from safetensors.torch import load_file
 from test_cli import refused, type_in
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import (
-    CLIPConfig,
-    CLIPImageProcessorPil,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPVisionConfig,
     CLIPVisionModel,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from llava_cmoe.backbones.conversion import convert
@@ -30,7 +23,6 @@ from llava_cmoe.backbones.loading import Backbone, load_backbone
 from llava_cmoe.data.conversation import encode_prompt, encode_sample, split
 from llava_cmoe.settings import BackboneSettings
 
-VOCABULARY, WIDTH, VISION_WIDTH, SIDE, PATCH = 32_000, 32, 24, 24, 12
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -40,29 +32,8 @@ QUESTION = [{"role": "user", "text": "<image>\nWhat is it ?"}]
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `llm` (as large a vocabulary as vicuna's), `vision` (of a whole CLIP) and `mm_projector.bin`."""
     folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, **sizes))
-    llm.half().save_pretrained(folder / "llm")
-    words = ["<unk>", "<s>", "</s>", *"USER ASSISTANT What is it a cat : ?".split()]
-    words += [f"word{index}" for index in range(VOCABULARY - len(words))]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
-    ).save_pretrained(folder / "llm")
-    vision = CLIPVisionConfig(hidden_size=VISION_WIDTH, image_size=SIDE, patch_size=PATCH, **sizes)
-    words_of_clip = CLIPTextConfig(hidden_size=16, vocab_size=64, **sizes)
-    clip = CLIPModel(CLIPConfig(text_config=words_of_clip.to_dict(), vision_config=vision.to_dict()))
-    clip.save_pretrained(folder / "vision")
-    crop = {"height": SIDE, "width": SIDE}
-    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=crop).save_pretrained(folder / "vision")
-    shapes = {"0.weight": (WIDTH, VISION_WIDTH), "0.bias": (WIDTH,), "2.weight": (WIDTH, WIDTH), "2.bias": (WIDTH,)}
-    projector = {f"model.mm_projector.{name}": torch.randn(shape).bfloat16() for name, shape in shapes.items()}
-    torch.save(projector, folder / "mm_projector.bin")
+    write_parts(folder)
     return folder
 
 
