@@ -170,6 +170,76 @@ def train(
 
 @app.command()
 @plainly()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, such as train/recipes/pocket_cmoe.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's: method.experts.rank=32"),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Sites that grow for each task after the first; as Eq. 2 makes likely if absent.", min=0),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sample; the recipe's training.max_length if absent.", min=1)
+    ] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(help="Number of GPUs; 8 if absent, may be given several times.", min=1)
+    ] = None,
+    mean: Annotated[
+        float, typer.Option(help="Millions of trained parameters per task to find settings for; the paper's.", min=0)
+    ] = 43.96,
+    throughput: Annotated[
+        float | None, typer.Option(help="Samples per second, all GPUs together: adds hours.", min=0.001)
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Training rows per task, for hours without the data at hand.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.", metavar="FILE")] = None,
+) -> None:
+    """Say what a recipe costs before anything is downloaded: parameters, memory, disk and hours.
+
+    Needs the backbone's config.json alone; llava-hf/llava-1.5-7b-hf is known here, so no network is needed for it.
+    """
+    from llava_cmoe.budget.estimate import budget
+    from llava_cmoe.budget.tables import render
+
+    computed = budget(
+        load_recipe(recipe, overrides or ()),
+        wanted_mean=mean * 1e6,
+        num_grown=layers,
+        length=length,
+        gpus=gpus or (8,),
+        throughput=throughput,
+        rows=rows,
+    )
+    Console().print(render(computed))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(computed.model_dump_json(indent=1) + "\n")
+
+
+@app.command()
+@plainly()
+def convert(
+    llm: Annotated[Path, typer.Option(help="LLaMA in transformers' format, such as vicuna-7b-v1.5.", metavar="DIR")],
+    projector: Annotated[Path, typer.Option(help="mm_projector.bin of LLaVA's stage 1.", metavar="FILE")],
+    vision: Annotated[Path, typer.Option(help="CLIP in transformers' format: ViT-L/14 at 336.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Folder to write, for backbone.path.", metavar="DIR")],
+) -> None:
+    """Put an LLM, LLaVA's own projector file and a vision encoder together as one model of transformers.
+
+    This is the base that CoIN starts from. Weights keep their bits. The projector's file is the only one that is not
+    safetensors, and it is read as tensors alone: nothing in it is ever run.
+    """
+    from llava_cmoe.backbones.conversion import convert as put_together
+
+    put_together(llm, projector, vision, out)
+    Console().print(f"{out}: ready for backbone.path", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
 def study(
     studies: Annotated[
         list[Path], typer.Argument(help="Study files, such as train/recipes/studies/rank.yaml.", metavar="STUDY...")

@@ -61,7 +61,7 @@ class Preview:
 def preview(recipe: Recipe) -> Preview:
     """Count rows, load the backbone and grow it for the first stage; nothing is trained and nothing written."""
     sequence = sequence_of(recipe)
-    tasks = _count_rows(recipe, sequence)
+    tasks = count_rows(recipe, sequence)
     backbone = load_backbone(recipe.backbone)
     frozen = backbone.model.num_parameters()  # of weights in 4 bits, one tensor element holds two
     method = build_method(recipe, backbone)
@@ -81,7 +81,8 @@ def preview(recipe: Recipe) -> Preview:
     )
 
 
-def _count_rows(recipe: Recipe, sequence: TaskSequence) -> tuple[TaskRows, ...]:
+def count_rows(recipe: Recipe, sequence: TaskSequence) -> tuple[TaskRows, ...]:
+    """The rows of every task that a recipe would learn from and be asked; None where its data root is missing."""
     root, data, seed = recipe.data.root, recipe.data, recipe.seed
     if not root.exists():
         return tuple(TaskRows(task.name, None, None) for task in sequence.tasks)

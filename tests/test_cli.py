@@ -24,12 +24,14 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "probe", "merge", "unseen", "report", "study", "chat"],
+    "": ["demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
     "data check": ["--sequence", "--root"],
     "train": ["recipe", "KEY=VALUE", "--dry-run"],
+    "plan": ["recipe", "KEY=VALUE", "--layers", "--length", "--gpus", "--mean", "--throughput", "--rows", "--json"],
+    "convert": ["--llm", "--projector", "--vision", "--out"],
     "study": ["STUDY", "--jobs", "--dry-run"],
     "eval": ["RUN", "--routes", "--batch-size"],
     "probe": ["RUN", "KEY=VALUE", "--after", "--out"],

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from original import write_parts
 from tiny import Lesson
 
+from llava_cmoe.budget.estimate import Budget
 from llava_cmoe.cli import main
 from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.report.headline import Headline, headline_markdown
@@ -28,16 +30,21 @@ REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
 SUMMARY = "eval/results/pocket.json"
 UNFINISHED = "*The headline runs are not finished: no number is stated before they are.*"
-WHOLE_FOLDERS = ("tests/", "eval/results/", "llava_cmoe/backbones/pocket_weights/")
+WHOLE_FOLDERS = (
+    *("tests/", "eval/results/"),
+    *("llava_cmoe/backbones/pocket_weights/", "llava_cmoe/backbones/known_configs/"),
+)
 """One line of the tree stands for all of each."""
 
 GLOSSARY = {
     *("backbone", "site", "expert", "bank", "router", "gate", "plan", "probe", "growth", "locator", "route"),
     *("task", "sequence", "stage", "run", "registry", "merge", "stand-in"),
-    *("immediate", "last", "MAA", "BWT", "study", "variant"),
+    *("immediate", "last", "MAA", "BWT", "study", "variant", "budget"),
 }
 FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+BASE = "runs/backbones/vicuna-7b-v1.5-stage1"
+"""What CoIN starts from; in these tests the tiny backbone."""
 PROGRAMS = ("make", "source", "python", "pip", "git", "accelerate", "llava-cmoe")
 """What a command in a sentence begins with."""
 
@@ -80,6 +87,8 @@ def workplace(
     )
     (tmp_path / "ROOT").symlink_to(pocket)
     (tmp_path / "MODEL").symlink_to(tiny_backbone)
+    (tmp_path / "runs/backbones").mkdir()
+    (tmp_path / BASE).symlink_to(tiny_backbone)
     shutil.copy(next((tiny_data / "cl_dataset").rglob("*.png")), tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -91,6 +100,24 @@ def start(entry: Callable[[], object], words: list[str], monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as left:
         entry()
     return int(left.value.code or 0)
+
+
+def planned(budget: Budget) -> str:
+    """What the README says of the plan of a 7B."""
+    likely = budget.courses[0]
+    expert, stored = max(budget.expert_parameters.values()), max(size.stored.bytes for size in likely.tasks)
+    most = {"none": 0.0, "nf4": 0.0}
+    for need in budget.needs:
+        if need.strategy == "none or DDP":
+            most = {
+                name: max(size, (need.memory.states(name) or 0) + need.activations.kept) for name, size in most.items()
+            }
+    return (
+        f"{expert:,} parameters an expert, {likely.mean / 1e6:.1f} million trained per task if {likely.num_grown} of "
+        f"{len(budget.expert_parameters)} layers grow, {stored / 1e6:.0f} MB a task on disk, and "
+        f"{most['none'] / 1e9:.1f} GB on each of eight GPUs at two samples a batch "
+        f"({most['nf4'] / 1e9:.1f} with the LLM in 4 bits), temporary buffers not counted."
+    )
 
 
 def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -115,6 +142,17 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
         case ["llava-cmoe", "data", "make-pocket", "ROOT", *_]:
             (workplace / "ROOT").unlink()
             return start(main, words, monkeypatch)
+        case ["llava-cmoe", "convert", *_]:
+            (workplace / BASE).unlink()
+            write_parts(workplace)
+            for name, given in (("llm", "vicuna-7b-v1.5"), ("vision", "clip-vit-large-patch14-336")):
+                (workplace / name).rename(workplace / given)
+            return start(main, words, monkeypatch)
+        case ["llava-cmoe", "plan", "train/recipes/coin_cmoe_llava_7b.yaml", *_]:
+            left = start(main, [*words, "--json", "plan.json"], monkeypatch)
+            said = planned(Budget.model_validate_json((workplace / "plan.json").read_bytes()))
+            assert said in " ".join(README.split()), said
+            return left
         case ["llava-cmoe", "chat", "runs/spare", *_]:
             start(main, ["llava-cmoe", "merge", "runs/spare"], monkeypatch)
             monkeypatch.setattr(sys, "stdin", io.StringIO("exit\n"))
@@ -124,7 +162,7 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             return start(main, words, monkeypatch)
         case ["llava-cmoe", "probe", run, *_]:
             return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
-        case ["llava-cmoe", "eval" | "merge" | "unseen" | "report", *_] | ["llava-cmoe", "data", "check", *_]:
+        case ["llava-cmoe", "eval" | "merge" | "unseen" | "report" | "plan", *_] | ["llava-cmoe", "data", "check", *_]:
             return start(main, words, monkeypatch)
         case _:
             pytest.fail(f"no test knows how to run: {command}")

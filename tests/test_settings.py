@@ -4,7 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_cmoe.settings import RecipeError, load_recipe
+from llava_cmoe.sequence import sequence_of
+from llava_cmoe.settings import RecipeError, load_recipe, shipped
+
+RECIPES = sorted(shipped("train/recipes").glob("*.yaml"))
+COIN = [path for path in RECIPES if path.stem.startswith("coin_")]
 
 
 @pytest.fixture
@@ -38,3 +42,31 @@ def test_an_override_that_cannot_be_used_is_named(recipe: Path, override: str, m
     recipe.write_text("run: runs/x\nseed: 0\nmethod: {name: cmoe}\n")
     with pytest.raises(RecipeError, match=message.replace("[", r"\[")):
         load_recipe(recipe, [override])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_is_whole_and_names_its_run_after_itself(path: Path):
+    recipe = load_recipe(path)
+    assert recipe.run == Path("runs") / path.stem
+    assert len(sequence_of(recipe).tasks) == 8
+
+
+@pytest.mark.parametrize("path", COIN, ids=lambda path: path.stem)
+def test_a_recipe_of_coin_trains_as_coin_does(path: Path):
+    recipe = load_recipe(path)
+    training = recipe.training
+    assert (training.learning_rate, training.warmup, training.epochs) == (2e-4, 0.03, 1)
+    assert (training.precision, training.max_length, recipe.backbone.dtype) == ("bf16", 2048, "bfloat16")
+    assert training.batch_size * training.accumulation * 8 == 128
+    method = recipe.method.experts if recipe.method.name == "cmoe" else recipe.method
+    assert method.alpha / method.rank == 2
+    assert recipe.method.name == "cmoe" or method.rank == 128
+
+
+def test_recipes_of_coin_differ_in_method_or_base_alone():
+    bases = {path.stem: load_recipe(path).backbone.path for path in COIN}
+    assert bases.pop("coin_cmoe_llava_7b") == "llava-hf/llava-1.5-7b-hf"
+    assert len(set(bases.values())) == 1 and len(bases) == 3
+    ours, other = (load_recipe(path) for path in COIN if "cmoe" in path.stem)
+    same = {"run": None, "backbone": None}
+    assert ours.model_dump() | same == other.model_dump() | same

@@ -83,7 +83,12 @@ def _folder(path: str) -> Path:
         ) from error
 
 
-def _check_architecture(folder: Path) -> PretrainedConfig:
+def read_config(folder: Path) -> PretrainedConfig:
+    """What a folder's config.json describes.
+
+    Raises:
+        BackboneError: no such file, or an architecture that is not image-text-to-text.
+    """
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder}: no config.json; backbone.path must be a model folder in Hugging Face's format")
     try:
@@ -94,6 +99,11 @@ def _check_architecture(folder: Path) -> PretrainedConfig:
         raise BackboneError(
             f"{folder}/config.json: model_type {config.model_type} is not an image-text-to-text model, such as llava is"
         )
+    return config
+
+
+def _check_architecture(folder: Path) -> PretrainedConfig:
+    config = read_config(folder)
     if not any(folder.glob("*.safetensors")):
         raise BackboneError(f"{folder}: no *.safetensors (pickles are not read); save the model with save_pretrained")
     return config

@@ -1,0 +1,1 @@
+"""What learning costs, computed from a recipe and a config alone: parameters, memory, disk and hours."""
