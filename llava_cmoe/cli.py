@@ -99,7 +99,7 @@ def check(
     Leaves with status 1 if anything is wrong.
     """
     from llava_cmoe.data.check import check_sequence, render
-    from llava_cmoe.data.tasks import load_sequence
+    from llava_cmoe.data.sequences import load_sequence
     from llava_cmoe.report.progress import ProgressLine
 
     console = Console()
@@ -320,7 +320,7 @@ def unseen(
     """
     from llava_cmoe.data.pocket import UNSEEN
     from llava_cmoe.data.pocket_root import make_pocket_root
-    from llava_cmoe.data.tasks import load_sequence
+    from llava_cmoe.data.sequences import load_sequence
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.unseen import check_unseen, measure_unseen, render

@@ -9,7 +9,7 @@ from llava_cmoe.data.check import check_sequence
 from llava_cmoe.data.coin import read_eval
 from llava_cmoe.data.conversation import split
 from llava_cmoe.data.pocket import TASKS, UNSEEN, make_pocket
-from llava_cmoe.data.tasks import load_sequence
+from llava_cmoe.data.sequences import load_sequence
 
 
 def content(root: Path) -> dict[str, bytes]:
