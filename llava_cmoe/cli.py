@@ -124,6 +124,31 @@ def check(
         raise typer.Exit(1)
 
 
+@data_app.command()
+@plainly()
+def fetch(
+    sequence: Annotated[str, typer.Argument(help="pocket, coin, or a YAML file that lists tasks.", metavar="SEQUENCE")],
+    root: Annotated[Path, typer.Option(help="Folder for the data.")] = Path("runs/data"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched.")] = False,
+) -> None:
+    """Say where the data of a sequence comes from, under which licence, and what must be done by hand; fetch the rest.
+
+    What the Hugging Face Hub serves is downloaded into the folder; a download that was stopped goes on with the same
+    command. Leaves with status 1 if a download fails.
+    """
+    from llava_cmoe.data.fetch import fetch_sources, render
+    from llava_cmoe.data.sequences import load_sequence
+
+    console, tasks = Console(), load_sequence(sequence)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    for told in render(tasks, root):
+        say(told)
+    failed = [] if dry_run else fetch_sources(tasks, root, say)
+    list_problems(console, "could not be fetched", failed)
+    if failed:
+        raise typer.Exit(1)
+
+
 @app.command()
 @plainly()
 def train(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import tiny
 import yaml
@@ -26,9 +27,10 @@ REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
     "": ["demo", "data", "train", "eval", "probe", "merge", "unseen", "report", "study", "chat"],
     "demo": ["--run"],
-    "data": ["make-pocket", "check"],
+    "data": ["make-pocket", "check", "fetch"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
     "data check": ["SEQUENCE", "--root", "--backbone", "--processes"],
+    "data fetch": ["SEQUENCE", "--root", "--dry-run"],
     "train": ["recipe", "KEY=VALUE", "--dry-run"],
     "study": ["STUDY", "--jobs", "--dry-run"],
     "eval": ["RUN", "--routes", "--batch-size"],
@@ -344,6 +346,14 @@ def test_check_names_a_scorer_that_does_not_exist(tiny_data, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document))
     result = type_in("data", "check", tmp_path / "mine.yaml", "--root", tiny_data, "--processes", 1)
     assert result.exit_code == 1 and "task sides: unknown scorer 'scienecqa'" in result.output
+
+
+def test_fetch_tells_all_sources_and_fails_where_the_hub_is_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "by hand" in type_in("data", "fetch", "coin", "--root", tmp_path, "--dry-run").output
+    result = type_in("data", "fetch", "coin", "--root", tmp_path)
+    assert result.exit_code == 1 and "hf download Zacks-Chen/CoIN" in result.output
+    assert type_in("data", "fetch", "pocket", "--root", tmp_path).exit_code == 0
 
 
 def test_check_of_an_unknown_sequence_names_the_nearest():
