@@ -94,7 +94,8 @@ def render(report: CheckReport) -> Table:
     table = Table(title=f"{report.sequence}: {report.root}")
     for heading in ("task", "file"):
         table.add_column(heading, overflow="fold")
-    for heading in ("rows", "published", "text only", "pictures", "ids doubled", "problems"):
+    table.add_column("rows", justify="right", no_wrap=True)
+    for heading in ("published", "text only", "pictures", "ids doubled", "problems"):
         table.add_column(heading, justify="right", overflow="fold")
     for count in report.files:
         style = "red" if count.problems else None if count.as_published else "yellow"
