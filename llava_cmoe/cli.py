@@ -5,7 +5,9 @@ Each command imports the library when it runs: torch and transformers take secon
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +16,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from llava_cmoe.console import list_problems, plainly, results_of, show
+from llava_cmoe.console import list_problems, plainly, results_of, show, show_check, unknown_scorers
 from llava_cmoe.settings import EvaluationSettings, load_recipe, parse_settings
 
 app = typer.Typer(
@@ -89,26 +91,61 @@ def make_pocket(
 @data_app.command()
 @plainly()
 def check(
-    sequence: Annotated[str, typer.Option(help="pocket, coin, or a YAML file that lists tasks.")] = "pocket",
-    root: Annotated[Path, typer.Option(help="Folder with Instructions_Original/ and cl_dataset/.")] = Path(
-        "runs/data/pocket"
-    ),
+    sequence: Annotated[
+        str, typer.Argument(help="pocket, coin, or a YAML file that lists tasks.", metavar="SEQUENCE")
+    ] = "pocket",
+    root: Annotated[Path, typer.Option(help="Folder that holds the data.")] = Path("runs/data/pocket"),
+    backbone: Annotated[
+        str, typer.Option(help="Whose prompts the examples show: a model's folder or name.", metavar="MODEL")
+    ] = "pocket",
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that open pictures; one per core if absent.", min=1)
+    ] = None,
 ) -> None:
     """Find everything that would stop training: every file is read, every picture is opened.
 
-    Leaves with status 1 if anything is wrong.
+    Leaves with status 1 if anything is wrong. What stops nothing is told, too: row counts that are not the published
+    ones, questions that are both learned and asked, and how one row of each task looks to the model.
+
+    Samples that are too long are found by `train`, which knows the limit, before it begins.
     """
-    from llava_cmoe.data.check import check_sequence, render
-    from llava_cmoe.data.tasks import load_sequence
+    from llava_cmoe.backbones.loading import load_processor
+    from llava_cmoe.data.check import check_sequence
+    from llava_cmoe.data.sequences import load_sequence
     from llava_cmoe.report.progress import ProgressLine
 
-    console = Console()
+    console, tasks, processor = Console(), load_sequence(sequence), load_processor(backbone)
+    scorers = unknown_scorers(tasks)
     with ProgressLine(console) as line:
-        report = check_sequence(root, load_sequence(sequence), partial(line, "checking"))
-    console.print(render(report))
-    list_problems(console, "training would stop at", report.problems)
-    list_problems(console, "asked although it is learned, which proves little", report.overlaps)
+        report = check_sequence(root, tasks, partial(line, "checking"), processes or os.cpu_count() or 1)
+    report = replace(report, problems=(*scorers, *report.problems))
+    show_check(console, report, processor)
     if not report.ok:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+@plainly()
+def fetch(
+    sequence: Annotated[str, typer.Argument(help="pocket, coin, or a YAML file that lists tasks.", metavar="SEQUENCE")],
+    root: Annotated[Path, typer.Option(help="Folder for the data.")] = Path("runs/data"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched.")] = False,
+) -> None:
+    """Say where the data of a sequence comes from, under which licence, and what must be done by hand; fetch the rest.
+
+    What the Hugging Face Hub serves is downloaded into the folder; a download that was stopped goes on with the same
+    command. Leaves with status 1 if a download fails.
+    """
+    from llava_cmoe.data.fetch import fetch_sources, render
+    from llava_cmoe.data.sequences import load_sequence
+
+    console, tasks = Console(), load_sequence(sequence)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    for told in render(tasks, root):
+        say(told)
+    failed = [] if dry_run else fetch_sources(tasks, root, say)
+    list_problems(console, "could not be fetched", failed)
+    if failed:
         raise typer.Exit(1)
 
 
@@ -390,7 +427,7 @@ def unseen(
     """
     from llava_cmoe.data.pocket import UNSEEN
     from llava_cmoe.data.pocket_root import make_pocket_root
-    from llava_cmoe.data.tasks import load_sequence
+    from llava_cmoe.data.sequences import load_sequence
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.unseen import check_unseen, measure_unseen, render

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -19,7 +19,9 @@ from rich.markup import escape
 from llava_cmoe.settings import RecipeError
 
 if TYPE_CHECKING:
+    from llava_cmoe.data.check_report import CheckReport
     from llava_cmoe.data.problems import Problem
+    from llava_cmoe.data.tasks import TaskSequence
     from llava_cmoe.evaluation.log import Results
 
 NUM_LISTED = 20
@@ -79,11 +81,56 @@ def results_of(run: Path) -> Results:
         raise RegistryError(str(error)) from error
 
 
+def unknown_scorers(sequence: TaskSequence) -> list[Problem]:
+    """Tasks whose answers nobody here could judge."""
+    from llava_cmoe.data.problems import Problem
+    from llava_cmoe.evaluation.scorers import get_scorer
+
+    problems = []
+    for task in sequence.tasks:
+        try:
+            get_scorer(task.scorer)
+        except RecipeError as error:
+            problems.append(Problem(Path(sequence.name), f"task {task.name}: {error}"))
+    return problems
+
+
+def show_check(console: Console, report: CheckReport, processor: Any) -> None:
+    """What a check counted, what a reader of the counts should know, an example of each task, and the verdict."""
+    from llava_cmoe.data.check_report import remarks, render
+    from llava_cmoe.data.example import pieces_of, render_pieces
+    from llava_cmoe.data.problems import DataError
+
+    console.print(render(report))
+    for remark in remarks(report):
+        console.print(f"  {remark}", markup=False, highlight=False, soft_wrap=True)
+    for task in (task for task in report.tasks if task.name in report.examples):
+        read = report.examples[task.name]
+        try:
+            pieces = pieces_of(read.row, processor, task.geometry)
+        except DataError:  # its picture is among the problems
+            continue
+        learned = sum(piece.tokens for piece in pieces if piece.learned)
+        total = sum(piece.tokens for piece in pieces)
+        title = f"{task.name}, row {read.index}: ⟦{learned} tokens⟧ of {total} are learned"
+        console.print(title, style="bold", markup=False, highlight=False)
+        console.print(render_pieces(pieces), soft_wrap=True)
+    list_problems(console, "asked although it is learned, which proves little", report.overlaps)
+    list_problems(console, "training would stop at", report.problems)
+    wrong = len(report.problems)
+    verdict = "training and evaluation can read everything" if report.ok else f"training would fail: {wrong:,} problems"
+    console.print(verdict, style="green" if report.ok else "bold red", highlight=False)
+
+
 def list_problems(console: Console, title: str, problems: Sequence[Problem]) -> None:
-    """The first problems, one a line, and how many more there are."""
+    """The first problems, one a line, and how many more there are; one that many rows of a file have is told once."""
     if problems:
         console.print(f"[bold]{title}[/]", highlight=False)
-    for problem in problems[:NUM_LISTED]:
-        console.print(f"  {problem}", markup=False, highlight=False, soft_wrap=True)
-    if len(problems) > NUM_LISTED:
-        console.print(f"  and {len(problems) - NUM_LISTED} more", highlight=False)
+    alike: dict[tuple[Path, str], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((problem.file, problem.reason), []).append(problem)
+    for first, *others in list(alike.values())[:NUM_LISTED]:
+        more = f" (and {len(others):,} rows more)" if others else ""
+        console.print(f"  {first}{more}", markup=False, highlight=False, soft_wrap=True)
+    if len(alike) > NUM_LISTED:
+        console.print(f"  and {len(alike) - NUM_LISTED:,} more", highlight=False)

@@ -21,9 +21,11 @@ from torch import Tensor
 from transformers import set_seed
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone
-from llava_cmoe.data.coin import files_of, read_eval, read_train
+from llava_cmoe.data.coin import read_eval, read_train
 from llava_cmoe.data.encoding import PromptRows, SampleRows
-from llava_cmoe.data.tasks import TaskSequence, load_sequence
+from llava_cmoe.data.places import files_of, train_file
+from llava_cmoe.data.sequences import load_sequence
+from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Questions
 from llava_cmoe.evaluation.log import Results, RunFacts, write_results
 from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after, forget_answers
@@ -222,8 +224,8 @@ def check_lengths(run: Run) -> None:
     num_learned, limit = len(run.registry.records()), run.recipe.training.max_length
     for task in (task for stage in run.stages[num_learned:] for task in stage.learns):
         spec = run.sequence.tasks[task]
-        train_file, *_ = files_of(run.recipe.data.root, spec)
-        SampleRows(run.train_rows[spec.name], run.backbone.processor, limit).check_lengths(train_file)
+        file = train_file(run.recipe.data.root, spec)
+        SampleRows(run.train_rows[spec.name], run.backbone.processor, limit).check_lengths(file)
 
 
 def stage_data(run: Run, index: int, stage: Stage) -> StageData:

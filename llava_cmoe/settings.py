@@ -401,7 +401,8 @@ def _explain(item: Mapping[str, Any], known: list[str]) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown key {key}; did you mean {nearest(key, known)}?"
     given = f", got {item['input']!r}" if isinstance(item["input"], (str, int, float)) else ""
-    return f"{key}: {item['msg'][0].lower()}{item['msg'][1:]}{given}"
+    reason = item["msg"].removeprefix("Value error, ")
+    return f"{key}: {reason[0].lower()}{reason[1:]}{given}" if key else f"{reason}{given}"
 
 
 def known_keys(root: type[BaseModel] = Recipe) -> dict[str, str]:

@@ -18,8 +18,9 @@ from rich import box
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from llava_cmoe.data.coin import files_of, read_eval
+from llava_cmoe.data.coin import read_eval
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.places import files_of
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch
 from llava_cmoe.evaluation.log import Answer, RunFacts

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import tiny
 import yaml
@@ -26,9 +27,10 @@ REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
     "": ["demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"],
     "demo": ["--run"],
-    "data": ["make-pocket", "check"],
+    "data": ["make-pocket", "check", "fetch"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
-    "data check": ["--sequence", "--root"],
+    "data check": ["SEQUENCE", "--root", "--backbone", "--processes"],
+    "data fetch": ["SEQUENCE", "--root", "--dry-run"],
     "train": ["recipe", "KEY=VALUE", "--dry-run"],
     "plan": ["recipe", "KEY=VALUE", "--layers", "--length", "--gpus", "--mean", "--throughput", "--rows", "--json"],
     "convert": ["--llm", "--projector", "--vision", "--out"],
@@ -309,7 +311,7 @@ def test_chat_refuses_a_picture_or_a_stage_that_is_not_there(lesson, tiny_data, 
 
 def test_check_leaves_with_status_1_exactly_if_training_would_fail(tiny_data, tmp_path):
     root = Path(shutil.copytree(tiny_data, tmp_path / "root"))
-    words = ("data", "check", "--root", root, "--sequence", root / "sequence.yaml")
+    words = ("data", "check", root / "sequence.yaml", "--root", root, "--processes", 1)
     assert type_in(*words).exit_code == 0
     lost = next((root / "cl_dataset").rglob("*.png"))
     lost.unlink()
@@ -322,13 +324,42 @@ def test_check_leaves_with_status_1_exactly_if_training_would_fail(tiny_data, tm
 
 def test_check_counts_the_problems_it_does_not_spell_out(tiny_data, tmp_path):
     root = Path(shutil.copytree(tiny_data, tmp_path / "root"))
-    shutil.rmtree(root / "cl_dataset" / "sides")
-    result = type_in("data", "check", "--root", root, "--sequence", root / "sequence.yaml")
+    words = ("data", "check", root / "sequence.yaml", "--root", root, "--processes", 1)
+    for picture in (root / "cl_dataset" / "sides").rglob("*.png"):
+        picture.unlink()
+    result = type_in(*words)
     assert result.output.count("is missing") == 20 and "and 10 more" in result.output
+    assert "training would fail: 30 problems" in result.output
+    shutil.rmtree(root / "cl_dataset" / "sides")
+    result = type_in(*words)
+    assert result.output.count("is missing") == 2 and "(and 23 rows more)" in result.output
+
+
+def test_check_shows_an_example_of_each_task_with_what_is_learned_marked(tiny_data):
+    result = type_in("data", "check", tiny_data / "sequence.yaml", "--root", tiny_data, "--processes", 1)
+    assert result.exit_code == 0, result.output
+    assert result.output.count(" tokens⟧ of ") == result.output.count("ASSISTANT:⟦") == 2
+    assert "training and evaluation can read everything" in result.output
+
+
+def test_check_names_a_scorer_that_does_not_exist(tiny_data, tmp_path):
+    document = yaml.safe_load((tiny_data / "sequence.yaml").read_text())
+    document["tasks"][1]["scorer"] = "scienecqa"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(document))
+    result = type_in("data", "check", tmp_path / "mine.yaml", "--root", tiny_data, "--processes", 1)
+    assert result.exit_code == 1 and "task sides: unknown scorer 'scienecqa'" in result.output
+
+
+def test_fetch_tells_all_sources_and_fails_where_the_hub_is_out_of_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "by hand" in type_in("data", "fetch", "coin", "--root", tmp_path, "--dry-run").output
+    result = type_in("data", "fetch", "coin", "--root", tmp_path)
+    assert result.exit_code == 1 and "hf download Zacks-Chen/CoIN" in result.output
+    assert type_in("data", "fetch", "pocket", "--root", tmp_path).exit_code == 0
 
 
 def test_check_of_an_unknown_sequence_names_the_nearest():
-    assert "did you mean pocket?" in refused("data", "check", "--sequence", "pockt")
+    assert "did you mean pocket?" in refused("data", "check", "pockt")
 
 
 def test_one_seed_renders_one_tree_and_another_seed_another(tmp_path):

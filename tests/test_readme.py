@@ -89,6 +89,9 @@ def workplace(
     (tmp_path / "MODEL").symlink_to(tiny_backbone)
     (tmp_path / "runs/backbones").mkdir()
     (tmp_path / BASE).symlink_to(tiny_backbone)
+    [(_, mine)] = [block for block in FENCES if block[1].startswith("name: mine\n")]
+    (tmp_path / "mine.yaml").write_text(mine)
+    (tmp_path / "MINE").symlink_to(tiny_data)
     shutil.copy(next((tiny_data / "cl_dataset").rglob("*.png")), tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -162,6 +165,8 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             return start(main, words, monkeypatch)
         case ["llava-cmoe", "probe", run, *_]:
             return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
+        case ["llava-cmoe", "data", "fetch", *_]:
+            return start(main, [*words, "--dry-run"], monkeypatch)
         case ["llava-cmoe", "eval" | "merge" | "unseen" | "report" | "plan", *_] | ["llava-cmoe", "data", "check", *_]:
             return start(main, words, monkeypatch)
         case _:

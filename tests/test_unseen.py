@@ -11,7 +11,7 @@ from tiny import Lesson, files_of
 
 from llava_cmoe import sequence, unseen
 from llava_cmoe.data import pocket_root
-from llava_cmoe.data.tasks import load_sequence
+from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.evaluation.log import Answer
 from llava_cmoe.settings import Recipe
 from llava_cmoe.unseen import UnseenResults, measure_unseen

@@ -69,6 +69,11 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     )
 
 
+def load_processor(path: str) -> ProcessorMixin:
+    """The processor alone, for what needs no weights; `path` and errors as for `load_backbone`."""
+    return _load_processor(_folder(path))
+
+
 def _folder(path: str) -> Path:
     """The folder that holds the backbone's files, fetched from the Hub (or its cache) for a model's name."""
     folder = POCKET_DIR if path == "pocket" else Path(path).expanduser()

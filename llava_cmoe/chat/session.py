@@ -21,7 +21,8 @@ from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import encode_prompt
 from llava_cmoe.data.encoding import open_square
 from llava_cmoe.data.rows import MARKER, Turn
-from llava_cmoe.data.tasks import Geometry, load_sequence
+from llava_cmoe.data.sequences import load_sequence
+from llava_cmoe.data.tasks import Geometry
 from llava_cmoe.methods.base import LateVerdict, Method
 from llava_cmoe.records import Located
 from llava_cmoe.registry.restore import restore_merge, restore_method

@@ -1,132 +1,174 @@
 """Preflight of a data root: everything that is wrong with every file of a sequence, found before training starts.
 
 What makes a row usable is decided in `coin.py`, what makes a picture usable in `images.py`; here all of it is listed.
+Rows are looked at one by one and not kept: of a million, only ids, questions and names of pictures stay in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
-from rich.table import Table
-
-from llava_cmoe.data.coin import Read, parse_eval, parse_train
-from llava_cmoe.data.images import open_image
+from llava_cmoe.data.check_report import CheckReport, FileCount
+from llava_cmoe.data.coin import Lost, Parsed, Read, parse_eval, parse_train
+from llava_cmoe.data.images import find_broken
+from llava_cmoe.data.places import eval_file, folders_in_use, train_file
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER
-from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.data.tasks import Published, RowCount, TaskSequence, TaskSpec
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
 
+Question = tuple[str | None, str]
+"""A picture's path and what is asked about it."""
 
-@dataclass(frozen=True)
-class FileCount:
-    """What one instruction file holds: usable rows, those of them without a picture, and distinct pictures."""
+CHUNK = 32
+"""Pictures that a process opens at a time: a fraction of a second's work, and few messages."""
+
+
+def check_sequence(
+    root: Path, sequence: TaskSequence, progress: Progress = lambda *_: None, processes: int = 1
+) -> CheckReport:
+    """Read every file of a sequence and open every picture once.
+
+    Args:
+        root: the data root.
+        sequence: the tasks.
+        progress: told after every file and every few pictures.
+        processes: how many open pictures; 1 opens them here.
+    """
+    scans: list[_Scan] = []
+    overlaps: list[Problem] = []
+    examples: dict[str, Read] = {}
+    for number, task in enumerate(sequence.tasks):
+        published = task.published or Published()
+        train = _scan(_shown(root, task, train_file), task, published.train, parse_train(root, task))
+        progress("reading rows", 2 * number + 1, 2 * len(sequence.tasks))
+        evaluate = _scan(_shown(root, task, eval_file), task, published.evaluate, parse_eval(root, task))
+        progress("reading rows", 2 * number + 2, 2 * len(sequence.tasks))
+        overlaps += _overlaps(train, evaluate)
+        if train.first is not None:
+            examples[task.name] = train.first
+        for scan in (train, evaluate):
+            scan.questions.clear()  # the largest of what is kept
+            scans.append(scan)
+    problems = [problem for scan in scans for problem in scan.problems]
+    problems += _open_all(scans, progress, processes)
+    return CheckReport(
+        root=root,
+        sequence=sequence.name,
+        tasks=sequence.tasks,
+        folders=tuple(folders_in_use(root, sequence.tasks)),
+        files=tuple(scan.count() for scan in scans),
+        problems=tuple(dict.fromkeys(problems)),  # one missing folder is found by every file that should be in it
+        lost=tuple(lost for scan in scans for lost in scan.lost),
+        overlaps=tuple(overlaps),
+        examples=examples,
+    )
+
+
+@dataclass(slots=True)
+class _Scan:
+    """What has been seen of one file so far."""
 
     task: str
-    file: str
-    rows: int
-    text_only: int
-    images: int
-    problems: int
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """Everything found in a data root.
-
-    Attributes:
-        root: the data root.
-        sequence: name of the task sequence.
-        files: what each instruction file holds, in the order of the tasks.
-        problems: all that is wrong; training would stop at the first.
-        overlaps: evaluation rows whose question about the same picture is also a training row's. Scores on them say
-            little, but published files hold some, so they do not make the data unusable.
-    """
-
-    root: Path
-    sequence: str
-    files: tuple[FileCount, ...]
-    problems: tuple[Problem, ...]
-    overlaps: tuple[Problem, ...]
+    shown: str
+    published: RowCount | None
+    rows: int = 0
+    text_only: int = 0
+    without_instruction: int = 0
+    doubled_ids: int = 0
+    first: Read | None = None
+    questions: list[tuple[Question, int, str]] = field(default_factory=list)
+    pictures: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> the first row that shows it
+    problems: list[Problem] = field(default_factory=list)
+    lost: list[Lost] = field(default_factory=list)
 
     @property
-    def ok(self) -> bool:
-        """Whether training and evaluation can read everything."""
-        return not self.problems
+    def file(self) -> Path:
+        assert self.first is not None, "asked for the file of no row"
+        return self.first.file
+
+    def count(self) -> FileCount:
+        return FileCount(
+            task=self.task,
+            file=self.shown,
+            rows=self.rows,
+            text_only=self.text_only,
+            images=len(self.pictures),
+            doubled_ids=self.doubled_ids,
+            without_instruction=self.without_instruction,
+            problems=len(self.problems),
+            published=self.published,
+        )
 
 
-def check_sequence(root: Path, sequence: TaskSequence, progress: Progress | None = None) -> CheckReport:
-    """Read every file of a sequence and open every picture once."""
-    files: list[FileCount] = []
-    problems: list[Problem] = []
-    overlaps: list[Problem] = []
-    pictures: dict[str, Read] = {}  # path -> the first row that shows it
-    for number, task in enumerate(sequence.tasks):
-        train, train_problems = _sort(parse_train(root, task))
-        evaluate, eval_problems = _sort(parse_eval(root, task))
-        for name, rows, wrong in ((task.train, train, train_problems), (task.evaluate, evaluate, eval_problems)):
-            shown = {row.row["image"]: row for row in reversed(rows) if row.row["image"] is not None}
-            text_only = sum(row.row["image"] is None for row in rows)
-            files.append(FileCount(task.name, name, len(rows), text_only, len(shown), len(wrong)))
-            pictures = shown | pictures
-            problems += wrong
-        overlaps += _overlaps(train, evaluate)
-        if progress is not None:
-            progress("reading instruction files", number + 1, len(sequence.tasks))
-    problems += _open_all(pictures, progress)
-    # One missing folder is found by every file that should be in it.
-    return CheckReport(root, sequence.name, tuple(files), tuple(dict.fromkeys(problems)), tuple(overlaps))
-
-
-def _sort(parsed: Iterable[Read | Problem]) -> tuple[list[Read], list[Problem]]:
-    rows: list[Read] = []
-    problems: list[Problem] = []
+def _scan(shown: str, task: TaskSpec, published: RowCount | None, parsed: Parsed) -> _Scan:
+    scan, ids = _Scan(task.name, shown, published), set[str]()
     for item in parsed:
         if isinstance(item, Problem):
-            problems.append(item)
+            scan.problems.append(item)
+        elif isinstance(item, Lost):
+            scan.lost.append(item)
         else:
-            rows.append(item)
-    return rows, problems
+            image, row_id = item.row["image"], item.row["id"]
+            asked = [turn["text"] for turn in item.row["turns"] if turn["role"] == "user"]
+            scan.first = scan.first or item
+            scan.rows += 1
+            scan.text_only += image is None
+            scan.doubled_ids += row_id in ids
+            scan.without_instruction += not any((task.instruction or "") in text for text in asked)
+            ids.add(row_id)
+            if image is not None:
+                scan.pictures.setdefault(image, (item.index, row_id))
+            scan.questions += [((image, text.replace(MARKER, "").strip()), item.index, row_id) for text in asked]
+    return scan
 
 
-def _questions(read: Read) -> Iterator[tuple[str | None, str]]:
-    for turn in read.row["turns"]:
-        if turn["role"] == "user":
-            yield read.row["image"], turn["text"].replace(MARKER, "").strip()
+def _shown(root: Path, task: TaskSpec, place: Callable[[Path, TaskSpec], Path]) -> str:
+    """An instruction file's name with its task's folder, as they are spelled."""
+    try:
+        return "/".join(place(root, task).parts[-2:])
+    except DataError:  # told once, by the rows
+        return (task.train if place is train_file else task.evaluate)[0]
 
 
-def _overlaps(train: list[Read], evaluate: list[Read]) -> Iterator[Problem]:
-    learned = {question: read for read in train for question in _questions(read)}
-    for read in evaluate:
-        for question in _questions(read):
-            if (twin := learned.get(question)) is not None:
-                reason = f"the same question about the same picture is learned in {twin.file}, row {twin.index}"
-                yield Problem(read.file, reason, read.index, read.row["id"])
+def _overlaps(train: _Scan, evaluate: _Scan) -> Iterator[Problem]:
+    learned = {question: index for question, index, _ in reversed(train.questions)}
+    for question, index, row_id in evaluate.questions:
+        if question in learned:
+            reason = f"the same question about the same picture is learned in {train.file}, row {learned[question]}"
+            yield Problem(evaluate.file, reason, index, row_id)
 
 
-def _open_all(pictures: dict[str, Read], progress: Progress | None) -> Iterator[Problem]:
-    for number, (path, read) in enumerate(pictures.items()):
-        try:
-            open_image(Path(path))
-        except DataError as error:
-            yield Problem(read.file, str(error), read.index, read.row["id"])
-        if progress is not None:
-            progress("opening pictures", number + 1, len(pictures))
+def _open_all(scans: Sequence[_Scan], progress: Progress, processes: int) -> Iterator[Problem]:
+    """What is wrong with pictures, each blamed on the first row that shows it."""
+    first: dict[str, tuple[_Scan, int, str]] = {}
+    for scan in scans:
+        for path, (index, row_id) in scan.pictures.items():
+            first.setdefault(path, (scan, index, row_id))
+    paths = list(first)
+    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    with _opener(processes) as opened:
+        done = 0
+        for chunk, reasons in zip(chunks, opened(find_broken, chunks), strict=True):
+            done += len(chunk)
+            progress("opening pictures", done, len(paths))
+            for path, reason in reasons.items():
+                scan, index, row_id = first[path]
+                yield Problem(scan.file, reason, index, row_id)
 
 
-def render(report: CheckReport) -> Table:
-    """The report as a table, a line per instruction file; problems and overlaps are counted, not spelled out."""
-    table = Table(title=f"{report.sequence}: {report.root}")
-    table.add_column("task")
-    table.add_column("file")
-    for heading in ("rows", "text only", "pictures", "problems"):
-        table.add_column(heading, justify="right")
-    for count in report.files:
-        style = "red" if count.problems else None
-        numbers = (count.rows, count.text_only, count.images, count.problems)
-        table.add_row(count.task, count.file, *map(str, numbers), style=style)
-    table.caption = f"{len(report.problems)} problems, {len(report.overlaps)} evaluation rows also learned"
-    return table
+@contextmanager
+def _opener(processes: int) -> Iterator[Callable[..., Iterator[dict[str, str]]]]:
+    if processes == 1:
+        yield map
+        return
+    # Not forked: a copy of a process that has threads (torch's, a progress bar's) may wait for a lock for ever.
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield pool.map

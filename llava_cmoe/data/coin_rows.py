@@ -5,28 +5,12 @@ Files, folders and rows' places in them are `coin.py`'s; here a row is an object
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from llava_cmoe.data.picture_folder import PictureFolder
+from llava_cmoe.data.problems import Unusable
 from llava_cmoe.data.rows import MARKER, EvalRow, TrainRow, Turn
-
-IMAGE_FOLDER = "cl_dataset"
-
-LOST_IMAGES = frozenset(
-    f"OCR-VQA/images/{name}.jpg"
-    for name in ("1421539896", "141393394", "316881791", "140445692", "142153990X", "689852649")
-)
-"""Pictures that CoIN's files refer to and nobody can download any more; their rows are left out with a warning."""
-
-
-class Unusable(ValueError):
-    """A row that cannot be used, for the reason given."""
-
-
-class LostForGood(Exception):
-    """A row whose picture is known to be lost everywhere."""
 
 
 def kind_of(value: object) -> str:
@@ -46,8 +30,8 @@ def row_id_of(raw: object) -> str:
     return str(row_id)
 
 
-def train_row(raw: Mapping[str, Any], row_id: str, folder: Path) -> TrainRow:
-    """A canonical training row; pictures are looked for in `folder` (absolute, without links)."""
+def train_row(raw: Mapping[str, Any], row_id: str, pictures: PictureFolder) -> TrainRow:
+    """A canonical training row."""
     conversations = raw.get("conversations")
     if not isinstance(conversations, list) or not conversations:
         raise Unusable("no conversations")
@@ -55,7 +39,7 @@ def train_row(raw: Mapping[str, Any], row_id: str, folder: Path) -> TrainRow:
     if turns[-1]["role"] != "assistant":
         raise Unusable("wrong turn order: the conversation ends with human, the last turn must be from gpt")
     _check_marker(turns, has_image=raw.get("image") is not None)
-    return {"id": row_id, "image": _image(raw, folder), "turns": turns}
+    return {"id": row_id, "image": _image(raw, pictures), "turns": turns}
 
 
 def _turn(turn: object, number: int) -> Turn:
@@ -80,29 +64,16 @@ def _check_marker(turns: list[Turn], has_image: bool) -> None:
         raise Unusable(f"{MARKER} occurs in turn {counts.index(1)}, expected in the first")
 
 
-def _image(raw: Mapping[str, Any], folder: Path) -> str | None:
-    """Absolute path of the row's picture, which exists and lies inside the folder."""
-    name = raw.get("image")
-    if name is None:
-        return None
-    if not isinstance(name, str) or not PurePosixPath(name).parts or "\0" in name:
-        raise Unusable(f"image must be a path relative to {IMAGE_FOLDER}/, found {name!r}")
-    relative = PurePosixPath(name)
-    if relative.parts[0] == IMAGE_FOLDER:
-        relative = relative.relative_to(IMAGE_FOLDER)
-    path = Path(os.path.realpath(folder / relative))
-    if relative.is_absolute() or not path.is_relative_to(folder):
-        # Absolute, through "..", or through a link; a link of the whole folder is fine, as `folder` is its target.
-        raise Unusable(f"image path {name} leaves the root, for {path}; write it relative to {IMAGE_FOLDER}/")
-    if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
-        if str(relative) in LOST_IMAGES:
-            raise LostForGood(name)
-        raise Unusable(f"image file {name} is missing (looked for {path})")
-    return str(path)
+def _image(raw: Mapping[str, Any], pictures: PictureFolder) -> str | None:
+    return None if raw.get("image") is None else pictures.path_of(raw["image"])
 
 
-def eval_row(raw: Mapping[str, Any], row_id: str, folder: Path, has_box: bool) -> EvalRow:
-    """A canonical evaluation row without `answers` and `choices`; with `has_box`, `answer_bbox` is the answer."""
+def eval_row(raw: Mapping[str, Any], row_id: str, pictures: PictureFolder, has_box: bool, several: bool) -> EvalRow:
+    """A canonical evaluation row, before annotations complete it.
+
+    With `has_box`, `answer_bbox` is the answer. With `several`, an answer may be a list of strings, each of them right:
+    the first becomes `answer`, all of them `answers`.
+    """
     text = raw.get("text")
     if not isinstance(text, str) or not text.strip():
         raise Unusable("no text (the question)")
@@ -112,16 +83,18 @@ def eval_row(raw: Mapping[str, Any], row_id: str, folder: Path, has_box: bool) -
     turns: list[Turn] = [{"role": "user", "text": text}]
     _check_marker(turns, has_image)
     key = "answer_bbox" if has_box else "answer"
-    answer = raw.get(key)
-    if not isinstance(answer, str) or not answer.strip():
-        raise Unusable(f"no {key} (a string)")
+    given = raw.get(key)
+    listed = given if several and isinstance(given, list) else [given]
+    answers = [answer for answer in listed if isinstance(answer, str) and answer.strip()]
+    if not answers or len(answers) < len(listed):
+        raise Unusable(f"no {key} ({'a string, or a list of them' if several else 'a string'})")
     return {
         "id": row_id,
-        "image": _image(raw, folder),
+        "image": _image(raw, pictures),
         "turns": turns,
-        "answer": answer,
-        "answers": [],
-        "box": _box(answer) if has_box else [],
+        "answer": answers[0],
+        "answers": answers if several else [],
+        "box": _box(answers[0]) if has_box else [],
         "choices": [],
     }
 

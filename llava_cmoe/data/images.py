@@ -9,6 +9,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -45,6 +46,17 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(Problem(path, f"not an image of the kinds {', '.join(FORMATS)}")) from error
     except BROKEN as error:
         raise DataError(Problem(path, f"truncated or broken image ({error})")) from error
+
+
+def find_broken(paths: Iterable[str]) -> dict[str, str]:
+    """Which of these pictures cannot be opened, and why."""
+    broken = {}
+    for path in paths:
+        try:
+            open_image(Path(path))
+        except DataError as error:
+            broken[path] = str(error)
+    return broken
 
 
 def _decode(path: Path, max_pixels: int) -> Image.Image:

@@ -37,3 +37,11 @@ class DataError(ValueError):
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
         self.problem = problem
+
+
+class Unusable(ValueError):
+    """A row that cannot be used, for the reason given."""
+
+
+class LostForGood(Exception):
+    """A row whose picture is known to be lost everywhere."""

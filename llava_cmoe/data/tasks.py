@@ -1,20 +1,46 @@
-"""TaskSpec and TaskSequence: which tasks are learned, in which order, read from YAML.
+"""TaskSpec and TaskSequence: which tasks there are, where their files lie and how they are judged; records only.
 
-Reading a task's rows is `coin.py`'s job; the scorer is only a name here and is looked up by the evaluation.
+`sequences.py` reads them from YAML, `places.py` finds their files, `coin.py` reads their rows; the scorer is only a
+name here and is looked up by the evaluation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from llava_cmoe.settings import RecipeError, Settings, nearest, parse_settings, read_yaml, shipped
+from llava_cmoe.settings import RecipeError, Settings, nearest, parse_settings
 
 Geometry = Literal["pad", "crop"]
 """How a picture becomes square: padded on the centre (all of it is seen), or cropped to its centre."""
+
+
+def _listed(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Spellings = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+"""A path, or all the ways in which it is spelled by those who publish or copy the data; the one that exists counts."""
+
+RowCount = Annotated[int, Field(ge=0)] | tuple[int, int]
+"""A number of rows, or the least and the most where sources differ."""
+
+COIN_FOLDERS = tuple(
+    f"{stem}_{kind}"
+    for stem in ("Instructions", "Instruction")
+    for kind in ("Original", "Type1", "Diverse", "Type2", "10Type")
+)
+
+
+class Published(Settings):
+    """How many rows the publisher says there are; another number is told by `data check` and stops nothing."""
+
+    train: RowCount | None = None
+    """Training rows: a number, or the least and the most; unknown when absent."""
+    evaluate: RowCount | None = None
+    """Evaluation rows, in the same way."""
 
 
 class TaskSpec(Settings):
@@ -22,18 +48,56 @@ class TaskSpec(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     """Name of the task in tables and folder names, e.g. `scienceqa`."""
-    train: str
-    """Training rows, relative to the instruction folder, e.g. `ScienceQA/train.json`."""
-    evaluate: str
-    """Evaluation rows, relative to the instruction folder, e.g. `ScienceQA/test.json`."""
+    train: Spellings
+    """Training rows, relative to the instruction folder, e.g. `ScienceQA/train.json`, or a list of spellings."""
+    evaluate: Spellings
+    """Evaluation rows, relative to the instruction folder, e.g. `ScienceQA/test.json`, or a list of spellings."""
     scorer: str
     """Name of the scorer that judges the answers."""
     max_new_tokens: int = Field(gt=0)
     """Longest answer that is generated, in tokens."""
-    annotations: str | None = None
-    """File under `cl_dataset/` with what the evaluation rows lack: choices (ScienceQA), ten answers (TextVQA)."""
+    annotations: Spellings | None = None
+    """File with what the evaluation rows lack, relative to the data root: choices (scorer `scienceqa`), ten answers
+    (`textvqa`), all captions of a picture in COCO's format (`captions`)."""
     geometry: Geometry = "pad"
     """How a picture becomes square before the image processor sees it."""
+    folder: Spellings = COIN_FOLDERS
+    """Instruction folder of a data root, and its other spellings; CoIN's, of any kind, when absent."""
+    images: Spellings = ("cl_dataset",)
+    """Folder that rows name pictures from, relative to the data root, and its other spellings."""
+    evaluate_images: Spellings | None = None
+    """The same for evaluation rows, where they have a folder of their own."""
+    instruction: str | None = None
+    """Words that every question of the task holds; `data check` counts the rows without them."""
+    published: Published | None = None
+    """Row counts that its publisher states."""
+    lost: tuple[str, ...] = ()
+    """Pictures that the published rows name and nobody can get any more; rows that show them are left out."""
+    notes: tuple[str, ...] = ()
+    """What its publisher does otherwise, or does not document (`guess: ...`); told by `data check`."""
+    version: int = Field(1, gt=0)
+    """Raised when the entry's rows, instruction or scoring change: numbers of two versions are not comparable."""
+
+
+class Source(Settings):
+    """Where a part of a data root comes from (`llava-cmoe data fetch`)."""
+
+    name: str = Field(min_length=1)
+    """What it is called, e.g. `COCO 2014`."""
+    holds: str
+    """What it gives."""
+    to: str = "."
+    """Where that goes in the data root."""
+    hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Dataset repository on the Hugging Face Hub that can be downloaded without further ado, e.g. `Zacks-Chen/CoIN`."""
+    files: tuple[str, ...] = ("*",)
+    """Patterns of the repository's files to download; `{folder}` stands for each spelling of the tasks' folder."""
+    page: str | None = None
+    """Web page or archive to get it from by hand."""
+    licence: str = "see the source"
+    """Its licence as the source states it."""
+    by_hand: str | None = None
+    """What has to be done by hand."""
 
 
 class TaskSequence(Settings):
@@ -43,6 +107,8 @@ class TaskSequence(Settings):
     """Name of the sequence in reports."""
     tasks: tuple[TaskSpec, ...]
     """The tasks, at least one; no name occurs twice."""
+    sources: tuple[Source, ...] = ()
+    """Where their data comes from."""
 
     @field_validator("tasks")
     @classmethod
@@ -70,27 +136,5 @@ class TaskSequence(Settings):
         for name in names:
             if name not in by_name:
                 raise RecipeError(f"sequence {self.name}: unknown task {name}; did you mean {nearest(name, by_name)}?")
-        document = {"name": self.name, "tasks": [by_name[name] for name in names]}
+        document = dict(self) | {"tasks": [by_name[name] for name in names]}
         return parse_settings(TaskSequence, document, source=f"sequence {self.name}")
-
-
-def load_sequence(name_or_path: str | Path) -> TaskSequence:
-    """Read a task sequence: a YAML file, or the bare name of one that ships in `data_configs/`.
-
-    A relative path that is not found from here is looked for among the shipped files, so that a recipe may say
-    `data_configs/pocket.yaml` wherever it is started.
-
-    Raises:
-        RecipeError: unknown name, unreadable file, unknown key, bad value, or a task name that occurs twice.
-    """
-    path = Path(name_or_path)
-    if path.suffix not in {".yaml", ".yml"}:
-        folder = shipped("data_configs")
-        known = sorted(file.stem for file in folder.glob("*.yaml"))
-        if str(name_or_path) not in known:
-            hint = f"did you mean {nearest(str(name_or_path), known)}?" if known else f"{folder} holds none"
-            raise RecipeError(f"unknown task sequence {name_or_path}; {hint}")
-        path = folder / f"{name_or_path}.yaml"
-    elif not path.is_file() and shipped(str(path)).is_file():
-        path = shipped(str(path))
-    return parse_settings(TaskSequence, read_yaml(path), source=str(path))

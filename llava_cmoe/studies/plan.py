@@ -21,7 +21,7 @@ from pydantic import Field, field_validator
 from rich.markup import escape
 from rich.table import Table
 
-from llava_cmoe.data.coin import files_of
+from llava_cmoe.data.places import files_of
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.tasks import TaskSpec
 from llava_cmoe.evaluation.log import Results, read_results

@@ -78,8 +78,8 @@ def sequence() -> TaskSequence:
     return TaskSequence(
         name="three",
         tasks=(
-            _spec("scienceqa", "ScienceQA", "test", "ScienceQA/problems.json"),
-            _spec("textvqa", "TextVQA", "val", "TextVQA/answers.json"),
+            _spec("scienceqa", "ScienceQA", "test", "cl_dataset/ScienceQA/problems.json"),
+            _spec("textvqa", "TextVQA", "val", "cl_dataset/TextVQA/answers.json"),
             _spec("grounding", "Grounding", "test"),
         ),
     )

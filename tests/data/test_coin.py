@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 
 from llava_cmoe.data.check import check_sequence
-from llava_cmoe.data.coin import INSTRUCTION_FOLDERS, read_eval, read_train
+from llava_cmoe.data.coin import read_eval, read_train
 from llava_cmoe.data.problems import DataError
-from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.data.tasks import COIN_FOLDERS, TaskSequence, TaskSpec
 
 Edit = Callable[[str, Callable[[list[dict[str, Any]]], object]], Path]
 
@@ -39,21 +40,40 @@ def test_evaluation_rows_get_the_marker_and_what_their_task_is_judged_by(root: P
     assert (grounding[0]["answer"], grounding[0]["box"]) == ("[0.12, 0.5, 0.75, 1.0]", [0.12, 0.5, 0.75, 1.0])
 
 
-@pytest.mark.parametrize("folder", INSTRUCTION_FOLDERS)
+@pytest.mark.parametrize("folder", COIN_FOLDERS)
 def test_every_spelling_of_the_instruction_folder_is_read(root: Path, sequence: TaskSequence, folder: str) -> None:
     (root / "Instructions_Original").rename(root / folder)
     assert len(read_train(root, sequence.tasks[0])) == 2
 
 
-def test_several_instruction_folders_are_refused_by_name(root: Path, sequence: TaskSequence) -> None:
-    (root / "Instruction_Type2").mkdir()
-    with pytest.raises(DataError, match=r"several instruction folders \(Instructions_Original, Instruction_Type2\)"):
+def test_a_file_that_is_there_in_two_spellings_is_refused_by_both_names(root: Path, sequence: TaskSequence) -> None:
+    shutil.copytree(root / "Instructions_Original", root / "Instruction_Type2")
+    with pytest.raises(
+        DataError, match=r"Instructions_Original/.*is also there as .*Instruction_Type2/ScienceQA/train"
+    ):
         read_train(root, sequence.tasks[0])
+    named = sequence.tasks[0].model_copy(update={"folder": ("Instruction_Type2",)})
+    assert len(read_train(root, named)) == 2
+
+
+def test_a_task_may_have_folders_of_its_own_and_other_spellings_of_its_files(
+    root: Path, sequence: TaskSequence
+) -> None:
+    (root / "Instructions_Original/Grounding").rename(root / "REC")
+    (root / "cl_dataset/COCO2014/val2014").rename(root / "asked")
+    rows = json.loads((root / "REC/test.json").read_text())
+    (root / "REC/test.json").write_text(json.dumps([rows[0] | {"image": "000000000002.jpg"}]))
+    spec = {"train": ["RES/train.json", "REC/train.json"], "evaluate": "REC/test.json", "evaluate_images": "asked"}
+    task = TaskSpec.model_validate(sequence.tasks[2].model_dump() | spec | {"folder": ["Instructions_New", "."]})
+    assert len(read_train(root, task)) == 1
+    assert read_eval(root, task)[0]["image"] == str((root / "asked/000000000002.jpg").resolve())
 
 
 def test_missing_instruction_folder_is_one_problem_for_the_whole_sequence(root: Path, sequence: TaskSequence) -> None:
     (root / "Instructions_Original").rename(root / "instructions")
-    with pytest.raises(DataError, match="no instruction folder; expected one of Instructions_Original"):
+    with pytest.raises(
+        DataError, match="no instruction folder; expected Instructions_Original .*found cl_dataset, instructions"
+    ):
         read_eval(root, sequence.tasks[1])
     assert len(check_sequence(root, sequence).problems) == 1
 
@@ -79,8 +99,11 @@ def test_an_evaluation_row_may_place_the_marker_itself(root: Path, sequence: Tas
 def test_rows_of_pictures_lost_everywhere_are_left_out_and_logged(
     root: Path, sequence: TaskSequence, edit: Edit, caplog: pytest.LogCaptureFixture
 ) -> None:
-    edit("TextVQA/train.json", lambda rows: rows.append(rows[0] | {"image": "./OCR-VQA/images/1421539896.jpg"}))
-    assert len(read_train(root, sequence.tasks[1])) == 1
+    gone = "OCR-VQA/images/1421539896.jpg"
+    edit("TextVQA/train.json", lambda rows: rows.append(rows[0] | {"image": f"./{gone}"}))
+    with pytest.raises(DataError, match="row 1 .*OCR-VQA is missing"):
+        read_train(root, sequence.tasks[1])
+    assert len(read_train(root, sequence.tasks[1].model_copy(update={"lost": (gone,)}))) == 1
     assert "row 1 (id 7): left out" in caplog.text
 
 
@@ -208,6 +231,9 @@ def test_doubled_ids_are_an_error_in_evaluation_files_only(root: Path, sequence:
         (b"[", "broken JSON at line 1, column 2"),
         (b'{"id": 1}', "expected a JSON array of rows, found an object"),
         (b"[]", "expected a JSON array of rows, found an empty array"),
+        (b"", "the file is empty"),
+        (b"\xef\xbb\xbf\n", "the file is empty"),
+        (b'{"id": 1}\n{"id": 2}', "broken JSON at line 2, column 1: Extra data; one object a line"),
         (b'["\xff"]', "not UTF-8 text at byte 2"),
         (b'["x"]', "a row is an object, found a string"),
         (None, "cannot read the file (No such file or directory)"),
@@ -263,6 +289,6 @@ def test_a_row_without_annotations_is_named(root: Path, sequence: TaskSequence, 
 
 
 def test_annotations_of_a_task_that_has_none_are_refused(root: Path, sequence: TaskSequence) -> None:
-    task = sequence.tasks[2].model_copy(update={"annotations": "TextVQA/answers.json"})
+    task = sequence.tasks[2].model_copy(update={"annotations": ("cl_dataset/TextVQA/answers.json",)})
     with pytest.raises(DataError, match="not for scorer grounding"):
         read_eval(root, task)

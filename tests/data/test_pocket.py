@@ -21,7 +21,7 @@ from llava_cmoe.data.images import pad_to_square
 from llava_cmoe.data.pocket import LETTER, LOCATE, SHORT, TASKS, Draw, PocketTask, make_pocket
 from llava_cmoe.data.pocket_captions import caption, spoken
 from llava_cmoe.data.pocket_drawings import OBJECTS
-from llava_cmoe.data.tasks import load_sequence
+from llava_cmoe.data.sequences import load_sequence
 
 COIN_ORDER = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
 NUM_TRAIN, NUM_TEST = 24, 8

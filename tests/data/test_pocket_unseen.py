@@ -8,8 +8,9 @@ from llava_cmoe.backbones.pocket import build_processor
 from llava_cmoe.data.check import check_sequence
 from llava_cmoe.data.coin import read_eval
 from llava_cmoe.data.conversation import split
+from llava_cmoe.data.places import eval_file
 from llava_cmoe.data.pocket import TASKS, UNSEEN, make_pocket
-from llava_cmoe.data.tasks import load_sequence
+from llava_cmoe.data.sequences import load_sequence
 
 
 def content(root: Path) -> dict[str, bytes]:
@@ -45,7 +46,7 @@ def test_it_is_read_without_a_problem_and_a_quarter_has_no_picture(tmp_path: Pat
 def test_it_is_asked_word_for_word_as_the_backbone_was_pretrained_and_its_answers_fit(tmp_path: Path):
     processor, (task,) = build_processor(), load_sequence("pocket_unseen").tasks
     rows = read_eval(render(tmp_path), task)
-    raw = json.loads((tmp_path / "Instructions_Original" / task.evaluate).read_text())
+    raw = json.loads(eval_file(tmp_path, task).read_text())
     for row, written in zip(rows, raw, strict=True):
         content = [{"type": "image"}] if row["image"] else written["text"]
         asked = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -13,7 +13,7 @@ import tiny
 import yaml
 
 from llava_cmoe.data.problems import DataError
-from llava_cmoe.data.tasks import load_sequence
+from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import RecipeError, load_recipe, shipped
@@ -76,7 +76,7 @@ def test_every_run_is_what_its_words_make_of_the_recipe(written: Callable[..., P
         ({"comon": []}, "study.yaml: unknown key comon; did you mean common?"),
         ({"name": "../up"}, "study.yaml: name: string should match"),
         ({"seeds": []}, "study.yaml: seeds: "),
-        ({"seeds": [1, 1]}, "study.yaml: seeds: value error, a seed occurs twice"),
+        ({"seeds": [1, 1]}, "study.yaml: seeds: a seed occurs twice"),
         ({"grid": {"seed": []}}, "study.yaml: grid.seed: "),
         ({"variants": {}}, "study.yaml: nothing is varied"),
         ({"variants": {"a b": []}}, "study.yaml: variant 'a b' cannot name a folder"),
