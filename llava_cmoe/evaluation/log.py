@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llava_cmoe.evaluation.bootstrap import Interval
+
 Row = tuple[float | None, ...]
 
 
@@ -111,6 +113,10 @@ class RouteResults(_Logged):
     """Matrices of further means, by name (`iou`: mean IoU), as fractions of one."""
     metrics: dict[str, float | None]
     """Metrics of the matrix, in percent or percent points; their definitions stand beside the routes."""
+    intervals: tuple[tuple[Interval | None, ...], ...] = ()
+    """Lower and upper end of each accuracy of the matrix, by bootstrap; empty in a file of format 1."""
+    metric_intervals: dict[str, Interval | None] = {}
+    """The same of each metric."""
 
 
 class LocatorResults(_Logged):
@@ -129,8 +135,8 @@ class LocatorResults(_Logged):
 class Results(RunFacts):
     """Everything `results.json` holds."""
 
-    format: Literal[1] = 1
-    """Version of this layout."""
+    format: Literal[1, 2] = 2
+    """Version of this layout; 1 had no intervals."""
     tasks: tuple[str, ...]
     """The tasks in the order in which they are learned."""
     num_samples: dict[str, int]
@@ -141,6 +147,8 @@ class Results(RunFacts):
     """Their version; results of two versions are not comparable."""
     definitions: dict[str, str]
     """What the metrics mean."""
+    bootstrap: dict[str, float | int | str] = {}
+    """How the intervals were found; empty where there are none."""
     routes: dict[str, RouteResults]
     """Route (`located`, `oracle`, `random`) to what was measured; the first is the headline."""
     locator: LocatorResults | None
@@ -171,7 +179,7 @@ def read_results(path: Path) -> Results:
     try:
         return Results.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path}: not a results file of format 1: {error}") from error
+        raise ValueError(f"{path}: not a results file of format 1 or 2: {error}") from error
 
 
 def comparable(results: Results) -> dict[str, Any]:

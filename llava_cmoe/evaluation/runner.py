@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.evaluation.bootstrap import DESCRIPTION, accuracy_interval, metric_intervals
 from llava_cmoe.evaluation.generate import Candidate, Processes, Questions, Route, RouteName, generate_answers
-from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, Row, RunFacts, read_answers
+from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, RunFacts, read_answers
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
 from llava_cmoe.evaluation.scorers import PROTOCOL, PROTOCOL_VERSION, Reference, Score, Scorer, get_scorer
 from llava_cmoe.settings import EvaluationSettings
 
+Measured = TypeVar("Measured")
 BASE = "base"
 """Column of the confusion matrix for prompts that fit no known task."""
 
@@ -70,7 +72,7 @@ class Cell:
         task: index of the task that was asked.
         route: whose routers answered.
         accuracy: percent.
-        num_samples: rows the accuracy is a mean over.
+        scores: of each row, in the rows' order and in [0, 1]; the accuracy is their mean.
         detail: means of the scorer's further numbers (grounding: `iou`).
     """
 
@@ -78,7 +80,7 @@ class Cell:
     task: int
     route: RouteName
     accuracy: float
-    num_samples: int
+    scores: tuple[float, ...]
     detail: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -146,7 +148,7 @@ def score_after(exam: Exam, after: int) -> list[Cell]:
     return [
         score_cell(exam, after, task, route)
         for route in exam.settings.routes
-        for task in range(after + 1)
+        for task in range(len(exam.sequence.names))  # answers of a task not learned yet may have been brought along
         if exam.answers_path(after, task, route).exists()
     ]
 
@@ -157,7 +159,8 @@ def score_cell(exam: Exam, after: int, task: int, route: RouteName) -> Cell:
     path = exam.answers_path(after, task, route)
     scores = score_answers(read_answers(path), exam.rows[spec.name], get_scorer(spec.scorer), source=str(path))
     details = {name: _mean([score.detail[name] for score in scores]) for name in scores[0].detail}
-    return Cell(after, task, route, 100 * _mean([score.value for score in scores]), len(scores), details)
+    values = tuple(score.value for score in scores)
+    return Cell(after, task, route, 100 * _mean(values), values, details)
 
 
 def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> list[Score]:
@@ -203,6 +206,7 @@ def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
         protocol=PROTOCOL,
         protocol_version=PROTOCOL_VERSION,
         definitions=DEFINITIONS,
+        bootstrap=DESCRIPTION,
         routes={
             route: _route_results([cell for cell in cells if cell.route == route], last, len(names))
             for route in exam.settings.routes
@@ -213,6 +217,7 @@ def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
 
 def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteResults:
     matrix = _matrix({(cell.after, cell.task): cell.accuracy for cell in cells}, last, num_tasks)
+    intervals = {(cell.after, cell.task): accuracy_interval(cell.scores, cell.task) for cell in cells}
     details = sorted({name for cell in cells for name in cell.detail})
     return RouteResults(
         matrix=matrix,
@@ -221,10 +226,14 @@ def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteRes
             for name in details
         },
         metrics=all_metrics(matrix),
+        intervals=_matrix(intervals, last, num_tasks),
+        metric_intervals=metric_intervals({(cell.after, cell.task): cell.scores for cell in cells}, last + 1),
     )
 
 
-def _matrix(values: Mapping[tuple[int, int], float | None], last: int, num_tasks: int) -> tuple[Row, ...]:
+def _matrix(
+    values: Mapping[tuple[int, int], Measured | None], last: int, num_tasks: int
+) -> tuple[tuple[Measured | None, ...], ...]:
     return tuple(tuple(values.get((after, task)) for task in range(num_tasks)) for after in range(last + 1))
 
 

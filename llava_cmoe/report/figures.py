@@ -48,7 +48,7 @@ def draw_matrices(runs: Sequence[Results], path: Path) -> None:
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=1.6, zorder=3))
         _label(axes, rows=results.tasks[: len(values)], columns=results.tasks)
         axes.set_title(run_label(results, route), fontsize=11.5, fontweight="bold", color=INK, pad=10)
-        axes.set_xlabel(metrics_line(measured.metrics), fontsize=10, color=INK, labelpad=8)
+        axes.set_xlabel(metrics_line(measured.metrics, {}), fontsize=10, color=INK, labelpad=8)
     panels[0].set_ylabel("after learning", fontsize=10, color=FAINT)
     _save(figure, path)
 

@@ -5,23 +5,29 @@ Everything comes from `results.json`; nothing is computed here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.table import Table
 
-from llava_cmoe.evaluation.log import Results
+from llava_cmoe.evaluation.bootstrap import Interval
+from llava_cmoe.evaluation.log import Results, RouteResults
+from llava_cmoe.evaluation.metrics import missing_cells
 
 HEADLINE_METRICS = {"immediate": "immediate", "last": "last", "maa": "MAA", "bwt": "BWT"}
 """Metrics shown everywhere, with the way they are written."""
 
 NOTHING = "–"
 
+NUM_NAMED = 3
+"""Cells that a note spells out."""
+
 
 def matrix_table(results: Results, route: str | None = None) -> Table:
     """One run's accuracy matrix (percent): rows after task j, columns task i, the headline metrics below.
 
-    The diagonal (each task right after learning it) is bold, so that reading down a column shows the forgetting.
+    The diagonal (each task right after learning it) is bold, so that reading down a column shows the forgetting. Below
+    each accuracy, its interval.
     """
     name = route or next(iter(results.routes))
     measured = results.routes[name]
@@ -31,8 +37,12 @@ def matrix_table(results: Results, route: str | None = None) -> Table:
         table.add_column(task, justify="right")
     for j, row in enumerate(measured.matrix):
         cells = [f"[bold]{number(value)}[/bold]" if i == j else number(value) for i, value in enumerate(row)]
-        table.add_row(results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells)))
-    table.caption = metrics_line(measured.metrics)
+        spans = [span(interval, digits=0) for interval in _intervals(measured, j, row)]
+        table.add_row(
+            results.tasks[j],
+            *("" if i > j and row[i] is None else f"{cell}\n[dim]{spans[i]}[/dim]" for i, cell in enumerate(cells)),
+        )
+    table.caption = "\n".join((metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
     table.caption_justify = "left"
     return table
 
@@ -50,13 +60,14 @@ def metrics_table(runs: Sequence[Results]) -> Table:
 
 def matrix_markdown(results: Results, route: str | None = None) -> str:
     """The same matrix as a Markdown table, followed by its metrics."""
-    measured = results.routes[route] if route else results.headline
-    rows = [
-        [results.tasks[j], *("" if i > j and value is None else number(value) for i, value in enumerate(row))]
-        for j, row in enumerate(measured.matrix)
-    ]
+    name = route or next(iter(results.routes))
+    measured = results.routes[name]
+    rows = []
+    for j, row in enumerate(measured.matrix):
+        cells = map(_with_span, row, _intervals(measured, j, row))
+        rows.append([results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells))])
     table = markdown(["after \\ on", *results.tasks], rows, num_text_columns=1)
-    return f"{table}\n\n{metrics_line(measured.metrics)}"
+    return "\n\n".join((table, metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
 
 
 def metrics_markdown(runs: Sequence[Results]) -> str:
@@ -69,9 +80,36 @@ def run_label(results: Results, route: str) -> str:
     return f"{results.method} ({route} route)" if _is_routed(results) else results.method
 
 
-def metrics_line(metrics: dict[str, float | None]) -> str:
-    """The headline metrics in one line, e.g. `immediate 75.0 · last 74.1 · MAA 76.2 · BWT -0.9`."""
-    return " · ".join(f"{label} {number(metrics[name])}" for name, label in HEADLINE_METRICS.items())
+def metrics_line(metrics: dict[str, float | None], intervals: Mapping[str, Interval | None]) -> str:
+    """The headline metrics in one line, each with its interval in brackets where it has one."""
+    return " · ".join(
+        f"{label} {_with_span(metrics[name], intervals.get(name))}" for name, label in HEADLINE_METRICS.items()
+    )
+
+
+def notes(results: Results, route: str) -> list[str]:
+    """What has to be known beside the numbers: intervals, what is not learned yet, which cells were not measured."""
+    matrix, told = results.routes[route].matrix, []
+    if results.bootstrap:
+        told.append(f"in brackets or below: {results.bootstrap['level']:.0%} of bootstrap draws of the questions")
+    if unlearned := results.tasks[len(matrix) :]:
+        told.append(f"not learned yet: {', '.join(unlearned)}")
+    missing = missing_cells(matrix)
+    if missing:
+        lacking = [label for name, label in HEADLINE_METRICS.items() if name in missing]
+        cells = sorted({cell for name in missing if name in HEADLINE_METRICS for cell in missing[name]})
+        named = [f"{results.tasks[i]} after {results.tasks[j]}" for j, i in cells[:NUM_NAMED]]
+        more = f" and {len(cells) - NUM_NAMED} more" if len(cells) > NUM_NAMED else ""
+        told.append(f"no {', '.join(lacking)}: not measured are {', '.join(named)}{more}")
+    return told
+
+
+def span(interval: Interval | None, digits: int) -> str:
+    """An interval, with a dash between its ends, or a `to` where a minus stands; nothing where there is none."""
+    if interval is None:
+        return ""
+    low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in interval)
+    return f"{low} to {high}" if low.startswith("-") else f"{low}–{high}"
 
 
 def number(value: float | None) -> str:
@@ -84,6 +122,15 @@ TEXT_HEADINGS = ("run", "method", "route")
 METRIC_HEADINGS = (*TEXT_HEADINGS, *HEADLINE_METRICS.values(), "located right")
 
 
+def _with_span(value: float | None, interval: Interval | None) -> str:
+    return number(value) if interval is None else f"{number(value)} ({span(interval, digits=1)})"
+
+
+def _intervals(measured: RouteResults, j: int, row: Sequence[float | None]) -> Sequence[Interval | None]:
+    """Row j of the intervals; none in results that were written before there were any."""
+    return measured.intervals[j] if measured.intervals else [None] * len(row)
+
+
 def _is_routed(results: Results) -> bool:
     """A method without a locator ignores routes, so naming one would suggest a choice that was not made."""
     return results.locator is not None or len(results.routes) > 1
@@ -94,7 +141,8 @@ def _metric_rows(runs: Sequence[Results]) -> list[list[str]]:
     for results in runs:
         for route, measured in results.routes.items():
             located = results.locator.mean_accuracy if results.locator and route == "located" else None
-            metrics = [number(measured.metrics[name]) for name in HEADLINE_METRICS]
+            around = measured.metric_intervals
+            metrics = [_with_span(measured.metrics[name], around.get(name)) for name in HEADLINE_METRICS]
             label = route if _is_routed(results) else NOTHING
             rows.append([results.run, results.method, label, *metrics, number(located)])
     return rows
