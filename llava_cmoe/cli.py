@@ -14,7 +14,8 @@ import typer
 import yaml
 from rich.console import Console
 
-from llava_cmoe.console import list_problems, plainly, results_of, show
+from llava_cmoe import cli_results
+from llava_cmoe.console import list_problems, plainly, show
 from llava_cmoe.settings import EvaluationSettings, load_recipe, parse_settings
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make, or check, the folder of tasks that a run learns from.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(cli_results.app)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/pocket_cmoe.", metavar="RUN")]
 
@@ -343,6 +345,7 @@ def report(
     Writes matrix.png (accuracy), and for methods that have it confusion.png (locator) and growth.png (experts added).
     """
     from llava_cmoe.report.figures import draw_confusion, draw_growth, draw_matrices
+    from llava_cmoe.rescoring import results_of
 
     found = [results_of(run) for run in runs]
     folder, console = out or runs[0], Console()

@@ -9,7 +9,6 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -62,20 +61,6 @@ def show(console: Console, runs: Sequence[Results]) -> None:
     for results in runs:
         console.print(matrix_table(results))
     console.print(metrics_table(runs))
-
-
-def results_of(run: Path) -> Results:
-    """A run's results, or an error that says how to get them."""
-    from llava_cmoe.evaluation.log import read_results
-    from llava_cmoe.registry.manifest import RegistryError
-
-    path = run / "results.json"
-    if not path.is_file():
-        raise RegistryError(f"{path}: no such file; `llava-cmoe eval {run}` writes it")
-    try:
-        return read_results(path)
-    except ValueError as error:
-        raise RegistryError(str(error)) from error
 
 
 def list_problems(console: Console, title: str, problems: Sequence[Problem]) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from random import Random
 
 import torch
@@ -25,13 +26,13 @@ from llava_cmoe.data.tasks import TaskSequence, load_sequence
 from llava_cmoe.evaluation.generate import Candidate, Questions
 from llava_cmoe.evaluation.log import Results, RunFacts, write_results
 from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after, forget_answers
-from llava_cmoe.fingerprints import fingerprint_files
+from llava_cmoe.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
 from llava_cmoe.records import Growth, Learned, StageReport
 from llava_cmoe.registry.manifest import RegistryError, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings import DataSettings, EvaluationSettings, Recipe
 from llava_cmoe.training.stage import train_stage
 from llava_cmoe.versions import versions
 
@@ -47,6 +48,7 @@ class Run:
     sequence: TaskSequence
     train_rows: dict[str, Dataset]
     exam: Exam
+    data_files: dict[str, str]
     data_fingerprint: str
     backbone: Backbone
     method: Method
@@ -144,9 +146,8 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     launched, sequence = processes(), sequence_of(recipe)
     root, seed = recipe.data.root, recipe.seed
     train_rows = {task.name: draw(read_train(root, task), recipe.data.train_rows, seed) for task in sequence.tasks}
-    eval_rows = {task.name: draw(read_eval(root, task), recipe.data.eval_rows, seed) for task in sequence.tasks}
-    exam = Exam(sequence, eval_rows, recipe.run / "answers", recipe.evaluation, seed)
-    files = [file for task in sequence.tasks for file in files_of(root, task)]
+    exam = exam_of(recipe.data, recipe.evaluation, seed, recipe.run)
+    files = fingerprints_of(recipe.data)
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
     return Run(
@@ -154,12 +155,26 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
         sequence=sequence,
         train_rows=train_rows,
         exam=exam,
-        data_fingerprint=fingerprint_files(files, root=root),
+        data_files=files,
+        data_fingerprint=fingerprint_all(files),
         backbone=backbone,
         method=build_method(recipe, backbone),
         registry=Registry(recipe.run, writer=writer and launched.is_main_process),
         processes=launched,
     )
+
+
+def exam_of(data: DataSettings, evaluation: EvaluationSettings, seed: int, folder: Path) -> Exam:
+    """What a run is asked, its answers in `folder`; reads and checks the evaluation rows, needs no model."""
+    sequence = tasks_of(data)
+    rows = {task.name: draw(read_eval(data.root, task), data.eval_rows, seed) for task in sequence.tasks}
+    return Exam(sequence, rows, folder / "answers", evaluation, seed)
+
+
+def fingerprints_of(data: DataSettings) -> dict[str, str]:
+    """Sha256 of every file that says what is learned and asked, by its name in the data root."""
+    files = [file for task in tasks_of(data).tasks for file in files_of(data.root, task)]
+    return fingerprint_each(files, data.root)
 
 
 def processes() -> PartialState:
@@ -169,8 +184,13 @@ def processes() -> PartialState:
 
 def sequence_of(recipe: Recipe) -> TaskSequence:
     """The tasks a recipe learns, in order."""
-    sequence = load_sequence(recipe.data.sequence)
-    return sequence if recipe.data.tasks is None else sequence.select(recipe.data.tasks)
+    return tasks_of(recipe.data)
+
+
+def tasks_of(data: DataSettings) -> TaskSequence:
+    """The tasks that are named, in order."""
+    sequence = load_sequence(data.sequence)
+    return sequence if data.tasks is None else sequence.select(data.tasks)
 
 
 def lacks_pocket(recipe: Recipe) -> bool:
@@ -276,6 +296,7 @@ def facts_of_run(run: Run) -> RunFacts:
         recipe=recipe_facts(run.registry.recipe()),  # an evaluation may have measured with other settings than it says
         base=run.backbone.fingerprint,
         data=run.data_fingerprint,
+        data_files=run.data_files,
         sites=tuple(getattr(getattr(run.method, "host", None), "banks", ())),
         growth={record.name: record.facts["growth"]["new_experts"] for record in records},
         trainable_parameters={record.name: record.facts["trainable_parameters"] for record in records},

@@ -24,7 +24,7 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "probe", "merge", "unseen", "report", "study", "chat"],
+    "": ["demo", "data", "train", "eval", "probe", "merge", "unseen", "report", "study", "chat", "rescore"],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -36,6 +36,7 @@ COMMANDS = {
     "merge": ["RUN", "--bound", "--rows"],
     "unseen": ["RUN", "--sequence", "--root", "--out"],
     "report": ["RUN", "--out"],
+    "rescore": ["RUN", "--root"],
     "chat": ["RUN", "--image", "--prompt", "--after", "--merge"],
 }
 
@@ -352,3 +353,19 @@ def test_rendering_that_is_killed_leaves_no_root_and_can_be_repeated(tmp_path):
     pocket_root.make_pocket_root(root, lambda *_: None, train_rows=1, test_rows=1)
     assert [path.name for path in root.parent.iterdir()] == ["pocket"]
     assert len(json.loads((root / "Instructions_Original/ScienceQA/train.json").read_text())) == 1
+
+
+def test_scoring_again_tells_how_many_accuracies_changed(run, tmp_path):
+    before = (run / "results.json").read_bytes()
+    result = type_in("rescore", run)
+    assert result.exit_code == 0 and "accuracies that changed: 0" in result.output, result.output
+    assert (run / "results.json").read_bytes() == before
+    assert "other data" in refused("rescore", run, "--root", broken_root(tmp_path, run))
+
+
+def broken_root(folder: Path, run: Path) -> Path:
+    """A copy of a run's data root with one byte more."""
+    root = Path(shutil.copytree(read_results(run / "results.json").recipe["data"]["root"], folder / "other"))
+    with (root / "Instructions_Original/sides/test.json").open("a") as stream:
+        stream.write(" ")
+    return root

@@ -86,6 +86,8 @@ class RunFacts(_Logged):
     """Fingerprint of the frozen backbone; numbers of two bases are not comparable."""
     data: str
     """Fingerprint of the rows that were learned and evaluated."""
+    data_files: dict[str, str] = {}
+    """The same of each of their files, by its name in the data root; empty in a file of format 1."""
     sites: tuple[str, ...] = ()
     """Every place that may hold experts, from the lowest layer to the highest."""
     growth: dict[str, dict[str, int]] = {}
@@ -136,7 +138,7 @@ class Results(RunFacts):
     """Everything `results.json` holds."""
 
     format: Literal[1, 2] = 2
-    """Version of this layout; 1 had no intervals."""
+    """Version of this layout; 1 had no intervals and no hashes of single files."""
     tasks: tuple[str, ...]
     """The tasks in the order in which they are learned."""
     num_samples: dict[str, int]

@@ -5,7 +5,8 @@ Everything comes from `results.json`; nothing is computed here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from rich import box
 from rich.table import Table
@@ -37,11 +38,10 @@ def matrix_table(results: Results, route: str | None = None) -> Table:
         table.add_column(task, justify="right")
     for j, row in enumerate(measured.matrix):
         cells = [f"[bold]{number(value)}[/bold]" if i == j else number(value) for i, value in enumerate(row)]
-        spans = [span(interval, digits=0) for interval in _intervals(measured, j, row)]
-        table.add_row(
-            results.tasks[j],
-            *("" if i > j and row[i] is None else f"{cell}\n[dim]{spans[i]}[/dim]" for i, cell in enumerate(cells)),
-        )
+        cells = [
+            _above(cell, around, digits=0) for cell, around in zip(cells, _intervals(measured, j, row), strict=True)
+        ]
+        table.add_row(results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells)))
     table.caption = "\n".join((metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
     table.caption_justify = "left"
     return table
@@ -53,7 +53,7 @@ def metrics_table(runs: Sequence[Results]) -> Table:
     for heading in METRIC_HEADINGS:
         is_text = heading in TEXT_HEADINGS
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=is_text)
-    for row in _metric_rows(runs):
+    for row in _metric_rows(runs, partial(_above, digits=1)):
         table.add_row(*row)
     return table
 
@@ -64,7 +64,7 @@ def matrix_markdown(results: Results, route: str | None = None) -> str:
     measured = results.routes[name]
     rows = []
     for j, row in enumerate(measured.matrix):
-        cells = map(_with_span, row, _intervals(measured, j, row))
+        cells = map(_beside, map(number, row), _intervals(measured, j, row))
         rows.append([results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells))])
     table = markdown(["after \\ on", *results.tasks], rows, num_text_columns=1)
     return "\n\n".join((table, metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
@@ -72,7 +72,7 @@ def matrix_markdown(results: Results, route: str | None = None) -> str:
 
 def metrics_markdown(runs: Sequence[Results]) -> str:
     """Several runs side by side as a Markdown table."""
-    return markdown(list(METRIC_HEADINGS), _metric_rows(runs), num_text_columns=len(TEXT_HEADINGS))
+    return markdown(list(METRIC_HEADINGS), _metric_rows(runs, _beside), num_text_columns=len(TEXT_HEADINGS))
 
 
 def run_label(results: Results, route: str) -> str:
@@ -83,7 +83,7 @@ def run_label(results: Results, route: str) -> str:
 def metrics_line(metrics: dict[str, float | None], intervals: Mapping[str, Interval | None]) -> str:
     """The headline metrics in one line, each with its interval in brackets where it has one."""
     return " · ".join(
-        f"{label} {_with_span(metrics[name], intervals.get(name))}" for name, label in HEADLINE_METRICS.items()
+        f"{label} {_beside(number(metrics[name]), intervals.get(name))}" for name, label in HEADLINE_METRICS.items()
     )
 
 
@@ -91,7 +91,9 @@ def notes(results: Results, route: str) -> list[str]:
     """What has to be known beside the numbers: intervals, what is not learned yet, which cells were not measured."""
     matrix, told = results.routes[route].matrix, []
     if results.bootstrap:
-        told.append(f"in brackets or below: {results.bootstrap['level']:.0%} of bootstrap draws of the questions")
+        told.append(
+            f"beside each number: where {results.bootstrap['level']:.0%} of bootstrap draws of the questions lie"
+        )
     if unlearned := results.tasks[len(matrix) :]:
         told.append(f"not learned yet: {', '.join(unlearned)}")
     missing = missing_cells(matrix)
@@ -104,10 +106,8 @@ def notes(results: Results, route: str) -> list[str]:
     return told
 
 
-def span(interval: Interval | None, digits: int) -> str:
-    """An interval, with a dash between its ends, or a `to` where a minus stands; nothing where there is none."""
-    if interval is None:
-        return ""
+def span(interval: Interval, digits: int) -> str:
+    """An interval, with a dash between its ends, or a `to` where a minus stands."""
     low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in interval)
     return f"{low} to {high}" if low.startswith("-") else f"{low}–{high}"
 
@@ -122,8 +122,13 @@ TEXT_HEADINGS = ("run", "method", "route")
 METRIC_HEADINGS = (*TEXT_HEADINGS, *HEADLINE_METRICS.values(), "located right")
 
 
-def _with_span(value: float | None, interval: Interval | None) -> str:
-    return number(value) if interval is None else f"{number(value)} ({span(interval, digits=1)})"
+def _beside(cell: str, interval: Interval | None) -> str:
+    return cell if interval is None else f"{cell} ({span(interval, digits=1)})"
+
+
+def _above(cell: str, interval: Interval | None, digits: int) -> str:
+    """For the terminal, where columns are narrow."""
+    return cell if interval is None else f"{cell}\n[dim]{span(interval, digits)}[/dim]"
 
 
 def _intervals(measured: RouteResults, j: int, row: Sequence[float | None]) -> Sequence[Interval | None]:
@@ -136,13 +141,13 @@ def _is_routed(results: Results) -> bool:
     return results.locator is not None or len(results.routes) > 1
 
 
-def _metric_rows(runs: Sequence[Results]) -> list[list[str]]:
+def _metric_rows(runs: Sequence[Results], joined: Callable[[str, Interval | None], str]) -> list[list[str]]:
     rows = []
     for results in runs:
         for route, measured in results.routes.items():
             located = results.locator.mean_accuracy if results.locator and route == "located" else None
             around = measured.metric_intervals
-            metrics = [_with_span(measured.metrics[name], around.get(name)) for name in HEADLINE_METRICS]
+            metrics = [joined(number(measured.metrics[name]), around.get(name)) for name in HEADLINE_METRICS]
             label = route if _is_routed(results) else NOTHING
             rows.append([results.run, results.method, label, *metrics, number(located)])
     return rows
