@@ -24,7 +24,7 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "probe", "merge", "unseen", "report", "study", "chat", "rescore"],
+    "": ["demo", "data", "train", "eval", "probe", "merge", "unseen", "report", "study", "chat", "rescore", "compare"],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -37,6 +37,7 @@ COMMANDS = {
     "unseen": ["RUN", "--sequence", "--root", "--out"],
     "report": ["RUN", "--out"],
     "rescore": ["RUN", "--root"],
+    "compare": ["RUN", "--published", "--out", "--root"],
     "chat": ["RUN", "--image", "--prompt", "--after", "--merge"],
 }
 
@@ -369,3 +370,12 @@ def broken_root(folder: Path, run: Path) -> Path:
     with (root / "Instructions_Original/sides/test.json").open("a") as stream:
         stream.write(" ")
     return root
+
+
+def test_a_comparison_is_shown_and_written(run, tmp_path):
+    result = type_in("compare", run, "--published", "coin_llava_7b", "--out", tmp_path / "comparison")
+    assert result.exit_code == 0, result.output
+    assert "moelora_8" in result.output and "warning: base: " in result.output
+    written = sorted(path.name for path in (tmp_path / "comparison").iterdir())
+    assert written == ["comparison.json", "comparison.md", "comparison.png"]
+    assert "did you mean" in refused("compare", run, "--published", "coin")
