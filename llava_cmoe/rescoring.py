@@ -25,12 +25,14 @@ class Examined:
         folder: where it lies.
         results: what came out.
         exam: what it was asked.
+        root: data root of these questions.
         data_files: sha256 of each data file, as it was measured and as it is now.
     """
 
     folder: Path
     results: Results
     exam: Exam
+    root: Path
     data_files: dict[str, str]
 
     @property
@@ -77,7 +79,7 @@ def open_examined(folder: Path, root: Path | None = None) -> Examined:
         )
     exam = exam_of(data, parse_settings(EvaluationSettings, asked, source), results.seed, folder)
     _check_answers(results, exam)
-    return Examined(folder, results, exam, files)
+    return Examined(folder, results, exam, data.root, files)
 
 
 def results_of(folder: Path) -> Results:

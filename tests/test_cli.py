@@ -24,7 +24,21 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "eval", "probe", "merge", "unseen", "report", "study", "chat", "rescore", "compare"],
+    "": [
+        "demo",
+        "data",
+        "train",
+        "eval",
+        "probe",
+        "merge",
+        "unseen",
+        "report",
+        "study",
+        "chat",
+        "rescore",
+        "compare",
+        "answers",
+    ],
     "demo": ["--run"],
     "data": ["make-pocket", "check"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -37,6 +51,9 @@ COMMANDS = {
     "unseen": ["RUN", "--sequence", "--root", "--out"],
     "report": ["RUN", "--out"],
     "rescore": ["RUN", "--root"],
+    "answers": ["export", "import"],
+    "answers export": ["RUN", "--to", "--route", "--root"],
+    "answers import": ["DIR", "KEY=VALUE", "--recipe", "--run", "--method", "--base"],
     "compare": ["RUN", "--published", "--out", "--root"],
     "chat": ["RUN", "--image", "--prompt", "--after", "--merge"],
 }
@@ -379,3 +396,14 @@ def test_a_comparison_is_shown_and_written(run, tmp_path):
     written = sorted(path.name for path in (tmp_path / "comparison").iterdir())
     assert written == ["comparison.json", "comparison.md", "comparison.png"]
     assert "did you mean" in refused("compare", run, "--published", "coin")
+
+
+def test_answers_go_out_and_come_in(run, lesson, written, tmp_path):
+    assert type_in("answers", "export", run, "--to", tmp_path / "out").exit_code == 0
+    (tmp_path / "out/sides/sides/Result.text").write_text("Samples: 6\nAccuracy: 1.50%\n")
+    words = ("answers", "import", tmp_path / "out", "--recipe", written(lesson.recipe), "--run", tmp_path / "in")
+    result = type_in(*words, "--method", "theirs")
+    assert result.exit_code == 0, result.output
+    assert "sides after sides: Result.text says 1.50, scored here" in result.output
+    assert read_results(tmp_path / "in/results.json").headline == lesson.results.headline
+    assert "holds files already" in refused(*words)

@@ -184,3 +184,9 @@ def files_of(root: Path, task: TaskSpec) -> list[Path]:
     folder = instruction_folder(root)
     files = [folder / task.train, folder / task.evaluate]
     return files if task.annotations is None else [*files, root / IMAGE_FOLDER / task.annotations]
+
+
+def raw_ids(root: Path, task: TaskSpec) -> dict[str, int | str]:
+    """Id of every evaluation row to the same as it stands in the file, a number or a string, in the file's order."""
+    array = _load_json(instruction_folder(root) / task.evaluate)
+    return {row_id_of(raw): raw.get("question_id", raw.get("id")) for raw in array}
