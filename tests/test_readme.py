@@ -20,6 +20,7 @@ from tiny import Lesson
 
 from llava_cmoe.cli import main
 from llava_cmoe.data.pocket_root import make_pocket_root
+from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.report.headline import Headline, headline_markdown
 from llava_cmoe.report.merges import MergeSummary, merges_markdown
 from llava_cmoe.report.studies import read_study, study_markdown
@@ -121,7 +122,16 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             return start(main, words, monkeypatch)
         case ["llava-cmoe", "probe", run, *_]:
             return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
-        case ["llava-cmoe", "eval" | "merge" | "unseen" | "report", *_] | ["llava-cmoe", "data", "check", *_]:
+        case ["llava-cmoe", "answers", "import", folder, *_]:
+            start(main, ["llava-cmoe", "answers", "export", "runs/pocket_cmoe", "--to", folder], monkeypatch)
+            data = read_results(workplace / "runs/pocket_cmoe/results.json").recipe["data"]  # not the pocket sequence
+            return start(main, [*words, *(f"data.{key}={data[key]}" for key in ("sequence", "root"))], monkeypatch)
+        case ["llava-cmoe", "eval" | "merge" | "unseen" | "report" | "compare" | "rescore" | "answers", *_] | [
+            "llava-cmoe",
+            "data",
+            "check",
+            *_,
+        ]:
             return start(main, words, monkeypatch)
         case _:
             pytest.fail(f"no test knows how to run: {command}")
