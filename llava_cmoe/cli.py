@@ -215,6 +215,11 @@ def evaluate(
         typer.Option(help="Ways to choose routers, measured beside the recipe's own: located,oracle,random"),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions answered at once; the recipe's if absent.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Ask a stratified subset of N questions per task, into RUN/subsets/.", metavar="N"),
+    ] = None,
+    subset_seed: Annotated[int | None, typer.Option(help="Seed of the subset; the recipe's if absent.")] = None,
 ) -> None:
     """Measure what a run has learned so far, and write its results.json.
 
@@ -224,18 +229,20 @@ def evaluate(
     """
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.sequence import evaluate_run, processes
+    from llava_cmoe.sequence import evaluate_run, processes, subset_folder
 
     recipe = Registry(run).recipe()
     own = recipe.evaluation
     wanted = {"routes": [*dict.fromkeys((*own.routes, *(routes.split(",") if routes else ())))]}
-    sizes = {"batch_size": own.batch_size if batch_size is None else batch_size}
-    evaluation = parse_settings(EvaluationSettings, own.model_dump() | wanted | sizes, source="llava-cmoe eval")
+    options = {"batch_size": batch_size, "limit": limit, "subset_seed": subset_seed}
+    given = {key: value for key, value in options.items() if value is not None}
+    evaluation = parse_settings(EvaluationSettings, own.model_dump() | wanted | given, source="llava-cmoe eval")
     console = Console(quiet=not processes().is_main_process)
     with ProgressLine(console) as line:
-        results = evaluate_run(recipe.model_copy(update={"evaluation": evaluation}), line)
+        asked = recipe.model_copy(update={"evaluation": evaluation})
+        results = evaluate_run(asked, line)
     show(console, [results])
-    console.print(f"In {run}: results.json", highlight=False, soft_wrap=True)
+    console.print(f"In {subset_folder(asked)}: results.json", highlight=False, soft_wrap=True)
 
 
 @app.command()

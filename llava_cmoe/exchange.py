@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
 
 def _line(answer: Answer, raw_id: int | str, model: str) -> str:
     """One answer; `answer_id` is made from what it answers, so that the same run gives the same bytes."""
-    metadata = {"located": answer.located, "score": answer.score}
+    metadata = {"located": answer.located, "score": answer.score, "failed": answer.failed}
     document = {
         "question_id": raw_id,
         "prompt": _without_marker(answer.prompt),
@@ -173,9 +173,7 @@ def _read(path: Path, rows: Any) -> list[Answer]:
             lines[answer.id] = number
             own = prompts[answer.id]
             same = answer.prompt in ("", _without_marker(own))
-            answers[answer.id] = Answer(
-                answer.id, answer.text, answer.located, answer.score, own if same else answer.prompt
-            )
+            answers[answer.id] = replace(answer, prompt=own) if same else answer
     missing = [sample_id for sample_id in prompts if sample_id not in answers]
     if missing:
         raise RegistryError(f"{path}: missing id {missing[0]!r} ({len(missing)} of {len(prompts)} are not answered)")
@@ -186,12 +184,12 @@ def _answer(line: bytes, where: str) -> Answer:
     try:
         document = json.loads(line)
         raw_id, text, metadata = document["question_id"], document["text"], document.get("metadata") or {}
-        prompt, located, score = document.get("prompt", ""), metadata.get("located"), metadata.get("score")
+        prompt, kept = document.get("prompt", ""), {key: metadata.get(key) for key in ("located", "score", "failed")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RegistryError(f"{where}: not an answer ({error!r}); expected question_id and text") from error
     if isinstance(raw_id, bool) or not isinstance(raw_id, (int, str)) or not isinstance(text, str):
         raise RegistryError(f"{where}: question_id must be a number or a string, and text a string")
-    return Answer(str(raw_id), text.strip(), located, score, str(prompt))
+    return Answer(str(raw_id), text.strip(), prompt=str(prompt), **kept)
 
 
 def _stated(path: Path) -> float:

@@ -69,7 +69,9 @@ def open_examined(folder: Path, root: Path | None = None) -> Examined:
     results, source = results_of(folder), str(folder / "results.json")
     moved = {} if root is None else {"root": root}
     data = parse_settings(DataSettings, results.recipe["data"] | moved, source)
-    asked = results.recipe["evaluation"] | {"routes": tuple(results.routes)}
+    asked = results.recipe["evaluation"] | {"routes": tuple(results.routes), "limit": None}
+    if results.subset is not None:  # which an evaluation may have chosen against its recipe
+        asked |= {"limit": results.subset.limit, "subset_seed": results.subset.seed}
     files = fingerprints_of(data)
     if fingerprint_all(files) != results.data:
         changed = [name for name in files if results.data_files.get(name, files[name]) != files[name]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -24,8 +24,9 @@ from llava_cmoe.data.coin import files_of, read_eval, read_train
 from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.data.tasks import TaskSequence, load_sequence
 from llava_cmoe.evaluation.generate import Candidate, Questions
-from llava_cmoe.evaluation.log import Results, RunFacts, write_results
+from llava_cmoe.evaluation.log import Results, RunFacts, Subset, write_results
 from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after, forget_answers
+from llava_cmoe.evaluation.subset import STRATA, stratified
 from llava_cmoe.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
 from llava_cmoe.records import Growth, Learned, StageReport
@@ -74,15 +75,26 @@ def learn(recipe: Recipe, progress: Progress = lambda *_: None) -> Results:
 def evaluate_run(recipe: Recipe, progress: Progress = lambda *_: None) -> Results:
     """Measure what the recipe's run has learned so far, and learn nothing more; every process of a launch calls this.
 
+    Asked another subset of the questions than the run's own recipe asks, it writes into `subset_folder`.
+
     Raises:
         RegistryError: nothing is learned yet.
     """
     run = open_run(recipe)
+    run = replace(run, exam=replace(run.exam, folder=subset_folder(recipe) / run.exam.folder.name))
     num_learned = len(run.registry.records())
     done = tuple(stage for index, stage in enumerate(run.stages) if index < num_learned or not stage.learns)
     if not done:
         raise RegistryError(f"{recipe.run}: nothing is learned yet; train the run, then evaluate it")
     return walk(run, done, progress)
+
+
+def subset_folder(recipe: Recipe) -> Path:
+    """Where a subset of questions is measured: the run's folder if its recipe asks it, else `subsets/50_0` in there."""
+    asked, own = recipe.evaluation, Registry(recipe.run).recipe().evaluation
+    if asked.limit == own.limit and (asked.limit is None or asked.subset_seed == own.subset_seed):
+        return recipe.run
+    return recipe.run / "subsets" / ("all" if asked.limit is None else f"{asked.limit}_{asked.subset_seed}")
 
 
 def walk(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Results:
@@ -133,10 +145,10 @@ def evaluate(run: Run, questions: dict[str, Questions], stage: Stage, at: Callab
 
 
 def report(run: Run, stages: tuple[Stage, ...]) -> Results:
-    """Score the answers after these stages and write `results.json`."""
+    """Score the answers after these stages and write `results.json` beside them."""
     results = aggregate(run.exam, facts_of_run(run), [stage.after for stage in stages])
     if run.processes.is_main_process:
-        write_results(run.recipe.run / "results.json", results)
+        write_results(run.exam.folder.with_name("results.json"), results)
     run.processes.wait_for_everyone()
     return results
 
@@ -166,9 +178,12 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
 
 def exam_of(data: DataSettings, evaluation: EvaluationSettings, seed: int, folder: Path) -> Exam:
     """What a run is asked, its answers in `folder`; reads and checks the evaluation rows, needs no model."""
-    sequence = tasks_of(data)
+    sequence, limit, subset_seed = tasks_of(data), evaluation.limit, evaluation.subset_seed
     rows = {task.name: draw(read_eval(data.root, task), data.eval_rows, seed) for task in sequence.tasks}
-    return Exam(sequence, rows, folder / "answers", evaluation, seed)
+    asked = {name: stratified(found, limit, subset_seed) for name, found in rows.items()}
+    of = {name: len(found) for name, found in rows.items()}
+    subset = None if limit is None else Subset(limit=limit, seed=subset_seed, strata=STRATA, of=of)
+    return Exam(sequence, asked, folder / "answers", evaluation, seed, subset)
 
 
 def fingerprints_of(data: DataSettings) -> dict[str, str]:

@@ -45,7 +45,7 @@ COMMANDS = {
     "data check": ["--sequence", "--root"],
     "train": ["recipe", "KEY=VALUE", "--dry-run"],
     "study": ["STUDY", "--jobs", "--dry-run"],
-    "eval": ["RUN", "--routes", "--batch-size"],
+    "eval": ["RUN", "--routes", "--batch-size", "--limit", "--subset-seed"],
     "probe": ["RUN", "KEY=VALUE", "--after", "--out"],
     "merge": ["RUN", "--bound", "--rows"],
     "unseen": ["RUN", "--sequence", "--root", "--out"],
@@ -407,3 +407,23 @@ def test_answers_go_out_and_come_in(run, lesson, written, tmp_path):
     assert "sides after sides: Result.text says 1.50, scored here" in result.output
     assert read_results(tmp_path / "in/results.json").headline == lesson.results.headline
     assert "holds files already" in refused(*words)
+
+
+def test_a_subset_is_measured_beside_the_whole_and_marked(run, tmp_path):
+    before = files_of(run)
+    result = type_in("eval", run, "--limit", 3, "--subset-seed", 1)
+    assert result.exit_code == 0, result.output
+    assert "subset of 3 questions a task (seed 1)" in result.output
+    part = run / "subsets/3_1"
+    results = read_results(part / "results.json")
+    assert results.num_samples == {"colours": 3, "sides": 3}
+    assert (results.subset.limit, results.subset.seed, results.subset.of) == (3, 1, {"colours": 6, "sides": 6})
+    assert {name: found for name, found in files_of(run).items() if not name.startswith("subsets")} == before
+    written = (part / "results.json").read_bytes()
+    assert type_in("rescore", part).exit_code == 0 and (part / "results.json").read_bytes() == written
+    shutil.rmtree(part)
+    assert type_in("eval", run, "--limit", 3, "--subset-seed", 1).exit_code == 0
+    assert (part / "results.json").read_bytes() == written
+    compared = type_in("compare", run, part)
+    assert "differ in subset" in compared.output and "asked other questions" in compared.output
+    assert "limit" in refused("eval", run, "--limit", 0)

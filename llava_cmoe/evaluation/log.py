@@ -30,6 +30,7 @@ class Answer:
         located: index of the task the locator chose, -1 for the base model; None where no locator was asked.
         score: the chosen task's score (lower means closer); None where no task was chosen.
         prompt: the user's turn as it stands in the row.
+        failed: why the question could not be answered; None if it was.
     """
 
     id: str
@@ -37,10 +38,14 @@ class Answer:
     located: int | None
     score: float | None
     prompt: str
+    failed: str | None = None
 
     def to_line(self) -> bytes:
-        """The answer as JSON, ended by a newline (no other newline can occur in it)."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode() + b"\n"
+        """The answer as JSON, ended by a newline (no other newline can occur in it); `failed` only where it did."""
+        document = asdict(self)
+        if self.failed is None:
+            del document["failed"]
+        return json.dumps(document, ensure_ascii=False).encode() + b"\n"
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -106,6 +111,19 @@ class RunFacts(_Logged):
     """Wall-clock seconds: task to stage to seconds."""
 
 
+class Subset(_Logged):
+    """Which part of the questions was asked."""
+
+    limit: int
+    """Questions per task, at most."""
+    seed: int
+    """Of the draw."""
+    strata: str
+    """What the draw keeps the shares of."""
+    of: dict[str, int]
+    """Task to the number of questions there are."""
+
+
 class RouteResults(_Logged):
     """What was measured under one route."""
 
@@ -143,6 +161,11 @@ class Results(RunFacts):
     """The tasks in the order in which they are learned."""
     num_samples: dict[str, int]
     """Evaluated rows per task."""
+    subset: Subset | None = None
+    """The part of the questions that these are; null where all were asked."""
+    failed: dict[str, int] = {}
+    """Answers file (`after_03/gqa.located`) to the number of its questions that could not be answered, where there are
+    any; they count as wrong, and the file tells why."""
     protocol: str
     """Scoring rules."""
     protocol_version: int

@@ -10,7 +10,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.bootstrap import DESCRIPTION, accuracy_interval, metric_intervals
 from llava_cmoe.evaluation.generate import Candidate, Processes, Questions, Route, RouteName, generate_answers
-from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, RunFacts, read_answers
+from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, RunFacts, Subset, read_answers
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
 from llava_cmoe.evaluation.scorers import PROTOCOL, PROTOCOL_VERSION, Reference, Score, Scorer, get_scorer
 from llava_cmoe.settings import EvaluationSettings
@@ -41,6 +41,7 @@ class Exam:
         folder: where the answers files go: `after_03/TextVQA.located.jsonl` (3: after the third task).
         settings: routes and batch size.
         seed: of the random route.
+        subset: which part of the questions the rows are; None if all.
     """
 
     sequence: TaskSequence
@@ -48,6 +49,7 @@ class Exam:
     folder: Path
     settings: EvaluationSettings
     seed: int
+    subset: Subset | None = None
 
     def __post_init__(self) -> None:
         """A misspelt scorer is told before anything is learned."""
@@ -74,6 +76,7 @@ class Cell:
         accuracy: percent.
         scores: of each row, in the rows' order and in [0, 1]; the accuracy is their mean.
         detail: means of the scorer's further numbers (grounding: `iou`).
+        failed: rows that could not be answered; they count as wrong.
     """
 
     after: int
@@ -82,6 +85,7 @@ class Cell:
     accuracy: float
     scores: tuple[float, ...]
     detail: Mapping[str, float] = field(default_factory=dict)
+    failed: int = 0
 
 
 def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str, Questions]:
@@ -157,14 +161,16 @@ def score_cell(exam: Exam, after: int, task: int, route: RouteName) -> Cell:
     """Score one answers file."""
     spec = exam.sequence.tasks[task]
     path = exam.answers_path(after, task, route)
-    scores = score_answers(read_answers(path), exam.rows[spec.name], get_scorer(spec.scorer), source=str(path))
+    answers = read_answers(path)
+    scores = score_answers(answers, exam.rows[spec.name], get_scorer(spec.scorer), source=str(path))
     details = {name: _mean([score.detail[name] for score in scores]) for name in scores[0].detail}
     values = tuple(score.value for score in scores)
-    return Cell(after, task, route, 100 * _mean(values), values, details)
+    failed = sum(answer.failed is not None for answer in answers)
+    return Cell(after, task, route, 100 * _mean(values), values, details, failed)
 
 
 def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> list[Score]:
-    """One score per row, answers joined by id; `source` names the answers in errors.
+    """One score per row, answers joined by id; `source` names the answers in errors. What failed is wrong by any rule.
 
     Raises:
         ValueError: an id is missing, doubled or unknown, or a row cannot be scored.
@@ -177,12 +183,14 @@ def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, sour
         if found:
             raise ValueError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); delete it to generate again")
     text_by_id = {answer.id: answer.text for answer in answers}
+    failed = {answer.id for answer in answers if answer.failed is not None}
     scores = []
     for row in rows:
         try:
-            scores.append(scorer(text_by_id[row["id"]], Reference.from_row(row)))
+            score = scorer(text_by_id[row["id"]], Reference.from_row(row))
         except ValueError as error:
             raise ValueError(f"{source}: row {row['id']!r}: {error}") from error
+        scores.append(replace(score, value=0.0) if row["id"] in failed else score)
     return scores
 
 
@@ -203,6 +211,12 @@ def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
         **facts.model_dump(),
         tasks=names,
         num_samples={name: len(exam.rows[name]) for name in names},
+        subset=exam.subset,
+        failed={
+            f"{exam.answers_folder(cell.after).name}/{names[cell.task]}.{cell.route}": cell.failed
+            for cell in cells
+            if cell.failed
+        },
         protocol=PROTOCOL,
         protocol_version=PROTOCOL_VERSION,
         definitions=DEFINITIONS,
@@ -238,12 +252,12 @@ def _matrix(
 
 
 def _locator_results(exam: Exam, last: int) -> LocatorResults | None:
-    """Confusion after the last learned task; None unless every prompt of every learned task was located."""
+    """Confusion after the last learned task; None unless every answered prompt of every learned task was located."""
     paths = [exam.answers_path(last, task, "located") for task in range(last + 1)]
     if "located" not in exam.settings.routes or not all(path.exists() for path in paths):
         return None
-    located = [[answer.located for answer in read_answers(path)] for path in paths]
-    if any(task is None for tasks in located for task in tasks):
+    located = [[answer.located for answer in read_answers(path) if answer.failed is None] for path in paths]
+    if any(not tasks or None in tasks for tasks in located):
         return None
     choices = [*range(last + 1), -1]
     confusion = tuple(tuple(tasks.count(choice) for choice in choices) for tasks in located)

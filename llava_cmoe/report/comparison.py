@@ -105,7 +105,7 @@ def warnings_of(runs: Sequence[tuple[str, Results]], published: PublishedSet | N
     """Whatever makes two columns another measurement of something else, one sentence each."""
     (first_name, first), *others = runs
     for name, results in others:
-        for key in ("base", "data", "tasks", "num_samples", "protocol", "protocol_version", "versions"):
+        for key in ("base", "data", "tasks", "num_samples", "subset", "protocol", "protocol_version", "versions"):
             if getattr(first, key) != getattr(results, key):
                 yield f"{first_name} and {name} differ in {key.replace('_', ' ')}"
     for name, results in runs:

@@ -76,8 +76,9 @@ def metrics_markdown(runs: Sequence[Results]) -> str:
 
 
 def run_label(results: Results, route: str) -> str:
-    """The method and, where there was more than one way to route, the route that was measured."""
-    return f"{results.method} ({route} route)" if _is_routed(results) else results.method
+    """The method, where there was more than one way to route the route that was measured, and a subset's mark."""
+    label = f"{results.method} ({route} route)" if _is_routed(results) else results.method
+    return label + _part(results)
 
 
 def metrics_line(metrics: dict[str, float | None], intervals: Mapping[str, Interval | None]) -> str:
@@ -96,6 +97,8 @@ def notes(results: Results, route: str) -> list[str]:
         )
     if unlearned := results.tasks[len(matrix) :]:
         told.append(f"not learned yet: {', '.join(unlearned)}")
+    if failed := [f"{count} of {name}" for name, count in results.failed.items() if name.endswith(f".{route}")]:
+        told.append(f"could not be answered, counted as wrong: {', '.join(failed)}")
     missing = missing_cells(matrix)
     if missing:
         lacking = [label for name, label in HEADLINE_METRICS.items() if name in missing]
@@ -136,6 +139,12 @@ def _intervals(measured: RouteResults, j: int, row: Sequence[float | None]) -> S
     return measured.intervals[j] if measured.intervals else [None] * len(row)
 
 
+def _part(results: Results) -> str:
+    """Marks what was not asked all questions."""
+    subset = results.subset
+    return "" if subset is None else f", subset of {subset.limit} questions a task (seed {subset.seed})"
+
+
 def _is_routed(results: Results) -> bool:
     """A method without a locator ignores routes, so naming one would suggest a choice that was not made."""
     return results.locator is not None or len(results.routes) > 1
@@ -149,7 +158,7 @@ def _metric_rows(runs: Sequence[Results], joined: Callable[[str, Interval | None
             around = measured.metric_intervals
             metrics = [joined(number(measured.metrics[name]), around.get(name)) for name in HEADLINE_METRICS]
             label = route if _is_routed(results) else NOTHING
-            rows.append([results.run, results.method, label, *metrics, number(located)])
+            rows.append([results.run, results.method + _part(results), label, *metrics, number(located)])
     return rows
 
 

@@ -196,6 +196,19 @@ def test_confusion_counts_the_verdicts_after_the_last_task_with_a_column_for_the
     assert locator.mean_accuracy == 62.5
 
 
+def test_what_failed_counts_as_wrong_is_told_and_leaves_the_confusion_to_the_others(exam: Exam) -> None:
+    ids = exam.rows["GQA"]["id"]
+    answers = [Answer(sample_id, "cat", 0, None, "?") for sample_id in ids]
+    # A rule by which an empty answer were right would make no difference.
+    write_answers(
+        exam.answers_path(0, 0, "located"), [*answers[:3], replace(answers[3], located=None, failed="broken")]
+    )
+    results = aggregate(exam, FACTS, [0])
+    assert results.headline.matrix == ((75.0, None, None),)
+    assert results.failed == {"after_01/GQA.located": 1}
+    assert results.locator is not None and results.locator.confusion == ((3, 0),)
+
+
 def test_a_method_that_locates_nothing_has_no_confusion(exam: Exam) -> None:
     write_cell(exam, 0, 0, ["cat"] * 4, [None] * 4)
     assert aggregate(exam, FACTS, [0]).locator is None

@@ -7,9 +7,17 @@ from rich.console import Console
 from rich.table import Table
 
 from llava_cmoe.evaluation.bootstrap import DESCRIPTION
-from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
+from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults, Subset
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
-from llava_cmoe.report.tables import matrix_markdown, matrix_table, metrics_markdown, metrics_table, notes, number
+from llava_cmoe.report.tables import (
+    matrix_markdown,
+    matrix_table,
+    metrics_markdown,
+    metrics_table,
+    notes,
+    number,
+    run_label,
+)
 
 TASKS = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
 
@@ -80,6 +88,16 @@ def test_a_note_names_the_first_missing_cells_and_counts_the_others() -> None:
         "no immediate, MAA, BWT: not measured are ScienceQA after ScienceQA, ScienceQA after TextVQA, "
         "TextVQA after TextVQA and 25 more"
     )
+
+
+def test_a_note_tells_what_could_not_be_answered_and_every_label_that_not_all_was_asked() -> None:
+    subset = Subset(limit=5, seed=2, strata="-", of=dict.fromkeys(TASKS, 10))
+    results = make_results("cmoe", num_learned=8).model_copy(
+        update={"failed": {"after_03/GQA.located": 2, "after_03/GQA.oracle": 9}, "subset": subset}
+    )
+    assert notes(results, "located") == ["could not be answered, counted as wrong: 2 of after_03/GQA.located"]
+    mark = "subset of 5 questions a task (seed 2)"
+    assert mark in run_label(results, "located") and mark in metrics_markdown([results])
 
 
 def with_intervals(results: Results) -> Results:
