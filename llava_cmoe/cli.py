@@ -16,7 +16,8 @@ import typer
 import yaml
 from rich.console import Console
 
-from llava_cmoe.console import list_problems, plainly, results_of, show, show_check, unknown_scorers
+from llava_cmoe import cli_results
+from llava_cmoe.console import list_problems, plainly, show, show_check, unknown_scorers
 from llava_cmoe.settings import EvaluationSettings, load_recipe, parse_settings
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Make, or check, the folder of tasks that a run learns from.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(cli_results.app)
 
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/pocket_cmoe.", metavar="RUN")]
 
@@ -325,6 +327,11 @@ def evaluate(
         typer.Option(help="Ways to choose routers, measured beside the recipe's own: located,oracle,random"),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Questions answered at once; the recipe's if absent.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Ask a stratified subset of N questions per task, into RUN/subsets/.", metavar="N"),
+    ] = None,
+    subset_seed: Annotated[int | None, typer.Option(help="Seed of the subset; the recipe's if absent.")] = None,
 ) -> None:
     """Measure what a run has learned so far, and write its results.json.
 
@@ -334,19 +341,21 @@ def evaluate(
     """
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.sequence import evaluate_run
+    from llava_cmoe.sequence import evaluate_run, subset_folder
     from llava_cmoe.training.processes import processes
 
     recipe = Registry(run).recipe()
     own = recipe.evaluation
     wanted = {"routes": [*dict.fromkeys((*own.routes, *(routes.split(",") if routes else ())))]}
-    sizes = {"batch_size": own.batch_size if batch_size is None else batch_size}
-    evaluation = parse_settings(EvaluationSettings, own.model_dump() | wanted | sizes, source="llava-cmoe eval")
+    options = {"batch_size": batch_size, "limit": limit, "subset_seed": subset_seed}
+    given = {key: value for key, value in options.items() if value is not None}
+    evaluation = parse_settings(EvaluationSettings, own.model_dump() | wanted | given, source="llava-cmoe eval")
     console = Console(quiet=not processes().is_main_process)
     with ProgressLine(console) as line:
-        results = evaluate_run(recipe.model_copy(update={"evaluation": evaluation}), line)
+        asked = recipe.model_copy(update={"evaluation": evaluation})
+        results = evaluate_run(asked, line)
     show(console, [results])
-    console.print(f"In {run}: results.json", highlight=False, soft_wrap=True)
+    console.print(f"In {subset_folder(asked)}: results.json", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -456,6 +465,7 @@ def report(
     Writes matrix.png (accuracy), and for methods that have it confusion.png (locator) and growth.png (experts added).
     """
     from llava_cmoe.report.figures import draw_confusion, draw_growth, draw_matrices
+    from llava_cmoe.rescoring import results_of
 
     found = [results_of(run) for run in runs]
     folder, console = out or runs[0], Console()

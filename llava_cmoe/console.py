@@ -67,20 +67,6 @@ def show(console: Console, runs: Sequence[Results]) -> None:
     console.print(metrics_table(runs))
 
 
-def results_of(run: Path) -> Results:
-    """A run's results, or an error that says how to get them."""
-    from llava_cmoe.evaluation.log import read_results
-    from llava_cmoe.registry.manifest import RegistryError
-
-    path = run / "results.json"
-    if not path.is_file():
-        raise RegistryError(f"{path}: no such file; `llava-cmoe eval {run}` writes it")
-    try:
-        return read_results(path)
-    except ValueError as error:
-        raise RegistryError(str(error)) from error
-
-
 def unknown_scorers(sequence: TaskSequence) -> list[Problem]:
     """Tasks whose answers nobody here could judge."""
     from llava_cmoe.data.problems import Problem

@@ -107,8 +107,9 @@ def _take(run: Run, source: Registry, record: TaskRecord, at: Callable[[str, int
 
 def _copy_answers(run: Run, source: Registry, after: int) -> None:
     exam, folder = run.exam, source.run / run.exam.folder.name
-    if source.recipe().evaluation.batch_size != exam.settings.batch_size:
-        return  # the last bits of a logit may depend on who shares the batch
+    theirs, ours = source.recipe().evaluation, exam.settings
+    if any(getattr(theirs, key) != getattr(ours, key) for key in ("batch_size", "limit", "subset_seed")):
+        return  # other questions; and the last bits of a logit may depend on who shares the batch
     for path in sorted((folder / exam.answers_folder(after).name).glob("*.jsonl")):
         if path.stem.rpartition(".")[2] in UNLOCATED:
             exam.answers_folder(after).mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -27,15 +27,16 @@ from llava_cmoe.data.places import files_of, train_file
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Questions
-from llava_cmoe.evaluation.log import Results, RunFacts, write_results
+from llava_cmoe.evaluation.log import Results, RunFacts, Subset, write_results
 from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after, forget_answers
-from llava_cmoe.fingerprints import fingerprint_files
+from llava_cmoe.evaluation.subset import STRATA, stratified
+from llava_cmoe.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
 from llava_cmoe.records import Growth, Learned, StageReport
 from llava_cmoe.registry.manifest import RegistryError, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
 from llava_cmoe.registry.store import Registry, differ
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings import DataSettings, EvaluationSettings, Recipe
 from llava_cmoe.training.processes import processes
 from llava_cmoe.training.stage import train_stage
 from llava_cmoe.training.trackers import trackers_of
@@ -53,6 +54,7 @@ class Run:
     sequence: TaskSequence
     train_rows: dict[str, Dataset]
     exam: Exam
+    data_files: dict[str, str]
     data_fingerprint: str
     backbone: Backbone
     method: Method
@@ -86,16 +88,27 @@ def learn(recipe: Recipe, progress: Progress = lambda *_: None, anyway: bool = F
 def evaluate_run(recipe: Recipe, progress: Progress = lambda *_: None) -> Results:
     """Measure what the recipe's run has learned so far, and learn nothing more; every process of a launch calls this.
 
+    Asked another subset of the questions than the run's own recipe asks, it writes into `subset_folder`.
+
     Raises:
         RegistryError: nothing is learned yet.
     """
     run = open_run(recipe)
+    run = replace(run, exam=replace(run.exam, folder=subset_folder(recipe) / run.exam.folder.name))
     num_learned = len(run.registry.records())
     done = tuple(stage for index, stage in enumerate(run.stages) if index < num_learned or not stage.learns)
     if not done:
         raise RegistryError(f"{recipe.run}: nothing is learned yet; train the run, then evaluate it")
     check_data(run)
     return walk(run, done, progress)
+
+
+def subset_folder(recipe: Recipe) -> Path:
+    """Where a subset of questions is measured: the run's folder if its recipe asks it, else `subsets/50_0` in there."""
+    asked, own = recipe.evaluation, Registry(recipe.run).recipe().evaluation
+    if asked.limit == own.limit and (asked.limit is None or asked.subset_seed == own.subset_seed):
+        return recipe.run
+    return recipe.run / "subsets" / ("all" if asked.limit is None else f"{asked.limit}_{asked.subset_seed}")
 
 
 def walk(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Results:
@@ -146,10 +159,10 @@ def evaluate(run: Run, questions: dict[str, Questions], stage: Stage, at: Callab
 
 
 def report(run: Run, stages: tuple[Stage, ...]) -> Results:
-    """Score the answers after these stages and write `results.json`."""
+    """Score the answers after these stages and write `results.json` beside them."""
     results = aggregate(run.exam, facts_of_run(run), [stage.after for stage in stages])
     if run.processes.is_main_process:
-        write_results(run.recipe.run / "results.json", results)
+        write_results(run.exam.folder.with_name("results.json"), results)
     run.processes.wait_for_everyone()
     return results
 
@@ -159,9 +172,8 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     launched, sequence = processes(), sequence_of(recipe)
     root, seed = recipe.data.root, recipe.seed
     train_rows = {task.name: draw(read_train(root, task), recipe.data.train_rows, seed) for task in sequence.tasks}
-    eval_rows = {task.name: draw(read_eval(root, task), recipe.data.eval_rows, seed) for task in sequence.tasks}
-    exam = Exam(sequence, eval_rows, recipe.run / "answers", recipe.evaluation, seed, recipe.data.max_pixels)
-    files = [file for task in sequence.tasks for file in files_of(root, task)]
+    exam = exam_of(recipe.data, recipe.evaluation, seed, recipe.run)
+    files = fingerprints_of(recipe.data)
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
     return Run(
@@ -169,7 +181,8 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
         sequence=sequence,
         train_rows=train_rows,
         exam=exam,
-        data_fingerprint=fingerprint_files(files, root=root),
+        data_files=files,
+        data_fingerprint=fingerprint_all(files),
         backbone=backbone,
         method=build_method(recipe, backbone),
         registry=Registry(recipe.run, writer=writer and launched.is_main_process),
@@ -177,10 +190,31 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     )
 
 
+def exam_of(data: DataSettings, evaluation: EvaluationSettings, seed: int, folder: Path) -> Exam:
+    """What a run is asked, its answers in `folder`; reads and checks the evaluation rows, needs no model."""
+    sequence, limit, subset_seed = tasks_of(data), evaluation.limit, evaluation.subset_seed
+    rows = {task.name: draw(read_eval(data.root, task), data.eval_rows, seed) for task in sequence.tasks}
+    asked = {name: stratified(found, limit, subset_seed) for name, found in rows.items()}
+    of = {name: len(found) for name, found in rows.items()}
+    subset = None if limit is None else Subset(limit=limit, seed=subset_seed, strata=STRATA, of=of)
+    return Exam(sequence, asked, folder / "answers", evaluation, seed, data.max_pixels, subset)
+
+
+def fingerprints_of(data: DataSettings) -> dict[str, str]:
+    """Sha256 of every file that says what is learned and asked, by its name in the data root."""
+    files = [file for task in tasks_of(data).tasks for file in files_of(data.root, task)]
+    return fingerprint_each(files, data.root)
+
+
 def sequence_of(recipe: Recipe) -> TaskSequence:
     """The tasks a recipe learns, in order."""
-    sequence = load_sequence(recipe.data.sequence)
-    return sequence if recipe.data.tasks is None else sequence.select(recipe.data.tasks)
+    return tasks_of(recipe.data)
+
+
+def tasks_of(data: DataSettings) -> TaskSequence:
+    """The tasks that are named, in order."""
+    sequence = load_sequence(data.sequence)
+    return sequence if data.tasks is None else sequence.select(data.tasks)
 
 
 def lacks_pocket(recipe: Recipe) -> bool:
@@ -295,6 +329,7 @@ def facts_of_run(run: Run) -> RunFacts:
         recipe=recipe_facts(run.registry.recipe()),  # an evaluation may have measured with other settings than it says
         base=run.backbone.fingerprint,
         data=run.data_fingerprint,
+        data_files=run.data_files,
         sites=tuple(getattr(getattr(run.method, "host", None), "banks", ())),
         growth={record.name: record.facts["growth"]["new_experts"] for record in records},
         trainable_parameters={record.name: record.facts["trainable_parameters"] for record in records},

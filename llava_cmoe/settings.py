@@ -294,6 +294,10 @@ class EvaluationSettings(Settings):
     """Samples per generation batch and process."""
     routes: tuple[Literal["located", "oracle", "random"], ...] = ("located",)
     """Which routes are measured; the first one is the headline."""
+    limit: int | None = Field(None, gt=0)
+    """Ask only a stratified subset of this many questions per task, and mark every result so; all when absent."""
+    subset_seed: int = 0
+    """Seed of that subset; not the run's, so that runs of several seeds are asked the same questions."""
     protocol: Literal["strict"] = "strict"
     """Scoring rules (COIN's scorers without their accidents)."""
 

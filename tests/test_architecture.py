@@ -20,7 +20,7 @@ ORDER = (
     *("versions", "fingerprints", "settings", "records"),
     *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
     *("report", "chat", "sequence", "preview", "budget", "calibration", "relocating", "merging", "unseen", "demo"),
-    *("studies", "throughput", "console", "cli"),
+    *("studies", "throughput", "rescoring", "comparing", "exchange", "console", "cli_results", "cli"),
 )
 """Rooms and single files of the package; each imports only from those before it."""
 

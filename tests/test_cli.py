@@ -25,7 +25,10 @@ from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
-    "": ["demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"],
+    "": [
+        *("demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"),
+        *("rescore", "compare", "answers"),
+    ],
     "demo": ["--run"],
     "data": ["make-pocket", "check", "fetch"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -35,11 +38,16 @@ COMMANDS = {
     "plan": ["recipe", "KEY=VALUE", "--layers", "--length", "--gpus", "--mean", "--throughput", "--rows", "--json"],
     "convert": ["--llm", "--projector", "--vision", "--out"],
     "study": ["STUDY", "--jobs", "--dry-run"],
-    "eval": ["RUN", "--routes", "--batch-size"],
+    "eval": ["RUN", "--routes", "--batch-size", "--limit", "--subset-seed"],
     "probe": ["RUN", "KEY=VALUE", "--after", "--out"],
     "merge": ["RUN", "--bound", "--rows"],
     "unseen": ["RUN", "--sequence", "--root", "--out"],
     "report": ["RUN", "--out"],
+    "rescore": ["RUN", "--root"],
+    "answers": ["export", "import"],
+    "answers export": ["RUN", "--to", "--route", "--root"],
+    "answers import": ["DIR", "KEY=VALUE", "--recipe", "--run", "--method", "--base"],
+    "compare": ["RUN", "--published", "--out", "--root"],
     "chat": ["RUN", "--image", "--prompt", "--after", "--merge"],
 }
 
@@ -385,3 +393,59 @@ def test_rendering_that_is_killed_leaves_no_root_and_can_be_repeated(tmp_path):
     pocket_root.make_pocket_root(root, lambda *_: None, train_rows=1, test_rows=1)
     assert [path.name for path in root.parent.iterdir()] == ["pocket"]
     assert len(json.loads((root / "Instructions_Original/ScienceQA/train.json").read_text())) == 1
+
+
+def test_scoring_again_tells_how_many_accuracies_changed(run, tmp_path):
+    before = (run / "results.json").read_bytes()
+    result = type_in("rescore", run)
+    assert result.exit_code == 0 and "accuracies that changed: 0" in result.output, result.output
+    assert (run / "results.json").read_bytes() == before
+    assert "other data" in refused("rescore", run, "--root", broken_root(tmp_path, run))
+
+
+def broken_root(folder: Path, run: Path) -> Path:
+    """A copy of a run's data root with one byte more."""
+    root = Path(shutil.copytree(read_results(run / "results.json").recipe["data"]["root"], folder / "other"))
+    with (root / "Instructions_Original/sides/test.json").open("a") as stream:
+        stream.write(" ")
+    return root
+
+
+def test_a_comparison_is_shown_and_written(run, tmp_path):
+    result = type_in("compare", run, "--published", "coin_llava_7b", "--out", tmp_path / "comparison")
+    assert result.exit_code == 0, result.output
+    assert "moelora_8" in result.output and "warning: base: " in result.output
+    written = sorted(path.name for path in (tmp_path / "comparison").iterdir())
+    assert written == ["comparison.json", "comparison.md", "comparison.png"]
+    assert "did you mean" in refused("compare", run, "--published", "coin")
+
+
+def test_answers_go_out_and_come_in(run, lesson, written, tmp_path):
+    assert type_in("answers", "export", run, "--to", tmp_path / "out").exit_code == 0
+    (tmp_path / "out/sides/sides/Result.text").write_text("Samples: 6\nAccuracy: 1.50%\n")
+    words = ("answers", "import", tmp_path / "out", "--recipe", written(lesson.recipe), "--run", tmp_path / "in")
+    result = type_in(*words, "--method", "theirs")
+    assert result.exit_code == 0, result.output
+    assert "sides after sides: Result.text says 1.50, scored here" in result.output
+    assert read_results(tmp_path / "in/results.json").headline == lesson.results.headline
+    assert "holds files already" in refused(*words)
+
+
+def test_a_subset_is_measured_beside_the_whole_and_marked(run, tmp_path):
+    before = files_of(run)
+    result = type_in("eval", run, "--limit", 3, "--subset-seed", 1)
+    assert result.exit_code == 0, result.output
+    assert "subset of 3 questions a task (seed 1)" in result.output
+    part = run / "subsets/3_1"
+    results = read_results(part / "results.json")
+    assert results.num_samples == {"colours": 3, "sides": 3}
+    assert (results.subset.limit, results.subset.seed, results.subset.of) == (3, 1, {"colours": 6, "sides": 6})
+    assert {name: found for name, found in files_of(run).items() if not name.startswith("subsets")} == before
+    written = (part / "results.json").read_bytes()
+    assert type_in("rescore", part).exit_code == 0 and (part / "results.json").read_bytes() == written
+    shutil.rmtree(part)
+    assert type_in("eval", run, "--limit", 3, "--subset-seed", 1).exit_code == 0
+    assert (part / "results.json").read_bytes() == written
+    compared = type_in("compare", run, part)
+    assert "differ in subset" in compared.output and "asked other questions" in compared.output
+    assert "limit" in refused("eval", run, "--limit", 0)

@@ -22,6 +22,7 @@ from tiny import Lesson
 from llava_cmoe.budget.estimate import Budget
 from llava_cmoe.cli import main
 from llava_cmoe.data.pocket_root import make_pocket_root
+from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.report.headline import Headline, headline_markdown
 from llava_cmoe.report.merges import MergeSummary, merges_markdown
 from llava_cmoe.report.studies import read_study, study_markdown
@@ -123,6 +124,10 @@ def planned(budget: Budget) -> str:
     )
 
 
+NEED_NOTHING_MORE = {"eval", "merge", "unseen", "report", "plan", "compare", "rescore", "answers"}
+"""Commands that a tiny run can be given as they stand."""
+
+
 def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit status of a command, or of its dry run; one that is not known here fails."""
     words = [name for word in shlex.split(command) for name in (sorted(glob.glob(word)) if "*" in word else [word])]
@@ -167,7 +172,13 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
         case ["llava-cmoe", "data", "fetch", *_]:
             return start(main, [*words, "--dry-run"], monkeypatch)
-        case ["llava-cmoe", "eval" | "merge" | "unseen" | "report" | "plan", *_] | ["llava-cmoe", "data", "check", *_]:
+        case ["llava-cmoe", "answers", "import", folder, *_]:
+            start(main, ["llava-cmoe", "answers", "export", "runs/pocket_cmoe", "--to", folder], monkeypatch)
+            data = read_results(workplace / "runs/pocket_cmoe/results.json").recipe["data"]  # not the pocket sequence
+            return start(main, [*words, *(f"data.{key}={data[key]}" for key in ("sequence", "root"))], monkeypatch)
+        case ["llava-cmoe", command, *_] if command in NEED_NOTHING_MORE:
+            return start(main, words, monkeypatch)
+        case ["llava-cmoe", "data", "check", *_]:
             return start(main, words, monkeypatch)
         case _:
             pytest.fail(f"no test knows how to run: {command}")

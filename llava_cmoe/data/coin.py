@@ -160,3 +160,8 @@ def _load_json(file: Path) -> Any:
         raise DataError(Problem(file, reason + hint)) from error
     except UnicodeDecodeError as error:
         raise DataError(Problem(file, f"not UTF-8 text at byte {error.start}")) from error
+
+
+def raw_ids(root: Path, task: TaskSpec) -> dict[str, int | str]:
+    """Id of every evaluation row to the same as it stands in the file, a number or a string, in the file's order."""
+    return {row_id_of(raw): raw.get("question_id", raw.get("id")) for raw in _load_json(eval_file(root, task))}

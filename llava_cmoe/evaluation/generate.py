@@ -4,12 +4,14 @@ What differs from a plain loop: batches are fixed by the rows' order and the bat
 process b modulo the number of processes), and answers are appended batch by batch. So one process or two, killed or
 not, the same batches are computed and the same bytes end up in the answers file. A batch that a kill cut in two is
 computed again whole, because the last bits of its logits may depend on who shares the batch; for the same reason an
-evaluation that goes on with another batch size begins the unfinished file anew.
+evaluation that goes on with another batch size begins the unfinished file anew. A sample that cannot be answered is
+asked again alone, then recorded as failed: a broken picture costs neither its batch mates nor the run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +28,12 @@ from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
 from llava_cmoe.methods.base import LateVerdict
 from llava_cmoe.records import Located, Mixture
 
+logger = logging.getLogger(__name__)
+
 RouteName = Literal["located", "oracle", "random"]
+FAILURES = (ValueError, RuntimeError)
+"""What one sample can cause: a picture that cannot be read, a prompt that the model cannot take, too little memory."""
+
 Progress = Callable[[int, int], None]
 """Called after every batch with the samples done and all samples, both of this process."""
 
@@ -154,7 +161,7 @@ def generate_answers(
         with _open_to_append(path.with_name(f"{path.name}.{batch_size}.{processes.process_index}.part")) as stream:
             for batch in mine:
                 if not answered.issuperset(questions.ids[index] for index in batch):
-                    _append(stream, answer_batch(candidate, questions, batch, route))
+                    _append(stream, answer_or_record(candidate, questions, batch, route))
                 num_done += len(batch)
                 if progress:
                     progress(num_done, num_mine)
@@ -164,6 +171,31 @@ def generate_answers(
     elif processes.is_main_process:
         _finish(questions, path)
     processes.wait_for_everyone()  # nobody reads the file before it is there
+
+
+def answer_or_record(candidate: Candidate, questions: Questions, batch: Sequence[int], route: Route) -> list[Answer]:
+    """Answer a batch; if that fails, each of its samples alone, recording why of those that fail again.
+
+    Raises:
+        ValueError, RuntimeError: not one of several samples can be answered, so it is no sample's fault.
+    """
+    try:
+        return answer_batch(candidate, questions, batch, route)
+    except FAILURES as error:
+        logger.warning("a batch of %d samples failed, they are asked one by one: %s", len(batch), error)
+    answers, failure = [], None
+    for index in batch:
+        try:
+            answers += answer_batch(candidate, questions, [index], route)
+        except FAILURES as error:
+            failure, sample_id = error, questions.ids[index]
+            logger.warning("%s cannot be answered and counts as wrong: %s", sample_id, error)
+            # Of an error of torch's only the kind: its message may tell addresses or bytes, another each time.
+            reason = str(error) if isinstance(error, ValueError) else type(error).__name__
+            answers.append(Answer(sample_id, "", None, None, questions.texts[index], failed=reason))
+    if failure is not None and len(batch) > 1 and all(answer.failed is not None for answer in answers):
+        raise failure
+    return answers
 
 
 @torch.no_grad()

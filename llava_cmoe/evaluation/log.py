@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llava_cmoe.evaluation.bootstrap import Interval
+
 Row = tuple[float | None, ...]
 
 
@@ -28,6 +30,7 @@ class Answer:
         located: index of the task the locator chose, -1 for the base model; None where no locator was asked.
         score: the chosen task's score (lower means closer); None where no task was chosen.
         prompt: the user's turn as it stands in the row.
+        failed: why the question could not be answered; None if it was.
     """
 
     id: str
@@ -35,10 +38,14 @@ class Answer:
     located: int | None
     score: float | None
     prompt: str
+    failed: str | None = None
 
     def to_line(self) -> bytes:
-        """The answer as JSON, ended by a newline (no other newline can occur in it)."""
-        return json.dumps(asdict(self), ensure_ascii=False).encode() + b"\n"
+        """The answer as JSON, ended by a newline (no other newline can occur in it); `failed` only where it did."""
+        document = asdict(self)
+        if self.failed is None:
+            del document["failed"]
+        return json.dumps(document, ensure_ascii=False).encode() + b"\n"
 
 
 def read_answers(path: Path) -> list[Answer]:
@@ -84,6 +91,8 @@ class RunFacts(_Logged):
     """Fingerprint of the frozen backbone; numbers of two bases are not comparable."""
     data: str
     """Fingerprint of the rows that were learned and evaluated."""
+    data_files: dict[str, str] = {}
+    """The same of each of their files, by its name in the data root; empty in a file of format 1."""
     sites: tuple[str, ...] = ()
     """Every place that may hold experts, from the lowest layer to the highest."""
     growth: dict[str, dict[str, int]] = {}
@@ -102,6 +111,19 @@ class RunFacts(_Logged):
     """Wall-clock seconds: task to stage to seconds."""
 
 
+class Subset(_Logged):
+    """Which part of the questions was asked."""
+
+    limit: int
+    """Questions per task, at most."""
+    seed: int
+    """Of the draw."""
+    strata: str
+    """What the draw keeps the shares of."""
+    of: dict[str, int]
+    """Task to the number of questions there are."""
+
+
 class RouteResults(_Logged):
     """What was measured under one route."""
 
@@ -111,6 +133,10 @@ class RouteResults(_Logged):
     """Matrices of further means, by name (`iou`: mean IoU), as fractions of one."""
     metrics: dict[str, float | None]
     """Metrics of the matrix, in percent or percent points; their definitions stand beside the routes."""
+    intervals: tuple[tuple[Interval | None, ...], ...] = ()
+    """Lower and upper end of each accuracy of the matrix, by bootstrap; empty in a file of format 1."""
+    metric_intervals: dict[str, Interval | None] = {}
+    """The same of each metric."""
 
 
 class LocatorResults(_Logged):
@@ -129,18 +155,25 @@ class LocatorResults(_Logged):
 class Results(RunFacts):
     """Everything `results.json` holds."""
 
-    format: Literal[1] = 1
-    """Version of this layout."""
+    format: Literal[1, 2] = 2
+    """Version of this layout; 1 had no intervals and no hashes of single files."""
     tasks: tuple[str, ...]
     """The tasks in the order in which they are learned."""
     num_samples: dict[str, int]
     """Evaluated rows per task."""
+    subset: Subset | None = None
+    """The part of the questions that these are; null where all were asked."""
+    failed: dict[str, int] = {}
+    """Answers file (`after_03/gqa.located`) to the number of its questions that could not be answered, where there are
+    any; they count as wrong, and the file tells why."""
     protocol: str
     """Scoring rules."""
     protocol_version: int
     """Their version; results of two versions are not comparable."""
     definitions: dict[str, str]
     """What the metrics mean."""
+    bootstrap: dict[str, float | int | str] = {}
+    """How the intervals were found; empty where there are none."""
     routes: dict[str, RouteResults]
     """Route (`located`, `oracle`, `random`) to what was measured; the first is the headline."""
     locator: LocatorResults | None
@@ -171,7 +204,7 @@ def read_results(path: Path) -> Results:
     try:
         return Results.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path}: not a results file of format 1: {error}") from error
+        raise ValueError(f"{path}: not a results file of format 1 or 2: {error}") from error
 
 
 def comparable(results: Results) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What a run's accuracy matrix says about learning and forgetting; pure functions, in whatever unit it has.
 
 `matrix[j][i]` is the score on task i after learning task j (both from 0). Rows may be as short as j + 1; None marks a
-cell that was not measured. A metric that needs such a cell is None, never a mean over what happens to be there.
-The definitions contradict each other across papers, so results carry `DEFINITIONS` beside the numbers.
+cell that was not measured. A metric that needs such a cell is None, never a mean over what happens to be there, and
+`missing_cells` names the cell. The definitions contradict each other across papers, so results carry `DEFINITIONS`
+beside the numbers.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ DEFINITIONS: dict[str, str] = {
 
 
 def immediate(matrix: Matrix) -> float | None:
-    """Mean of A[i,i] (MFT)."""
+    """Mean of A[i,i]: MFT, mean fine-tune accuracy, in MCITlib (arXiv 2508.07307)."""
     return _mean(_diagonal(matrix))
 
 
 def last(matrix: Matrix) -> float | None:
-    """Mean of A[T,i] (MFN, ACC)."""
+    """Mean of A[T,i]: ACC in GEM (Lopez-Paz & Ranzato 2017), MFN, mean final accuracy, in MCITlib."""
     return _mean(_final(matrix))
 
 
 def maa(matrix: Matrix) -> float | None:
-    """Mean over j of the mean of A[j,i], i <= j."""
+    """Mean over j of the mean of A[j,i], i <= j: mean average accuracy, as CoIN (arXiv 2403.08350) has it."""
     return _mean(_mean(_cell(matrix, j, i) for i in range(j + 1)) for j in range(len(matrix)))
 
 
 def bwt(matrix: Matrix) -> float | None:
-    """(1/T) sum of A[T,i] - A[i,i], as CoIN divides; the last task contributes 0."""
+    """(1/T) sum of A[T,i] - A[i,i], as CoIN (arXiv 2403.08350) divides; the last task contributes 0."""
     return _mean(_differences(_final(matrix), _diagonal(matrix)))
 
 
@@ -50,7 +51,10 @@ def bwt_gem(matrix: Matrix) -> float | None:
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Mean over i < T of the best A[j,i] so far minus A[T,i]; None for a single task."""
+    """Mean over i < T of the best A[j,i] so far minus A[T,i] (Chaudhry et al. 2018, RWalk); None for a single task.
+
+    The maximum includes j = T, so that a task that gained counts 0, not less.
+    """
     num_tasks = len(matrix)
     best = []
     for i in range(num_tasks - 1):
@@ -60,7 +64,10 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def transfer(matrix: Matrix) -> float | None:
-    """Mean of A[j,i], i > j, over the cells that were measured; None if none was."""
+    """Mean of A[j,i], i > j, over the cells that were measured; None if none was.
+
+    Every cell weighs the same; ZSCL (2023), where the word comes from, averages within each task first.
+    """
     return _mean(value for j, row in enumerate(matrix) for value in row[j + 1 :] if value is not None)
 
 
@@ -68,6 +75,26 @@ def all_metrics(matrix: Matrix) -> dict[str, float | None]:
     """Every metric by its name in `DEFINITIONS`, in that order."""
     functions = (immediate, last, maa, bwt, bwt_gem, forgetting, transfer)
     return {function.__name__: function(matrix) for function in functions}
+
+
+def missing_cells(matrix: Matrix) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Metric to the cells (j, i), both from 0, that it needs and that were not measured; complete ones are absent."""
+    num_tasks = len(matrix)
+    diagonal = {(i, i) for i in range(num_tasks)}
+    final = {(num_tasks - 1, i) for i in range(num_tasks)}
+    triangle = {(j, i) for j in range(num_tasks) for i in range(j + 1)}
+    needed = {
+        "immediate": diagonal,
+        "last": final,
+        "maa": triangle,
+        "bwt": diagonal | final,
+        "bwt_gem": diagonal ^ final,  # the last task's cell is in both, and drops out of the sum
+        "forgetting": triangle - (diagonal & final),
+    }
+    found = {
+        name: tuple((j, i) for j, i in sorted(cells) if _cell(matrix, j, i) is None) for name, cells in needed.items()
+    }
+    return {name: cells for name, cells in found.items() if cells}
 
 
 def _cell(matrix: Matrix, j: int, i: int) -> float | None:

@@ -10,21 +10,23 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from datasets import Dataset
 
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.evaluation.bootstrap import DESCRIPTION, accuracy_interval, metric_intervals
 from llava_cmoe.evaluation.generate import Candidate, Processes, Questions, Route, RouteName, generate_answers
-from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, Row, RunFacts, read_answers
+from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, RunFacts, Subset, read_answers
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
 from llava_cmoe.evaluation.scorers import PROTOCOL, PROTOCOL_VERSION, Reference, Score, Scorer, get_scorer
 from llava_cmoe.settings import EvaluationSettings
 
+Measured = TypeVar("Measured")
 BASE = "base"
 """Column of the confusion matrix for prompts that fit no known task."""
 
@@ -40,6 +42,7 @@ class Exam:
         settings: routes and batch size.
         seed: of the random route.
         max_pixels: largest picture that the backbone's processor is given; any when None.
+        subset: which part of the questions the rows are; None if all.
     """
 
     sequence: TaskSequence
@@ -48,6 +51,7 @@ class Exam:
     settings: EvaluationSettings
     seed: int
     max_pixels: int | None = None
+    subset: Subset | None = None
 
     def __post_init__(self) -> None:
         """A misspelt scorer is told before anything is learned."""
@@ -72,16 +76,18 @@ class Cell:
         task: index of the task that was asked.
         route: whose routers answered.
         accuracy: percent.
-        num_samples: rows the accuracy is a mean over.
+        scores: of each row, in the rows' order and in [0, 1]; the accuracy is their mean.
         detail: means of the scorer's further numbers (grounding: `iou`).
+        failed: rows that could not be answered; they count as wrong.
     """
 
     after: int
     task: int
     route: RouteName
     accuracy: float
-    num_samples: int
+    scores: tuple[float, ...]
     detail: Mapping[str, float] = field(default_factory=dict)
+    failed: int = 0
 
 
 def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str, Questions]:
@@ -148,7 +154,7 @@ def score_after(exam: Exam, after: int) -> list[Cell]:
     return [
         score_cell(exam, after, task, route)
         for route in exam.settings.routes
-        for task in range(after + 1)
+        for task in range(len(exam.sequence.names))  # answers of a task not learned yet may have been brought along
         if exam.answers_path(after, task, route).exists()
     ]
 
@@ -157,13 +163,16 @@ def score_cell(exam: Exam, after: int, task: int, route: RouteName) -> Cell:
     """Score one answers file."""
     spec = exam.sequence.tasks[task]
     path = exam.answers_path(after, task, route)
-    scores = score_answers(read_answers(path), exam.rows[spec.name], get_scorer(spec.scorer), source=str(path))
+    answers = read_answers(path)
+    scores = score_answers(answers, exam.rows[spec.name], get_scorer(spec.scorer), source=str(path))
     details = {name: _mean([score.detail[name] for score in scores]) for name in scores[0].detail}
-    return Cell(after, task, route, 100 * _mean([score.value for score in scores]), len(scores), details)
+    values = tuple(score.value for score in scores)
+    failed = sum(answer.failed is not None for answer in answers)
+    return Cell(after, task, route, 100 * _mean(values), values, details, failed)
 
 
 def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> list[Score]:
-    """One score per row, answers joined by id; `source` names the answers in errors.
+    """One score per row, answers joined by id; `source` names the answers in errors. What failed is wrong by any rule.
 
     Raises:
         ValueError: an id is missing, doubled or unknown, or a row cannot be scored.
@@ -176,12 +185,14 @@ def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, sour
         if found:
             raise ValueError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); delete it to generate again")
     text_by_id = {answer.id: answer.text for answer in answers}
+    failed = {answer.id for answer in answers if answer.failed is not None}
     scores = []
     for row in rows:
         try:
-            scores.append(scorer(text_by_id[row["id"]], Reference.from_row(row)))
+            score = scorer(text_by_id[row["id"]], Reference.from_row(row))
         except ValueError as error:
             raise ValueError(f"{source}: row {row['id']!r}: {error}") from error
+        scores.append(replace(score, value=0.0) if row["id"] in failed else score)
     return scores
 
 
@@ -202,9 +213,16 @@ def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
         **facts.model_dump(),
         tasks=names,
         num_samples={name: len(exam.rows[name]) for name in names},
+        subset=exam.subset,
+        failed={
+            f"{exam.answers_folder(cell.after).name}/{names[cell.task]}.{cell.route}": cell.failed
+            for cell in cells
+            if cell.failed
+        },
         protocol=PROTOCOL,
         protocol_version=PROTOCOL_VERSION,
         definitions=DEFINITIONS,
+        bootstrap=DESCRIPTION,
         routes={
             route: _route_results([cell for cell in cells if cell.route == route], last, len(names))
             for route in exam.settings.routes
@@ -215,6 +233,7 @@ def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
 
 def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteResults:
     matrix = _matrix({(cell.after, cell.task): cell.accuracy for cell in cells}, last, num_tasks)
+    intervals = {(cell.after, cell.task): accuracy_interval(cell.scores, cell.task) for cell in cells}
     details = sorted({name for cell in cells for name in cell.detail})
     return RouteResults(
         matrix=matrix,
@@ -223,20 +242,24 @@ def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteRes
             for name in details
         },
         metrics=all_metrics(matrix),
+        intervals=_matrix(intervals, last, num_tasks),
+        metric_intervals=metric_intervals({(cell.after, cell.task): cell.scores for cell in cells}, last + 1),
     )
 
 
-def _matrix(values: Mapping[tuple[int, int], float | None], last: int, num_tasks: int) -> tuple[Row, ...]:
+def _matrix(
+    values: Mapping[tuple[int, int], Measured | None], last: int, num_tasks: int
+) -> tuple[tuple[Measured | None, ...], ...]:
     return tuple(tuple(values.get((after, task)) for task in range(num_tasks)) for after in range(last + 1))
 
 
 def _locator_results(exam: Exam, last: int) -> LocatorResults | None:
-    """Confusion after the last learned task; None unless every prompt of every learned task was located."""
+    """Confusion after the last learned task; None unless every answered prompt of every learned task was located."""
     paths = [exam.answers_path(last, task, "located") for task in range(last + 1)]
     if "located" not in exam.settings.routes or not all(path.exists() for path in paths):
         return None
-    located = [[answer.located for answer in read_answers(path)] for path in paths]
-    if any(task is None for tasks in located for task in tasks):
+    located = [[answer.located for answer in read_answers(path) if answer.failed is None] for path in paths]
+    if any(not tasks or None in tasks for tasks in located):
         return None
     choices = [*range(last + 1), -1]
     confusion = tuple(tuple(tasks.count(choice) for choice in choices) for tasks in located)

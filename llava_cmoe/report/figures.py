@@ -21,6 +21,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from llava_cmoe.evaluation.log import Results
+from llava_cmoe.report.comparison import Comparison, task_names
 from llava_cmoe.report.studies import COLUMNS, StudySummary
 from llava_cmoe.report.tables import metrics_line, run_label
 
@@ -48,7 +49,7 @@ def draw_matrices(runs: Sequence[Results], path: Path) -> None:
             axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=INK, linewidth=1.6, zorder=3))
         _label(axes, rows=results.tasks[: len(values)], columns=results.tasks)
         axes.set_title(run_label(results, route), fontsize=11.5, fontweight="bold", color=INK, pad=10)
-        axes.set_xlabel(metrics_line(measured.metrics), fontsize=10, color=INK, labelpad=8)
+        axes.set_xlabel(metrics_line(measured.metrics, {}), fontsize=10, color=INK, labelpad=8)
     panels[0].set_ylabel("after learning", fontsize=10, color=FAINT)
     _save(figure, path)
 
@@ -122,6 +123,31 @@ def draw_study(summary: StudySummary, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color=FAINT, alpha=0.25, linewidth=0.8)
     figure.suptitle(summary.study["name"], fontsize=11.5, fontweight="bold", color=INK)
+    _save(figure, path)
+
+
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Accuracy per task after the last one: filled marks for runs, with their intervals, hollow ones for published."""
+    columns, tasks = (*comparison.runs, *comparison.published), task_names(comparison)
+    figure = _figure(max(5.0, 1.15 * len(tasks) + 2.4), 3.6)
+    axes = figure.subplots()
+    colours = colormaps["viridis"](np.linspace(0, 0.88, len(columns)))
+    for number, (column, colour) in enumerate(zip(columns, colours, strict=True)):
+        values = np.array([column.last.get(task) for task in tasks], dtype=float)
+        spans = [column.intervals.get(task) or (value, value) for task, value in zip(tasks, values, strict=True)]
+        low_I, high_I = np.array(spans, dtype=float).reshape(-1, 2).T
+        places = np.arange(len(tasks)) + (number + 0.5) / len(columns) * 0.7 - 0.35
+        axes.errorbar(
+            places, values, yerr=[(values - low_I).clip(0), (high_I - values).clip(0)], color=colour, markersize=6,
+            fmt=MARKS[number % len(MARKS)], capsize=3, label=f"{column.name}: {column.label}",
+            markerfacecolor=colour if column in comparison.runs else PAPER,
+        )  # fmt: skip
+    axes.set_xticks(range(len(tasks)), tasks, fontsize=9.5, color=INK, rotation=20)
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("after the last task (%)", fontsize=10, color=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
+    figure.legend(loc="outside right upper", fontsize=8.5, frameon=False)
     _save(figure, path)
 
 

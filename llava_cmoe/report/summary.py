@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_cmoe.evaluation.log import Results
+from llava_cmoe.evaluation.log import Results, Subset
 from llava_cmoe.registry.manifest import differing_keys
 from llava_cmoe.report.tables import NOTHING, markdown, number
 
@@ -49,6 +49,7 @@ class Shared(Summarised):
     base: str
     data: str
     num_samples: dict[str, int]
+    subset: Subset | None = None
     protocol: str
     protocol_version: int
     versions: dict[str, str]

@@ -5,23 +5,30 @@ Everything comes from `results.json`; nothing is computed here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from rich import box
 from rich.table import Table
 
-from llava_cmoe.evaluation.log import Results
+from llava_cmoe.evaluation.bootstrap import Interval
+from llava_cmoe.evaluation.log import Results, RouteResults
+from llava_cmoe.evaluation.metrics import missing_cells
 
 HEADLINE_METRICS = {"immediate": "immediate", "last": "last", "maa": "MAA", "bwt": "BWT"}
 """Metrics shown everywhere, with the way they are written."""
 
 NOTHING = "–"
 
+NUM_NAMED = 3
+"""Cells that a note spells out."""
+
 
 def matrix_table(results: Results, route: str | None = None) -> Table:
     """One run's accuracy matrix (percent): rows after task j, columns task i, the headline metrics below.
 
-    The diagonal (each task right after learning it) is bold, so that reading down a column shows the forgetting.
+    The diagonal (each task right after learning it) is bold, so that reading down a column shows the forgetting. Below
+    each accuracy, its interval.
     """
     name = route or next(iter(results.routes))
     measured = results.routes[name]
@@ -31,8 +38,11 @@ def matrix_table(results: Results, route: str | None = None) -> Table:
         table.add_column(task, justify="right")
     for j, row in enumerate(measured.matrix):
         cells = [f"[bold]{number(value)}[/bold]" if i == j else number(value) for i, value in enumerate(row)]
+        cells = [
+            _above(cell, around, digits=0) for cell, around in zip(cells, _intervals(measured, j, row), strict=True)
+        ]
         table.add_row(results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells)))
-    table.caption = metrics_line(measured.metrics)
+    table.caption = "\n".join((metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
     table.caption_justify = "left"
     return table
 
@@ -43,35 +53,66 @@ def metrics_table(runs: Sequence[Results]) -> Table:
     for heading in METRIC_HEADINGS:
         is_text = heading in TEXT_HEADINGS
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=is_text)
-    for row in _metric_rows(runs):
+    for row in _metric_rows(runs, partial(_above, digits=1)):
         table.add_row(*row)
     return table
 
 
 def matrix_markdown(results: Results, route: str | None = None) -> str:
     """The same matrix as a Markdown table, followed by its metrics."""
-    measured = results.routes[route] if route else results.headline
-    rows = [
-        [results.tasks[j], *("" if i > j and value is None else number(value) for i, value in enumerate(row))]
-        for j, row in enumerate(measured.matrix)
-    ]
+    name = route or next(iter(results.routes))
+    measured = results.routes[name]
+    rows = []
+    for j, row in enumerate(measured.matrix):
+        cells = map(_beside, map(number, row), _intervals(measured, j, row))
+        rows.append([results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells))])
     table = markdown(["after \\ on", *results.tasks], rows, num_text_columns=1)
-    return f"{table}\n\n{metrics_line(measured.metrics)}"
+    return "\n\n".join((table, metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
 
 
 def metrics_markdown(runs: Sequence[Results]) -> str:
     """Several runs side by side as a Markdown table."""
-    return markdown(list(METRIC_HEADINGS), _metric_rows(runs), num_text_columns=len(TEXT_HEADINGS))
+    return markdown(list(METRIC_HEADINGS), _metric_rows(runs, _beside), num_text_columns=len(TEXT_HEADINGS))
 
 
 def run_label(results: Results, route: str) -> str:
-    """The method and, where there was more than one way to route, the route that was measured."""
-    return f"{results.method} ({route} route)" if _is_routed(results) else results.method
+    """The method, where there was more than one way to route the route that was measured, and a subset's mark."""
+    label = f"{results.method} ({route} route)" if _is_routed(results) else results.method
+    return label + _part(results)
 
 
-def metrics_line(metrics: dict[str, float | None]) -> str:
-    """The headline metrics in one line, e.g. `immediate 75.0 · last 74.1 · MAA 76.2 · BWT -0.9`."""
-    return " · ".join(f"{label} {number(metrics[name])}" for name, label in HEADLINE_METRICS.items())
+def metrics_line(metrics: dict[str, float | None], intervals: Mapping[str, Interval | None]) -> str:
+    """The headline metrics in one line, each with its interval in brackets where it has one."""
+    return " · ".join(
+        f"{label} {_beside(number(metrics[name]), intervals.get(name))}" for name, label in HEADLINE_METRICS.items()
+    )
+
+
+def notes(results: Results, route: str) -> list[str]:
+    """What has to be known beside the numbers: intervals, what is not learned yet, which cells were not measured."""
+    matrix, told = results.routes[route].matrix, []
+    if results.bootstrap:
+        told.append(
+            f"beside each number: where {results.bootstrap['level']:.0%} of bootstrap draws of the questions lie"
+        )
+    if unlearned := results.tasks[len(matrix) :]:
+        told.append(f"not learned yet: {', '.join(unlearned)}")
+    if failed := [f"{count} of {name}" for name, count in results.failed.items() if name.endswith(f".{route}")]:
+        told.append(f"could not be answered, counted as wrong: {', '.join(failed)}")
+    missing = missing_cells(matrix)
+    if missing:
+        lacking = [label for name, label in HEADLINE_METRICS.items() if name in missing]
+        cells = sorted({cell for name in missing if name in HEADLINE_METRICS for cell in missing[name]})
+        named = [f"{results.tasks[i]} after {results.tasks[j]}" for j, i in cells[:NUM_NAMED]]
+        more = f" and {len(cells) - NUM_NAMED} more" if len(cells) > NUM_NAMED else ""
+        told.append(f"no {', '.join(lacking)}: not measured are {', '.join(named)}{more}")
+    return told
+
+
+def span(interval: Interval, digits: int) -> str:
+    """An interval, with a dash between its ends, or a `to` where a minus stands."""
+    low, high = (f"{round(end, digits) + 0.0:.{digits}f}" for end in interval)
+    return f"{low} to {high}" if low.startswith("-") else f"{low}–{high}"
 
 
 def number(value: float | None) -> str:
@@ -84,19 +125,40 @@ TEXT_HEADINGS = ("run", "method", "route")
 METRIC_HEADINGS = (*TEXT_HEADINGS, *HEADLINE_METRICS.values(), "located right")
 
 
+def _beside(cell: str, interval: Interval | None) -> str:
+    return cell if interval is None else f"{cell} ({span(interval, digits=1)})"
+
+
+def _above(cell: str, interval: Interval | None, digits: int) -> str:
+    """For the terminal, where columns are narrow."""
+    return cell if interval is None else f"{cell}\n[dim]{span(interval, digits)}[/dim]"
+
+
+def _intervals(measured: RouteResults, j: int, row: Sequence[float | None]) -> Sequence[Interval | None]:
+    """Row j of the intervals; none in results that were written before there were any."""
+    return measured.intervals[j] if measured.intervals else [None] * len(row)
+
+
+def _part(results: Results) -> str:
+    """Marks what was not asked all questions."""
+    subset = results.subset
+    return "" if subset is None else f", subset of {subset.limit} questions a task (seed {subset.seed})"
+
+
 def _is_routed(results: Results) -> bool:
     """A method without a locator ignores routes, so naming one would suggest a choice that was not made."""
     return results.locator is not None or len(results.routes) > 1
 
 
-def _metric_rows(runs: Sequence[Results]) -> list[list[str]]:
+def _metric_rows(runs: Sequence[Results], joined: Callable[[str, Interval | None], str]) -> list[list[str]]:
     rows = []
     for results in runs:
         for route, measured in results.routes.items():
             located = results.locator.mean_accuracy if results.locator and route == "located" else None
-            metrics = [number(measured.metrics[name]) for name in HEADLINE_METRICS]
+            around = measured.metric_intervals
+            metrics = [joined(number(measured.metrics[name]), around.get(name)) for name in HEADLINE_METRICS]
             label = route if _is_routed(results) else NOTHING
-            rows.append([results.run, results.method, label, *metrics, number(located)])
+            rows.append([results.run, results.method + _part(results), label, *metrics, number(located)])
     return rows
 
 

@@ -284,13 +284,52 @@ def test_answers_to_other_questions_are_refused_by_id(
         generate(candidate, other, tmp_path / "a.jsonl")
 
 
-def test_an_error_while_answering_is_not_swallowed(
+def with_broken(questions: Questions, rows: Dataset, processor: Any, broken: set[int]) -> Questions:
+    """The same questions, some with a picture that is not there."""
+    made = [{**row, "image": "/nowhere.png"} if number in broken else row for number, row in enumerate(rows)]
+    return replace(questions, prompts=PromptRows(Dataset.from_list(made, features=EVAL_FEATURES), processor))
+
+
+def test_a_sample_that_cannot_be_answered_is_recorded_and_its_batch_mates_are_answered_as_ever(
+    candidate: Candidate, questions: Questions, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(candidate, questions, tmp_path / "whole.jsonl")
+    noted = kill_after(99, monkeypatch)
+    broken = with_broken(questions, rows, candidate.processor, {4})
+    once = generate(candidate, broken, tmp_path / "broken.jsonl")
+    assert noted == [[0, 1, 2], [3, 4, 5], [3], [4], [5], [6, 7, 8], [9]]
+    for number, (whole, found) in enumerate(
+        zip(read_answers(tmp_path / "whole.jsonl"), read_answers(tmp_path / "broken.jsonl"), strict=True)
+    ):
+        if number == 4:
+            assert (found.text, found.located, found.id) == ("", None, "q4") and "nowhere.png" in (found.failed or "")
+        else:
+            assert found == whole
+    assert once.count(b'"failed"') == 1
+    assert generate(candidate, broken, tmp_path / "again.jsonl") == once
+
+
+def test_a_batch_that_only_fails_as_a_batch_costs_nothing(
+    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too little memory for several samples is enough for one."""
+    whole = generate(candidate, questions, tmp_path / "whole.jsonl")
+
+    def short_of_memory(candidate: Candidate, questions: Questions, batch: Any, route: Route) -> Any:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError(f"{time.perf_counter()} bytes")
+        return answer_batch(candidate, questions, batch, route)
+
+    monkeypatch.setattr("llava_cmoe.evaluation.generate.answer_batch", short_of_memory)
+    assert generate(candidate, questions, tmp_path / "short.jsonl") == whole
+
+
+def test_what_no_sample_is_to_blame_for_is_not_swallowed(
     candidate: Candidate, questions: Questions, rows: Dataset, tmp_path: Path
 ) -> None:
-    broken = Dataset.from_list([{**rows[0], "image": "/nowhere.png"}], features=EVAL_FEATURES)
-    questions = replace(questions, ids=("q0",), prompts=PromptRows(broken, candidate.processor))
+    broken = with_broken(questions, rows, candidate.processor, set(range(10)))
     with pytest.raises(ValueError, match=r"nowhere\.png"):
-        generate(candidate, questions, tmp_path / "a.jsonl")
+        generate(candidate, broken, tmp_path / "a.jsonl")
     assert not (tmp_path / "a.jsonl").exists()
 
 

@@ -97,6 +97,18 @@ def test_definitions_stand_beside_every_metric() -> None:
     assert list(document["definitions"]) == list(document["routes"]["located"]["metrics"])
 
 
+def test_a_file_of_the_first_format_is_read_as_it_was(tmp_path: Path) -> None:
+    document = json.loads(make_results().model_dump_json()) | {"format": 1}
+    del (
+        document["bootstrap"],
+        document["routes"]["located"]["intervals"],
+        document["routes"]["located"]["metric_intervals"],
+    )
+    (tmp_path / "old.json").write_text(json.dumps(document))
+    old = read_results(tmp_path / "old.json")
+    assert old.format == 1 and old.headline.intervals == () and old.headline.matrix == MATRIX
+
+
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text('{"format": 2}')

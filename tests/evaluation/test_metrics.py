@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llava_cmoe.evaluation import metrics
-from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
+from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics, missing_cells
 
 # A busy machine is no failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -109,6 +109,41 @@ def test_a_matrix_worked_by_hand() -> None:
             "transfer": 20.0,  # (10 + 20 + 30) / 3
         }
     )
+
+
+def test_what_forgets_all_and_what_gains_by_later_tasks_worked_by_hand() -> None:
+    forgets = [[90.0], [0.0, 60.0], [0.0, 0.0, 30.0]]
+    assert all_metrics(forgets) == pytest.approx(
+        {
+            "immediate": 60.0, "last": 10.0, "maa": (90 + 30 + 10) / 3, "bwt": -50.0, "bwt_gem": -75.0,
+            "forgetting": 75.0, "transfer": None,
+        }
+    )  # fmt: skip
+    gains = [[10.0], [20.0, 30.0], [40.0, 50.0, 60.0]]
+    computed = all_metrics(gains)
+    assert computed["bwt"] == pytest.approx((30 + 20 + 0) / 3) and computed["bwt_gem"] == 25.0
+    assert computed["forgetting"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("absent", "lacking"),
+    [
+        ((1, 0), {"maa", "forgetting"}),
+        ((1, 1), {"immediate", "maa", "bwt", "bwt_gem", "forgetting"}),
+        ((2, 0), {"last", "maa", "bwt", "bwt_gem", "forgetting"}),
+        ((2, 2), {"immediate", "last", "maa", "bwt"}),
+    ],
+)
+def test_a_cell_that_was_not_measured_is_named_by_each_metric_that_lacks_it(
+    absent: tuple[int, int], lacking: set[str]
+) -> None:
+    matrix = [[None if (j, i) == absent else 50.0 for i in range(j + 1)] for j in range(3)]
+    assert missing_cells(matrix) == {name: (absent,) for name in DEFINITIONS if name in lacking}
+    assert {name for name, value in all_metrics(matrix).items() if value is None} == lacking | {"transfer"}
+
+
+def test_a_whole_triangle_misses_nothing() -> None:
+    assert missing_cells(UCIT) == missing_cells([]) == {}
 
 
 def test_a_single_task_has_nothing_to_forget() -> None:

@@ -96,7 +96,7 @@ def test_a_run_is_asked_every_learned_task_under_every_route_and_only_once(
     for after in range(2):
         candidate = Candidate(LastTask(after), tiny_llava, tiny_processor)
         cells = evaluate_after(exam, questions, candidate, after, PartialState(), lambda *step: labels.append(step))
-    assert [(cell.after, cell.task, cell.route, cell.num_samples) for cell in cells] == [
+    assert [(cell.after, cell.task, cell.route, len(cell.scores)) for cell in cells] == [
         (1, 0, "located", 4), (1, 1, "located", 4), (1, 0, "oracle", 4), (1, 1, "oracle", 4),
     ]  # fmt: skip
     assert labels[:4] == [
@@ -162,6 +162,28 @@ def test_results_hold_the_matrix_the_metrics_and_the_mean_overlap_per_route(exam
     assert results.seconds == {"GQA": {"training": 1.5}}
 
 
+def test_every_accuracy_and_metric_has_an_interval_around_it(exam: Exam) -> None:
+    write_cell(exam, 0, 0, ["cat", "cat", "dog", "dog"], [0] * 4)
+    write_cell(exam, 1, 0, ["cat", "dog", "dog", "dog"], [0] * 4)
+    write_cell(exam, 1, 1, ["0 0 1 1"] * 4, [1] * 4)
+    results = aggregate(exam, FACTS, range(2))
+    headline = results.headline
+    (first, *_), (second, perfect, unasked) = headline.intervals
+    assert first is not None and first[0] < 50 < first[1] and second is not None and second[0] <= 25 < second[1]
+    assert perfect == (100.0, 100.0) and unasked is None
+    assert {name for name, around in headline.metric_intervals.items() if around is None} == {"transfer"}
+    assert results.bootstrap["seed"] == 0
+
+
+def test_answers_of_a_task_that_is_not_learned_yet_are_measured_as_transfer(exam: Exam) -> None:
+    for after in range(2):
+        for task in range(3):
+            write_cell(exam, after, task, ["cat"] * 4, [None] * 4)
+    headline = aggregate(exam, FACTS, range(2)).headline
+    assert headline.matrix == ((100.0, 0.0, 100.0), (100.0, 0.0, 100.0))
+    assert headline.metrics["transfer"] == pytest.approx(200 / 3) and headline.metric_intervals["transfer"] is not None
+
+
 def test_confusion_counts_the_verdicts_after_the_last_task_with_a_column_for_the_base(exam: Exam) -> None:
     write_cell(exam, 0, 0, ["cat"] * 4, [0] * 4)
     write_cell(exam, 1, 0, ["cat"] * 4, [0, 0, 0, 1])
@@ -172,6 +194,19 @@ def test_confusion_counts_the_verdicts_after_the_last_task_with_a_column_for_the
     assert locator.confusion == ((3, 1, 0), (0, 2, 2))
     assert locator.accuracy == {"GQA": 75.0, "Grounding": 50.0}
     assert locator.mean_accuracy == 62.5
+
+
+def test_what_failed_counts_as_wrong_is_told_and_leaves_the_confusion_to_the_others(exam: Exam) -> None:
+    ids = exam.rows["GQA"]["id"]
+    answers = [Answer(sample_id, "cat", 0, None, "?") for sample_id in ids]
+    # A rule by which an empty answer were right would make no difference.
+    write_answers(
+        exam.answers_path(0, 0, "located"), [*answers[:3], replace(answers[3], located=None, failed="broken")]
+    )
+    results = aggregate(exam, FACTS, [0])
+    assert results.headline.matrix == ((75.0, None, None),)
+    assert results.failed == {"after_01/GQA.located": 1}
+    assert results.locator is not None and results.locator.confusion == ((3, 0),)
 
 
 def test_a_method_that_locates_nothing_has_no_confusion(exam: Exam) -> None:

@@ -1,0 +1,124 @@
+"""The commands that work on what was measured, and load no model: scoring again, and putting results side by side.
+
+As in `cli.py`, which shows them among its own, each command imports the library when it runs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from llava_cmoe.console import NUM_LISTED, plainly, show
+from llava_cmoe.settings import load_recipe
+
+app = typer.Typer()
+answers_app = typer.Typer(help="Give answers to other toolkits, or score theirs.", no_args_is_help=True)
+app.add_typer(answers_app, name="answers")
+
+Folder = Annotated[Path, typer.Argument(help="Folder with results.json and answers/, such as a run.", metavar="RUN")]
+Root = Annotated[Path | None, typer.Option(help="Data root, where it moved since.", metavar="ROOT")]
+
+
+@app.command()
+@plainly()
+def rescore(run: Folder, root: Root = None) -> None:
+    """Score a run's stored answers again and write its results.json; no model is loaded.
+
+    For answers or scoring rules that changed. Where nothing did, the file keeps its bytes.
+    """
+    from llava_cmoe.report.tables import number
+    from llava_cmoe.rescoring import open_examined, rescore
+
+    console = Console()
+    results, changed = rescore(open_examined(run, root))
+    show(console, [results])
+    for one in changed[:NUM_LISTED]:
+        line = f"{one.task} after {one.after} ({one.route}): was {number(one.before)}, now {number(one.now)}"
+        console.print(line, highlight=False)
+    console.print(f"In {run}: results.json; accuracies that changed: {len(changed)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of runs; each is tested against the first.", metavar="RUN...")
+    ],
+    published: Annotated[
+        str | None, typer.Option(help="Published numbers to put beside, such as coin_llava_7b.", metavar="NAME")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for comparison.json, .md and .png.", metavar="DIR")] = None,
+    root: Root = None,
+) -> None:
+    """Put runs side by side, with intervals, paired tests and a warning for whatever makes them incomparable.
+
+    Tests draw questions anew, not training seeds: a sure difference between two runs may be one between two seeds.
+    """
+    from llava_cmoe.comparing import compare
+    from llava_cmoe.report.comparison import comparison_markdown, comparison_tables
+    from llava_cmoe.report.figures import draw_comparison
+
+    console, found = Console(), compare(runs, published, root)
+    for table in comparison_tables(found):
+        console.print(table)
+    if found.source:
+        console.print(f"published: {found.source}", markup=False, highlight=False, soft_wrap=True)
+    for warning in found.warnings:
+        console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "comparison.json").write_text(found.model_dump_json(indent=1) + "\n")
+        (out / "comparison.md").write_text(comparison_markdown(found) + "\n")
+        draw_comparison(found, out / "comparison.png")
+        console.print(f"In {out}: comparison.json, comparison.md, comparison.png", highlight=False, soft_wrap=True)
+
+
+@answers_app.command("export")
+@plainly()
+def export_command(
+    run: Folder,
+    to: Annotated[Path, typer.Option(help="Folder to make.", metavar="DIR")],
+    route: Annotated[str | None, typer.Option(help="located, oracle or random; the headline if absent.")] = None,
+    root: Root = None,
+) -> None:
+    """Write a run's answers as CoIN's files: DIR/TASK/STAGE/merge.jsonl and Result.text.
+
+    STAGE is the task learned last.
+    """
+    from llava_cmoe.exchange import export_answers
+    from llava_cmoe.rescoring import open_examined
+
+    written = export_answers(open_examined(run, root), to, route)
+    Console().print(f"In {to}: answers of {len(written)} cells", highlight=False, soft_wrap=True)
+
+
+@answers_app.command("import")
+@plainly()
+def import_command(
+    source: Annotated[Path, typer.Argument(help="Folder with TASK/STAGE/merge.jsonl.", metavar="DIR")],
+    recipe: Annotated[Path, typer.Option(help="Recipe whose data were asked.")],
+    run: Annotated[Path, typer.Option(help="Folder to make, with answers/ and results.json.", metavar="RUN")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's: data.root=ROOT")
+    ] = None,
+    method: Annotated[str, typer.Option(help="What to call the method in tables.")] = "imported",
+    base: Annotated[str, typer.Option(help="Name of the frozen model.")] = "unknown",
+) -> None:
+    """Score another toolkit's answers and put them into a matrix; every id is checked.
+
+    RUN can then be reported, compared and scored again like a run of one's own.
+    """
+    from llava_cmoe.exchange import import_answers
+
+    asked = load_recipe(recipe, [*(overrides or ()), f"run={run}"])
+    console, (results, stated) = Console(), import_answers(source, asked, method, base)
+    show(console, [results])
+    for one in stated:
+        if abs(one.stated - one.scored) > 0.01:
+            line = f"{one.task} after {one.after}: Result.text says {one.stated:.2f}, scored here {one.scored:.2f}"
+            console.print(line, highlight=False)
+    console.print(f"In {run}: answers/, results.json", highlight=False, soft_wrap=True)

@@ -1,0 +1,208 @@
+"""Answers out and in, as CoIN's scripts and their descendants write them, so that toolkits can score each other's.
+
+    DIR/scienceqa/textvqa/merge.jsonl      answers to scienceqa after learning textvqa, one JSON object a line
+    DIR/scienceqa/textvqa/Result.text      Samples: N, Accuracy: xx.xx%
+
+Answers that come in become a folder with `answers/` and `results.json`, which every command that needs no model takes
+for a run. All files are checked before anything is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llava_cmoe.data.coin import raw_ids
+from llava_cmoe.data.rows import MARKER
+from llava_cmoe.evaluation.generate import RouteName
+from llava_cmoe.evaluation.log import Answer, Results, RunFacts, read_answers, write_answers, write_results
+from llava_cmoe.evaluation.runner import Exam, aggregate
+from llava_cmoe.fingerprints import fingerprint_all
+from llava_cmoe.registry.manifest import RegistryError, recipe_facts
+from llava_cmoe.rescoring import Examined
+from llava_cmoe.sequence import exam_of, fingerprints_of
+from llava_cmoe.settings import Recipe
+
+ANSWERS, RESULT = "merge.jsonl", "Result.text"
+ROUTE: RouteName = "located"
+"""What answers that come in are kept as; a run without a locator is measured under this name, too."""
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What a `Result.text` says beside what is scored here, in percent."""
+
+    task: str
+    after: str
+    stated: float
+    scored: float
+
+
+def export_answers(examined: Examined, to: Path, route: str | None = None) -> list[Path]:
+    """Write the answers and accuracies of one route.
+
+    Args:
+        examined: the run.
+        to: a folder that is not there, or empty.
+        route: one that was measured; the headline if absent.
+
+    Raises:
+        RegistryError: the folder holds something, or no such route was measured.
+    """
+    results, exam = examined.results, examined.exam
+    chosen = next((name for name in exam.settings.routes if route in (None, name)), None)
+    if chosen is None:
+        raise RegistryError(f"{examined.folder}: no route {route} was measured, only {', '.join(results.routes)}")
+    _refuse_full(to)
+    written = []
+    for i, task in enumerate(exam.sequence.tasks):
+        ids = raw_ids(examined.root, task)
+        for j, row in enumerate(results.routes[chosen].matrix):
+            accuracy = row[i]
+            if accuracy is not None:
+                folder = to / task.name / exam.sequence.names[j]
+                folder.mkdir(parents=True)
+                by_id = {answer.id: answer for answer in read_answers(exam.answers_path(j, i, chosen))}
+                lines = [
+                    _line(by_id[name], ids[name], f"{results.run} after {results.tasks[j]}")
+                    for name in ids
+                    if name in by_id
+                ]
+                (folder / ANSWERS).write_text("".join(lines), encoding="utf-8")
+                (folder / RESULT).write_text(f"Samples: {len(lines)}\nAccuracy: {accuracy:.2f}%\n")
+                written.append(folder / ANSWERS)
+    return written
+
+
+def _line(answer: Answer, raw_id: int | str, model: str) -> str:
+    """One answer; `answer_id` is made from what it answers, so that the same run gives the same bytes."""
+    metadata = {"located": answer.located, "score": answer.score, "failed": answer.failed}
+    document = {
+        "question_id": raw_id,
+        "prompt": _without_marker(answer.prompt),
+        "text": answer.text,
+        "answer_id": hashlib.sha256(f"{model}/{answer.id}".encode()).hexdigest()[:22],
+        "model_id": model,
+        "metadata": {key: value for key, value in metadata.items() if value is not None},
+    }
+    return json.dumps(document, ensure_ascii=False) + "\n"
+
+
+def import_answers(source: Path, recipe: Recipe, method: str, base: str = "unknown") -> tuple[Results, list[Stated]]:
+    """Check, keep and score another toolkit's answers.
+
+    Args:
+        source: folder of the layout above; cells that were not measured may lack.
+        recipe: says what was asked (`data`, `seed`, `evaluation`) and where the result goes (`run`).
+        method: what is to stand for a method's name.
+        base: name of the frozen model, where it is known.
+
+    Raises:
+        RegistryError: no answers, a folder that is no task's, a line that is no answer, or an id that is missing,
+            doubled or unknown; names file and line.
+        DataError: the data root is missing or broken.
+    """
+    _refuse_full(recipe.run)
+    settings = recipe.evaluation.model_copy(update={"routes": (ROUTE,)})
+    exam = exam_of(recipe.data, settings, recipe.seed, recipe.run)
+    cells = _cells(source, exam)
+    answers = {cell: _read(path, exam.rows[exam.sequence.names[cell[1]]]) for cell, path in cells.items()}
+    for (after, task), found in answers.items():
+        write_answers(exam.answers_path(after, task, ROUTE), found)
+    files = fingerprints_of(recipe.data)
+    facts = RunFacts(
+        run=recipe.run.name,
+        method=method,
+        seed=recipe.seed,
+        recipe={key: value for key, value in recipe_facts(recipe).items() if key in ("seed", "data", "evaluation")},
+        base=base,
+        data=fingerprint_all(files),
+        data_files=files,
+    )
+    try:
+        results = aggregate(exam, facts, sorted({after for after, _ in cells}))
+    except ValueError as error:
+        raise RegistryError(str(error)) from error
+    write_results(recipe.run / "results.json", results)
+    return results, [
+        Stated(exam.sequence.names[task], exam.sequence.names[after], _stated(path.with_name(RESULT)), scored)
+        for (after, task), path in cells.items()
+        if path.with_name(RESULT).is_file() and (scored := results.headline.matrix[after][task]) is not None
+    ]
+
+
+def _cells(source: Path, exam: Exam) -> dict[tuple[int, int], Path]:
+    """(stage, task), both from 0, to the file of its answers."""
+    index = {name.casefold(): position for position, name in enumerate(exam.sequence.names)}
+    cells: dict[tuple[int, int], Path] = {}
+    for path in sorted(source.glob(f"*/*/{ANSWERS}")):
+        for folder in (path.parent.parent, path.parent):
+            if folder.name.casefold() not in index:
+                raise RegistryError(
+                    f"{folder}: no task of {exam.sequence.name} is called so; name folders TASK/STAGE, the stage "
+                    f"by the task learned last: {', '.join(exam.sequence.names)}"
+                )
+        cell = index[path.parent.name.casefold()], index[path.parent.parent.name.casefold()]
+        if cell in cells:
+            raise RegistryError(f"{path}: holds the same cell as {cells[cell]}; keep one of them")
+        cells[cell] = path
+    if not cells:
+        raise RegistryError(f"{source}: no answers; expected {source}/TASK/STAGE/{ANSWERS}")
+    return cells
+
+
+def _read(path: Path, rows: Any) -> list[Answer]:
+    """The answers of one file in the rows' order, each row answered once."""
+    prompts: Mapping[str, str] = {row["id"]: row["turns"][0]["text"] for row in rows}
+    lines: dict[str, int] = {}
+    answers: dict[str, Answer] = {}
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            answer = _answer(line, f"{path}:{number}")
+            if answer.id in lines:
+                raise RegistryError(
+                    f"{path}:{number}: doubled id {answer.id!r}, answered before in line {lines[answer.id]}"
+                )
+            if answer.id not in prompts:
+                raise RegistryError(f"{path}:{number}: unknown id {answer.id!r}; no such question is asked")
+            lines[answer.id] = number
+            own = prompts[answer.id]
+            same = answer.prompt in ("", _without_marker(own))
+            answers[answer.id] = replace(answer, prompt=own) if same else answer
+    missing = [sample_id for sample_id in prompts if sample_id not in answers]
+    if missing:
+        raise RegistryError(f"{path}: missing id {missing[0]!r} ({len(missing)} of {len(prompts)} are not answered)")
+    return [answers[sample_id] for sample_id in prompts]
+
+
+def _answer(line: bytes, where: str) -> Answer:
+    try:
+        document = json.loads(line)
+        raw_id, text, metadata = document["question_id"], document["text"], document.get("metadata") or {}
+        prompt, kept = document.get("prompt", ""), {key: metadata.get(key) for key in ("located", "score", "failed")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RegistryError(f"{where}: not an answer ({error!r}); expected question_id and text") from error
+    if isinstance(raw_id, bool) or not isinstance(raw_id, (int, str)) or not isinstance(text, str):
+        raise RegistryError(f"{where}: question_id must be a number or a string, and text a string")
+    return Answer(str(raw_id), text.strip(), prompt=str(prompt), **kept)
+
+
+def _stated(path: Path) -> float:
+    found = re.search(r"Accuracy:\s*([\d.]+)\s*%", path.read_text(encoding="utf-8"))
+    if found is None:
+        raise RegistryError(f"{path}: no line `Accuracy: xx.xx%`; correct or remove the file")
+    return float(found[1])
+
+
+def _without_marker(prompt: str) -> str:
+    return prompt.replace(MARKER, "").strip()
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise RegistryError(f"{folder}: holds files already; give a folder of its own")
