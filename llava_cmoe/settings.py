@@ -294,8 +294,9 @@ class EvaluationSettings(Settings):
     """Samples per generation batch and process."""
     routes: tuple[Literal["located", "oracle", "random"], ...] = ("located",)
     """Which routes are measured; the first one is the headline."""
-    protocol: Literal["strict"] = "strict"
-    """Scoring rules (COIN's scorers without their accidents)."""
+    protocol: Literal["strict", "coin"] = "strict"
+    """Scoring rules of the headline: what should be measured, or CoIN's released scripts with their accidents. What the
+    other one makes of the same answers is stated beside it."""
 
 
 class Recipe(Settings):

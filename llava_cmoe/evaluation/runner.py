@@ -6,9 +6,7 @@ scorer costs no generation. Who learned what, and when this is called, is left t
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,9 +18,11 @@ from datasets import Dataset
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Processes, Questions, Route, RouteName, generate_answers
+from llava_cmoe.evaluation.joining import score_by_id
 from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, Row, RunFacts, read_answers
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
-from llava_cmoe.evaluation.scorers import PROTOCOL, PROTOCOL_VERSION, Reference, Score, Scorer, get_scorer
+from llava_cmoe.evaluation.scorers import PROTOCOLS, Reference, Scorer, TaskScore, get_scorer
+from llava_cmoe.evaluation.scorers.base import mean
 from llava_cmoe.settings import EvaluationSettings
 
 BASE = "base"
@@ -50,9 +50,9 @@ class Exam:
     max_pixels: int | None = None
 
     def __post_init__(self) -> None:
-        """A misspelt scorer is told before anything is learned."""
+        """A misspelt scorer, or one that lacks something, is told before anything is learned."""
         for task in self.sequence.tasks:
-            get_scorer(task.scorer)
+            get_scorer(task.scorer, self.settings)
 
     def answers_folder(self, after: int) -> Path:
         """Folder of one row of the matrix; `after` counts from 0."""
@@ -74,6 +74,7 @@ class Cell:
         accuracy: percent.
         num_samples: rows the accuracy is a mean over.
         detail: means of the scorer's further numbers (grounding: `iou`).
+        beside: accuracy of the same answers in percent under each other protocol that judges this task.
     """
 
     after: int
@@ -82,6 +83,7 @@ class Cell:
     accuracy: float
     num_samples: int
     detail: Mapping[str, float] = field(default_factory=dict)
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str, Questions]:
@@ -157,32 +159,26 @@ def score_cell(exam: Exam, after: int, task: int, route: RouteName) -> Cell:
     """Score one answers file."""
     spec = exam.sequence.tasks[task]
     path = exam.answers_path(after, task, route)
-    scores = score_answers(read_answers(path), exam.rows[spec.name], get_scorer(spec.scorer), source=str(path))
-    details = {name: _mean([score.detail[name] for score in scores]) for name in scores[0].detail}
-    return Cell(after, task, route, 100 * _mean([score.value for score in scores]), len(scores), details)
+    answers, rows = read_answers(path), exam.rows[spec.name]
+    score = score_answers(answers, rows, get_scorer(spec.scorer, exam.settings), source=str(path))
+    others = [name for name in PROTOCOLS if name != exam.settings.protocol and spec.scorer in PROTOCOLS[name].scorers]
+    beside = {}
+    for protocol in others:
+        settings = exam.settings.model_copy(update={"protocol": protocol})
+        judged = score_answers(answers, rows, get_scorer(spec.scorer, settings), source=f"{path} ({protocol})")
+        beside[protocol] = 100 * judged.accuracy
+    return Cell(after, task, route, 100 * score.accuracy, len(rows), score.detail, beside)
 
 
-def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> list[Score]:
-    """One score per row, answers joined by id; `source` names the answers in errors.
+def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> TaskScore:
+    """Scores in the rows' order, answers joined by id; `source` names the answers in errors.
 
     Raises:
         ValueError: an id is missing, doubled or unknown, or a row cannot be scored.
     """
-    ids = [answer.id for answer in answers]
-    doubled = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
-    unknown = sorted(set(ids).difference(rows["id"]))
-    missing = sorted(set(rows["id"]).difference(ids))
-    for problem, found in (("doubled", doubled), ("unknown", unknown), ("missing", missing)):
-        if found:
-            raise ValueError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); delete it to generate again")
-    text_by_id = {answer.id: answer.text for answer in answers}
-    scores = []
-    for row in rows:
-        try:
-            scores.append(scorer(text_by_id[row["id"]], Reference.from_row(row)))
-        except ValueError as error:
-            raise ValueError(f"{source}: row {row['id']!r}: {error}") from error
-    return scores
+    pairs = [(answer.id, answer.text) for answer in answers]
+    references = (Reference.from_row(row) for row in rows)
+    return score_by_id(pairs, references, scorer, source, fix="delete it to generate again")
 
 
 def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
@@ -202,8 +198,8 @@ def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
         **facts.model_dump(),
         tasks=names,
         num_samples={name: len(exam.rows[name]) for name in names},
-        protocol=PROTOCOL,
-        protocol_version=PROTOCOL_VERSION,
+        protocol=exam.settings.protocol,
+        protocol_version=PROTOCOLS[exam.settings.protocol].version,
         definitions=DEFINITIONS,
         routes={
             route: _route_results([cell for cell in cells if cell.route == route], last, len(names))
@@ -223,6 +219,10 @@ def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteRes
             for name in details
         },
         metrics=all_metrics(matrix),
+        beside={
+            protocol: _matrix({(cell.after, cell.task): cell.beside.get(protocol) for cell in cells}, last, num_tasks)
+            for protocol in sorted({protocol for cell in cells for protocol in cell.beside})
+        },
     )
 
 
@@ -243,9 +243,5 @@ def _locator_results(exam: Exam, last: int) -> LocatorResults | None:
     names = exam.sequence.names[: last + 1]
     accuracy = {name: 100 * confusion[i][i] / sum(confusion[i]) for i, name in enumerate(names)}
     return LocatorResults(
-        columns=(*names, BASE), confusion=confusion, accuracy=accuracy, mean_accuracy=_mean(list(accuracy.values()))
+        columns=(*names, BASE), confusion=confusion, accuracy=accuracy, mean_accuracy=mean(list(accuracy.values()))
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

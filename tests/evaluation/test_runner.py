@@ -26,7 +26,7 @@ from llava_cmoe.evaluation.runner import (
     score_after,
     score_answers,
 )
-from llava_cmoe.evaluation.scorers import SCORERS
+from llava_cmoe.evaluation.scorers import get_scorer
 from llava_cmoe.methods.base import Method
 from llava_cmoe.records import Located
 from llava_cmoe.settings import EvaluationSettings
@@ -43,7 +43,8 @@ BOX = [0.0, 0.0, 1.0, 1.0]
 
 
 def make_rows(name: str, num_rows: int = 4) -> Dataset:
-    row: dict[str, Any] = {"image": None, "answer": "cat", "answers": [], "choices": []}
+    row: dict[str, Any] = {"image": None, "answers": [], "choices": [], "size": []}
+    row["answer"] = str(BOX) if name == "Grounding" else "cat"
     row |= {"box": BOX if name == "Grounding" else [], "turns": [{"role": "user", "text": f"{name}?"}]}
     return Dataset.from_list([{"id": f"{name}-{number}", **row} for number in range(num_rows)], features=EVAL_FEATURES)
 
@@ -227,7 +228,7 @@ def test_forgetting_a_row_forgets_those_below_it_and_none_above(exam: Exam) -> N
 def test_a_missing_doubled_or_unknown_id_is_an_error_with_its_name(ids: list[str], complaint: str) -> None:
     answers = [Answer(sample_id, "cat", None, None, "?") for sample_id in ids]
     with pytest.raises(ValueError, match=f"a.jsonl: {complaint}"):
-        score_answers(answers, make_rows("GQA"), SCORERS["gqa"], source="a.jsonl")
+        score_answers(answers, make_rows("GQA"), get_scorer("gqa", EvaluationSettings()), source="a.jsonl")
 
 
 def test_answers_are_joined_by_id_not_by_place() -> None:
@@ -235,10 +236,18 @@ def test_answers_are_joined_by_id_not_by_place() -> None:
         [{**make_rows("GQA")[0], "id": name, "answer": name} for name in ("a1", "b2", "c3")], features=EVAL_FEATURES
     )
     answers = [Answer(name, name, None, None, "?") for name in ("c3", "a1", "b2")]
-    assert [score.value for score in score_answers(answers, rows, SCORERS["gqa"], source="-")] == [1.0, 1.0, 1.0]
+    assert score_answers(answers, rows, get_scorer("gqa", EvaluationSettings()), source="-").values == (1.0, 1.0, 1.0)
 
 
 def test_a_row_that_cannot_be_scored_is_an_error_with_its_id() -> None:
     answers = [Answer(f"GQA-{number}", "A", None, None, "?") for number in range(4)]
     with pytest.raises(ValueError, match="a.jsonl: row 'GQA-0': .*choices"):
-        score_answers(answers, make_rows("GQA"), SCORERS["scienceqa"], source="a.jsonl")
+        score_answers(answers, make_rows("GQA"), get_scorer("scienceqa", EvaluationSettings()), source="a.jsonl")
+
+
+def test_a_recipe_may_make_the_released_scripts_its_headline(exam: Exam) -> None:
+    write_cell(exam, 0, 0, ["the cat"] * 3 + ["cat"], [None] * 4)
+    released = replace(exam, settings=exam.settings.model_copy(update={"protocol": "coin"}))
+    results = aggregate(released, FACTS, [0])
+    assert (results.protocol, results.headline.matrix[0][0]) == ("coin", 25.0)
+    assert results.headline.beside["strict"][0][0] == 100.0

@@ -6,13 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_cmoe.evaluation.scorers import Reference, get_scorer
-from llava_cmoe.evaluation.scorers.grounding import extract_box, iou
+from llava_cmoe.evaluation.scorers import Reference
+from llava_cmoe.evaluation.scorers.grounding import extract_box, iou, score
 
 # A busy machine is no failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-score = get_scorer("grounding")
 BOX = (0.1, 0.2, 0.5, 0.9)
 
 coordinates = st.integers(0, 20).map(lambda value: Fraction(value, 20))
