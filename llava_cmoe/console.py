@@ -57,11 +57,13 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def show(console: Console, runs: Sequence[Results]) -> None:
-    """Each run's matrix of its headline route, then the metrics of all runs and routes."""
-    from llava_cmoe.report.tables import matrix_table, metrics_table
+    """Each run's matrix of its headline route and last row per protocol, then the metrics of all runs and routes."""
+    from llava_cmoe.report.tables import matrix_table, metrics_table, protocols_table
 
     for results in runs:
         console.print(matrix_table(results))
+        if compared := protocols_table(results):
+            console.print(compared)
     console.print(metrics_table(runs))
 
 
