@@ -29,7 +29,7 @@ from llava_cmoe.evaluation.runner import (
 from llava_cmoe.evaluation.scorers import get_scorer
 from llava_cmoe.methods.base import Method
 from llava_cmoe.records import Located
-from llava_cmoe.settings import EvaluationSettings
+from llava_cmoe.settings import EvaluationSettings, RecipeError
 
 SEQUENCE = TaskSequence(
     name="three",
@@ -143,7 +143,10 @@ def test_a_cell_is_the_mean_score_in_percent_and_grounding_adds_the_mean_overlap
     write_cell(exam, 1, 1, ["[0, 0, 1, 1]", "[0, 0, 1, 0.5]", "[0, 0, 1, 0.25]", "none"], [1] * 4)
     gqa, grounding = score_after(exam, 1)
     assert (gqa.accuracy, dict(gqa.detail)) == (50.0, {})
-    assert (grounding.accuracy, dict(grounding.detail)) == (50.0, {"iou": 0.4375})
+    assert (grounding.accuracy, dict(grounding.detail)) == (
+        50.0,
+        {"iou": 0.4375, "at_0.3": 0.5, "at_0.5": 0.5, "at_0.7": 0.25, "at_0.9": 0.25},
+    )
 
 
 def test_results_hold_the_matrix_the_metrics_and_the_mean_overlap_per_route(exam: Exam) -> None:
@@ -155,7 +158,7 @@ def test_results_hold_the_matrix_the_metrics_and_the_mean_overlap_per_route(exam
     results = aggregate(exam, FACTS, range(2))
     assert list(results.routes) == ["located", "oracle"]
     assert results.headline.matrix == ((100.0, None, None), (25.0, 100.0, None))
-    assert results.headline.detail == {"iou": ((None, None, None), (None, 1.0, None))}
+    assert results.headline.detail["iou"] == ((None, None, None), (None, 1.0, None))
     assert results.headline.metrics["bwt"] == -37.5
     assert results.routes["oracle"].matrix == ((None, None, None), (0.0, None, None))
     assert results.routes["oracle"].metrics["last"] is None
@@ -251,3 +254,25 @@ def test_a_recipe_may_make_the_released_scripts_its_headline(exam: Exam) -> None
     results = aggregate(released, FACTS, [0])
     assert (results.protocol, results.headline.matrix[0][0]) == ("coin", 25.0)
     assert results.headline.beside["strict"][0][0] == 100.0
+
+
+def test_the_other_protocol_stands_beside_the_headline_for_the_tasks_that_it_judges(exam: Exam) -> None:
+    """CoIN's script takes an article for a mistake, and a box that ends in a digit for another box."""
+    captions = SEQUENCE.model_copy(
+        update={"tasks": (*SEQUENCE.tasks[:2], SEQUENCE.tasks[2].model_copy(update={"scorer": "vqa_soft"}))}
+    )
+    rows = dict(exam.rows) | {"OCRVQA": exam.rows["OCRVQA"].map(lambda row: {"answers": ["cat"] * 10})}
+    mixed = replace(exam, sequence=captions, rows=rows)
+    for after in range(3):
+        for task, texts in enumerate((["the cat"] * 3 + ["cat"], ["[0, 0, 1, 1]"] * 3 + ["(0, 0, 1, 1)"], ["cat"] * 4)):
+            if task <= after:
+                write_cell(mixed, after, task, texts, [None] * 4)
+    strict = aggregate(mixed, FACTS, range(3)).headline
+    assert strict.matrix[2] == (100.0, 100.0, 100.0)
+    assert strict.beside == {"coin": ((25.0, None, None), (25.0, 25.0, None), (25.0, 25.0, None))}
+
+
+def test_a_task_that_the_headlines_protocol_does_not_judge_is_refused_before_anything_is_learned(exam: Exam) -> None:
+    unjudged = SEQUENCE.model_copy(update={"tasks": (SEQUENCE.tasks[0].model_copy(update={"scorer": "numeric"}),)})
+    with pytest.raises(RecipeError, match="'numeric' in protocol coin"):
+        replace(exam, sequence=unjudged, settings=EvaluationSettings(protocol="coin"))

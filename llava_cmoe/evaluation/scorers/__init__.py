@@ -10,7 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llava_cmoe.evaluation.scorers import grounding, scienceqa, short_answer, textvqa
+from llava_cmoe.evaluation.scorers import (
+    captions,
+    grounding,
+    llm_judge,
+    numeric,
+    scienceqa,
+    short_answer,
+    textvqa,
+    vqa_soft,
+)
 from llava_cmoe.evaluation.scorers.base import Builder, Reference, Score, Scorer, TaskScore, each
 from llava_cmoe.evaluation.scorers.coin import gqa as coin_gqa
 from llava_cmoe.evaluation.scorers.coin import grounding as coin_grounding
@@ -49,6 +58,10 @@ PROTOCOLS = {
             "grounding": each(grounding.score),
             "vqav2": each(short_answer.score),
             "ocrvqa": each(short_answer.score),
+            "vqa_soft": each(vqa_soft.score),
+            "numeric": each(numeric.score),
+            "captions": captions.build,
+            "llm_judge": llm_judge.build,
         },
     ),
     "coin": Protocol(
