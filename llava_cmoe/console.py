@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llava_cmoe.settings import RecipeError
+from llava_cmoe.settings import EvaluationSettings, RecipeError
 
 if TYPE_CHECKING:
     from llava_cmoe.data.check_report import CheckReport
@@ -59,11 +59,13 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def show(console: Console, runs: Sequence[Results]) -> None:
-    """Each run's matrix of its headline route, then the metrics of all runs and routes."""
-    from llava_cmoe.report.tables import matrix_table, metrics_table
+    """Each run's matrix of its headline route and last row per protocol, then the metrics of all runs and routes."""
+    from llava_cmoe.report.tables import matrix_table, metrics_table, protocols_table
 
     for results in runs:
         console.print(matrix_table(results))
+        if compared := protocols_table(results):
+            console.print(compared)
     console.print(metrics_table(runs))
 
 
@@ -75,7 +77,7 @@ def unknown_scorers(sequence: TaskSequence) -> list[Problem]:
     problems = []
     for task in sequence.tasks:
         try:
-            get_scorer(task.scorer)
+            get_scorer(task.scorer, EvaluationSettings())
         except RecipeError as error:
             problems.append(Problem(Path(sequence.name), f"task {task.name}: {error}"))
     return problems

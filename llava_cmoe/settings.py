@@ -287,6 +287,19 @@ class TrainingSettings(Settings):
     installed when absent, nowhere with []. Changes no result, and a run may go on with another."""
 
 
+class JudgeSettings(Settings):
+    """An LLM that judges answers (scorer `llm_judge`), behind any OpenAI-compatible endpoint."""
+
+    model: str = Field(min_length=1)
+    """Its name at the endpoint; name a dated version, as what an endpoint serves under a name changes."""
+    url: str = "http://localhost:8000/v1"
+    """The endpoint; its key is read from OPENAI_API_KEY in the environment and never written down."""
+    seed: int = 0
+    """Sent with every question; most servers answer alike for it, none promises to."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds to wait for one verdict."""
+
+
 class EvaluationSettings(Settings):
     """How finished tasks are measured."""
 
@@ -298,8 +311,11 @@ class EvaluationSettings(Settings):
     """Ask only a stratified subset of this many questions per task, and mark every result so; all when absent."""
     subset_seed: int = 0
     """Seed of that subset; not the run's, so that runs of several seeds are asked the same questions."""
-    protocol: Literal["strict"] = "strict"
-    """Scoring rules (COIN's scorers without their accidents)."""
+    protocol: Literal["strict", "coin"] = "strict"
+    """Scoring rules of the headline: what should be measured, or CoIN's released scripts with their accidents. What the
+    other one makes of the same answers is stated beside it."""
+    judge: JudgeSettings | None = None
+    """The LLM that tasks with scorer `llm_judge` ask; none when absent, and such a task is then refused."""
 
 
 class Recipe(Settings):

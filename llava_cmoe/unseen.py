@@ -25,7 +25,7 @@ from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch
 from llava_cmoe.evaluation.log import Answer, RunFacts
 from llava_cmoe.evaluation.runner import encode_questions, score_answers
-from llava_cmoe.evaluation.scorers import PROTOCOL, PROTOCOL_VERSION, Scorer, get_scorer
+from llava_cmoe.evaluation.scorers import PROTOCOLS, Scorer, get_scorer
 from llava_cmoe.fingerprints import fingerprint_files
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method
@@ -108,7 +108,9 @@ def measure_unseen(
     unseen = {}
     for task in sequence.tasks:
         located, alone = ask_twice(run, asked[task.name], partial(progress, task.name))
-        unseen[task.name] = compared(located, alone, rows[task.name], get_scorer(task.scorer), learned)
+        unseen[task.name] = compared(
+            located, alone, rows[task.name], get_scorer(task.scorer, recipe.evaluation), learned
+        )
     own = encode_questions(run.exam, run.backbone.processor, keep=False)
     turned_away = {name: _turned_away(run, own[name], partial(progress, name, "locating")) for name in learned}
     files = [file for task in sequence.tasks for file in files_of(root, task)]
@@ -117,8 +119,8 @@ def measure_unseen(
         learned=learned,
         sequence=sequence.name,
         unseen_data=fingerprint_files(files, root=root),
-        protocol=PROTOCOL,
-        protocol_version=PROTOCOL_VERSION,
+        protocol=recipe.evaluation.protocol,
+        protocol_version=PROTOCOLS[recipe.evaluation.protocol].version,
         unseen=unseen,
         false_alarms={name: _percent(away) for name, away in turned_away.items()},
         false_alarm_rate=_percent([flag for away in turned_away.values() for flag in away]),
@@ -169,7 +171,7 @@ def compared(
 ) -> UnseenTask:
     """Scores are joined with answers by place: both follow the rows."""
     in_use, base = (
-        [100 * score.value for score in score_answers(answers, rows, scorer, source=source)]
+        [100 * value for value in score_answers(answers, rows, scorer, source=source).values]
         for answers, source in ((located, "located"), (alone, "base alone"))
     )
     sent = [answer.located for answer in located]

@@ -6,6 +6,7 @@ Training is only tried (`--dry-run`), make only asked what it would do (`-n`).
 
 import glob
 import io
+import json
 import re
 import runpy
 import shlex
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from official_files import write_answers
 from original import write_parts
 from tiny import Lesson
 
@@ -93,6 +95,8 @@ def workplace(
     [(_, mine)] = [block for block in FENCES if block[1].startswith("name: mine\n")]
     (tmp_path / "mine.yaml").write_text(mine)
     (tmp_path / "MINE").symlink_to(tiny_data)
+    asked = json.loads((pocket / "Instructions_Original/VizWiz/val.json").read_text())
+    write_answers(tmp_path / "merge.jsonl", *((row["question_id"], "a pear") for row in asked))
     shutil.copy(next((tiny_data / "cl_dataset").rglob("*.png")), tmp_path / "picture.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -140,7 +144,7 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             words = [*words[2:], "--dry-run"]
         case ["accelerate", "launch", "eval/evaluate.py" as script, *_]:
             words = words[2:]
-        case ["python", "eval/headline.py" | "eval/study.py" | "eval/merges.py" as script, *_]:
+        case ["python", "eval/headline.py" | "eval/study.py" | "eval/merges.py" | "eval/score.py" as script, *_]:
             words = words[1:]
         case ["python", "eval/speed.py" as script, *_]:
             elsewhere = {"cuda": "cpu", "llava-1.5-7b": "MODEL"}

@@ -13,7 +13,7 @@ from llava_cmoe import sequence, unseen
 from llava_cmoe.data import pocket_root
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.evaluation.log import Answer
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings import EvaluationSettings, Recipe
 from llava_cmoe.unseen import UnseenResults, measure_unseen
 
 ROWS = 4
@@ -83,9 +83,10 @@ def test_lost_points_are_counted_where_the_base_model_answered_and_nowhere_else(
         return [Answer(str(i), text, task, None, "") for i, (text, task) in enumerate(zip(texts, tasks, strict=True))]
 
     tasks = [-1, -1, 1, 1]
-    blank = {"image": None, "turns": [], "answers": [], "box": [], "choices": []}
+    turns = [{"role": "user", "text": "?"}]
+    blank = {"image": None, "turns": turns, "answers": [], "box": [], "choices": [], "size": []}
     rows = sequence.Dataset.from_list([{"id": str(i), "answer": "yes", **blank} for i in range(4)])
-    scorer = unseen.get_scorer("gqa")
+    scorer = unseen.get_scorer("gqa", EvaluationSettings())
     task = unseen.compared(
         answers(["yes", "no", "no", "no"]), answers(["yes", "yes", "yes", "no"]), rows, scorer, ("a", "b")
     )

@@ -94,12 +94,13 @@ def eval_row(raw: Mapping[str, Any], row_id: str, pictures: PictureFolder, has_b
         "turns": turns,
         "answer": answers[0],
         "answers": answers if several else [],
-        "box": _box(answers[0]) if has_box else [],
+        "box": box_of(answers[0]) if has_box else [],
+        "size": _size(raw) if has_box else [],
         "choices": [],
     }
 
 
-def _box(text: str) -> list[float]:
+def box_of(text: str) -> list[float]:
     """The four coordinates of "[x1, y1, x2, y2]", in [0, 1] and in order."""
     inner = text.strip()
     try:
@@ -112,3 +113,15 @@ def _box(text: str) -> list[float]:
     if box[0] > box[2] or box[1] > box[3]:
         raise Unusable(f"malformed answer_bbox {text!r}; x1 <= x2 and y1 <= y2 must hold")
     return box
+
+
+def _size(raw: Mapping[str, Any]) -> list[int]:
+    """The picture's width and height, which only the released scorer reads; empty where the row does not tell."""
+    size = raw.get("size", [])
+    if (
+        not isinstance(size, list)
+        or len(size) not in (0, 2)
+        or not all(type(side) is int and side > 0 for side in size)
+    ):
+        raise Unusable(f"malformed size {size!r}; expected [width, height] in pixels")
+    return size

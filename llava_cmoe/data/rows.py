@@ -31,14 +31,15 @@ class TrainRow(TypedDict):
 class EvalRow(TrainRow):
     """One user turn and its answer.
 
-    `answers` holds ten annotators' answers, `box` x1, y1, x2, y2 on the padded square in [0, 1], and `choices` the
-    options; each is empty where the task has none.
+    `answers` holds ten annotators' answers, `box` x1, y1, x2, y2 on the padded square in [0, 1], `choices` the options,
+    and `size` the picture's width and height in pixels; each is empty where the task has none.
     """
 
     answer: str
     answers: list[str]
     box: list[float]
     choices: list[str]
+    size: list[int]
 
 
 TRAIN_FEATURES = Features(
@@ -55,5 +56,6 @@ EVAL_FEATURES = Features(
         "answers": List(Value("string")),
         "box": List(Value("float64")),
         "choices": List(Value("string")),
+        "size": List(Value("int32")),
     }
 )

@@ -69,7 +69,7 @@ def read_answers(path: Path) -> list[Answer]:
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
     """Write a complete answers file atomically."""
-    _write_atomically(path, b"".join(answer.to_line() for answer in answers))
+    write_atomically(path, b"".join(answer.to_line() for answer in answers))
 
 
 class _Logged(BaseModel):
@@ -137,6 +137,9 @@ class RouteResults(_Logged):
     """Lower and upper end of each accuracy of the matrix, by bootstrap; empty in a file of format 1."""
     metric_intervals: dict[str, Interval | None] = {}
     """The same of each metric."""
+    beside: dict[str, tuple[Row, ...]] = {}
+    """The matrix under each other protocol: what it makes of the same answers, null for tasks that it does not judge;
+    empty in older files."""
 
 
 class LocatorResults(_Logged):
@@ -192,7 +195,7 @@ class Results(RunFacts):
 
 def write_results(path: Path, results: Results) -> None:
     """Write `results.json` atomically; the keys stand in the order of the fields above."""
-    _write_atomically(path, results.model_dump_json(indent=2).encode() + b"\n")
+    write_atomically(path, results.model_dump_json(indent=2).encode() + b"\n")
 
 
 def read_results(path: Path) -> Results:
@@ -220,7 +223,8 @@ def _without_seconds(value: object) -> object:
     return [_without_seconds(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside and rename it into place, so that half of it is never seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
     with unfinished.open("wb") as stream:

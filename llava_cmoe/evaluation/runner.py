@@ -6,9 +6,7 @@ scorer costs no generation. Who learned what, and when this is called, is left t
 
 from __future__ import annotations
 
-import math
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,9 +19,19 @@ from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.bootstrap import DESCRIPTION, accuracy_interval, metric_intervals
 from llava_cmoe.evaluation.generate import Candidate, Processes, Questions, Route, RouteName, generate_answers
-from llava_cmoe.evaluation.log import Answer, LocatorResults, Results, RouteResults, RunFacts, Subset, read_answers
+from llava_cmoe.evaluation.joining import score_by_id
+from llava_cmoe.evaluation.log import (
+    Answer,
+    LocatorResults,
+    Results,
+    RouteResults,
+    RunFacts,
+    Subset,
+    read_answers,
+)
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
-from llava_cmoe.evaluation.scorers import PROTOCOL, PROTOCOL_VERSION, Reference, Score, Scorer, get_scorer
+from llava_cmoe.evaluation.scorers import PROTOCOLS, Reference, Scorer, TaskScore, get_scorer
+from llava_cmoe.evaluation.scorers.base import mean
 from llava_cmoe.settings import EvaluationSettings
 
 Measured = TypeVar("Measured")
@@ -54,9 +62,9 @@ class Exam:
     subset: Subset | None = None
 
     def __post_init__(self) -> None:
-        """A misspelt scorer is told before anything is learned."""
+        """A misspelt scorer, or one that lacks something, is told before anything is learned."""
         for task in self.sequence.tasks:
-            get_scorer(task.scorer)
+            get_scorer(task.scorer, self.settings)
 
     def answers_folder(self, after: int) -> Path:
         """Folder of one row of the matrix; `after` counts from 0."""
@@ -79,6 +87,7 @@ class Cell:
         scores: of each row, in the rows' order and in [0, 1]; the accuracy is their mean.
         detail: means of the scorer's further numbers (grounding: `iou`).
         failed: rows that could not be answered; they count as wrong.
+        beside: accuracy of the same answers in percent under each other protocol that judges this task.
     """
 
     after: int
@@ -88,6 +97,7 @@ class Cell:
     scores: tuple[float, ...]
     detail: Mapping[str, float] = field(default_factory=dict)
     failed: int = 0
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str, Questions]:
@@ -163,37 +173,30 @@ def score_cell(exam: Exam, after: int, task: int, route: RouteName) -> Cell:
     """Score one answers file."""
     spec = exam.sequence.tasks[task]
     path = exam.answers_path(after, task, route)
-    answers = read_answers(path)
-    scores = score_answers(answers, exam.rows[spec.name], get_scorer(spec.scorer), source=str(path))
-    details = {name: _mean([score.detail[name] for score in scores]) for name in scores[0].detail}
-    values = tuple(score.value for score in scores)
+    answers, rows = read_answers(path), exam.rows[spec.name]
+    score = score_answers(answers, rows, get_scorer(spec.scorer, exam.settings), source=str(path))
+    others = [name for name in PROTOCOLS if name != exam.settings.protocol and spec.scorer in PROTOCOLS[name].scorers]
+    beside = {}
+    for protocol in others:
+        settings = exam.settings.model_copy(update={"protocol": protocol})
+        judged = score_answers(answers, rows, get_scorer(spec.scorer, settings), source=f"{path} ({protocol})")
+        beside[protocol] = 100 * judged.accuracy
     failed = sum(answer.failed is not None for answer in answers)
-    return Cell(after, task, route, 100 * _mean(values), values, details, failed)
+    return Cell(after, task, route, 100 * score.accuracy, score.values, score.detail, failed, beside)
 
 
-def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> list[Score]:
-    """One score per row, answers joined by id; `source` names the answers in errors. What failed is wrong by any rule.
+def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> TaskScore:
+    """Scores in the rows' order, answers joined by id; `source` names the answers in errors. What failed is wrong.
 
     Raises:
         ValueError: an id is missing, doubled or unknown, or a row cannot be scored.
     """
-    ids = [answer.id for answer in answers]
-    doubled = [sample_id for sample_id, count in Counter(ids).items() if count > 1]
-    unknown = sorted(set(ids).difference(rows["id"]))
-    missing = sorted(set(rows["id"]).difference(ids))
-    for problem, found in (("doubled", doubled), ("unknown", unknown), ("missing", missing)):
-        if found:
-            raise ValueError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); delete it to generate again")
-    text_by_id = {answer.id: answer.text for answer in answers}
+    pairs = [(answer.id, answer.text) for answer in answers]
+    references = (Reference.from_row(row) for row in rows)
+    judged = score_by_id(pairs, references, scorer, source, fix="delete it to generate again")
     failed = {answer.id for answer in answers if answer.failed is not None}
-    scores = []
-    for row in rows:
-        try:
-            score = scorer(text_by_id[row["id"]], Reference.from_row(row))
-        except ValueError as error:
-            raise ValueError(f"{source}: row {row['id']!r}: {error}") from error
-        scores.append(replace(score, value=0.0) if row["id"] in failed else score)
-    return scores
+    values = [0.0 if row_id in failed else value for row_id, value in zip(rows["id"], judged.values, strict=True)]
+    return replace(judged, values=tuple(values), accuracy=judged.accuracy - mean(judged.values) + mean(values))
 
 
 def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
@@ -219,8 +222,8 @@ def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
             for cell in cells
             if cell.failed
         },
-        protocol=PROTOCOL,
-        protocol_version=PROTOCOL_VERSION,
+        protocol=exam.settings.protocol,
+        protocol_version=PROTOCOLS[exam.settings.protocol].version,
         definitions=DEFINITIONS,
         bootstrap=DESCRIPTION,
         routes={
@@ -244,6 +247,10 @@ def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteRes
         metrics=all_metrics(matrix),
         intervals=_matrix(intervals, last, num_tasks),
         metric_intervals=metric_intervals({(cell.after, cell.task): cell.scores for cell in cells}, last + 1),
+        beside={
+            protocol: _matrix({(cell.after, cell.task): cell.beside.get(protocol) for cell in cells}, last, num_tasks)
+            for protocol in sorted({protocol for cell in cells for protocol in cell.beside})
+        },
     )
 
 
@@ -266,9 +273,5 @@ def _locator_results(exam: Exam, last: int) -> LocatorResults | None:
     names = exam.sequence.names[: last + 1]
     accuracy = {name: 100 * confusion[i][i] / sum(confusion[i]) for i, name in enumerate(names)}
     return LocatorResults(
-        columns=(*names, BASE), confusion=confusion, accuracy=accuracy, mean_accuracy=_mean(list(accuracy.values()))
+        columns=(*names, BASE), confusion=confusion, accuracy=accuracy, mean_accuracy=mean(list(accuracy.values()))
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

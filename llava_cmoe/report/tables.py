@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import fmean
 
 from rich import box
 from rich.table import Table
@@ -55,6 +56,25 @@ def metrics_table(runs: Sequence[Results]) -> Table:
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=is_text)
     for row in _metric_rows(runs, partial(_above, digits=1)):
         table.add_row(*row)
+    return table
+
+
+def protocols_table(results: Results) -> Table | None:
+    """The last row of one run's headline route under every protocol (percent); None if there is only one.
+
+    The mean is over the tasks that all of them judge.
+    """
+    measured = results.headline
+    if not measured.beside:
+        return None
+    rows = {results.protocol: measured.matrix[-1]} | {name: matrix[-1] for name, matrix in measured.beside.items()}
+    judged = [values for values in zip(*rows.values(), strict=True) if None not in values]
+    table = Table(title=f"{results.run}: the same answers under each protocol", box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("protocol", style="bold", no_wrap=True)
+    for task in (*results.tasks, "mean"):
+        table.add_column(task, justify="right")
+    for place, (name, row) in enumerate(rows.items()):
+        table.add_row(name, *map(number, row), number(fmean(values[place] for values in judged)) if judged else NOTHING)
     return table
 
 

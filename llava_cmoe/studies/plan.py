@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -200,11 +200,13 @@ def _run(study: Study, folder: Path, variant: tuple[str, tuple[str, ...]], seed:
         raise RecipeError(f"variant {name}: {error}") from error
 
 
-def _check_data(runs: Iterable[PlannedRun]) -> None:
+def _check_data(runs: Sequence[PlannedRun]) -> None:
     """Stop at a scorer or file that is not there; a pocket sequence that is missing will be rendered."""
+    for run in runs:
+        for task in run.tasks:
+            get_scorer(task.scorer, run.recipe.evaluation)
     needed = {(run.recipe.data.root, task) for run in runs if not lacks_pocket(run.recipe) for task in run.tasks}
     for root, task in sorted(needed, key=str):
-        get_scorer(task.scorer)
         for path in files_of(root, task):
             if not path.is_file():
                 raise DataError(Problem(path, f"is missing, task {task.name} needs it"))

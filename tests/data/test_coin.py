@@ -38,6 +38,7 @@ def test_evaluation_rows_get_the_marker_and_what_their_task_is_judged_by(root: P
     assert science["answers"] == science["box"] == [[], []]
     assert (text[0]["answer"], text[0]["answers"]) == ("go", ["go"] * 9 + ["goo"])
     assert (grounding[0]["answer"], grounding[0]["box"]) == ("[0.12, 0.5, 0.75, 1.0]", [0.12, 0.5, 0.75, 1.0])
+    assert (science[0]["size"], grounding[0]["size"]) == ([], [30, 20])
 
 
 @pytest.mark.parametrize("folder", COIN_FOLDERS)
@@ -163,6 +164,9 @@ BROKEN_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "box with nan": ("test", _set(answer_bbox="[nan, 0, 1, 1]"), "each from 0 to 1"),
     "box without brackets": ("test", _set(answer_bbox="0.1, 0.2, 0.3, 0.45"), "expected [x1, y1, x2, y2]"),
     "box backwards": ("test", _set(answer_bbox="[0.9, 0, 0.1, 1]"), "x1 <= x2 and y1 <= y2 must hold"),
+    "size of one": ("test", _set(size=[640]), "malformed size [640]"),
+    "size of nothing": ("test", _set(size=[640, 0]), "expected [width, height] in pixels"),
+    "size in words": ("test", _set(size="640x480"), "malformed size"),
 }
 
 

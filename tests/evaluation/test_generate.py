@@ -88,7 +88,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
             {
                 "id": f"q{number}", "image": str(path) if has_image else None,
                 "turns": [{"role": "user", "text": question}],
-                "answer": "cat", "answers": [], "box": [], "choices": [],
+                "answer": "cat", "answers": [], "box": [], "choices": [], "size": [],
             }
         )  # fmt: skip
     return Dataset.from_list(made, features=EVAL_FEATURES)

@@ -26,10 +26,10 @@ from llava_cmoe.evaluation.runner import (
     score_after,
     score_answers,
 )
-from llava_cmoe.evaluation.scorers import SCORERS
+from llava_cmoe.evaluation.scorers import get_scorer
 from llava_cmoe.methods.base import Method
 from llava_cmoe.records import Located
-from llava_cmoe.settings import EvaluationSettings
+from llava_cmoe.settings import EvaluationSettings, RecipeError
 
 SEQUENCE = TaskSequence(
     name="three",
@@ -43,7 +43,8 @@ BOX = [0.0, 0.0, 1.0, 1.0]
 
 
 def make_rows(name: str, num_rows: int = 4) -> Dataset:
-    row: dict[str, Any] = {"image": None, "answer": "cat", "answers": [], "choices": []}
+    row: dict[str, Any] = {"image": None, "answers": [], "choices": [], "size": []}
+    row["answer"] = str(BOX) if name == "Grounding" else "cat"
     row |= {"box": BOX if name == "Grounding" else [], "turns": [{"role": "user", "text": f"{name}?"}]}
     return Dataset.from_list([{"id": f"{name}-{number}", **row} for number in range(num_rows)], features=EVAL_FEATURES)
 
@@ -142,7 +143,10 @@ def test_a_cell_is_the_mean_score_in_percent_and_grounding_adds_the_mean_overlap
     write_cell(exam, 1, 1, ["[0, 0, 1, 1]", "[0, 0, 1, 0.5]", "[0, 0, 1, 0.25]", "none"], [1] * 4)
     gqa, grounding = score_after(exam, 1)
     assert (gqa.accuracy, dict(gqa.detail)) == (50.0, {})
-    assert (grounding.accuracy, dict(grounding.detail)) == (50.0, {"iou": 0.4375})
+    assert (grounding.accuracy, dict(grounding.detail)) == (
+        50.0,
+        {"iou": 0.4375, "at_0.3": 0.5, "at_0.5": 0.5, "at_0.7": 0.25, "at_0.9": 0.25},
+    )
 
 
 def test_results_hold_the_matrix_the_metrics_and_the_mean_overlap_per_route(exam: Exam) -> None:
@@ -154,7 +158,7 @@ def test_results_hold_the_matrix_the_metrics_and_the_mean_overlap_per_route(exam
     results = aggregate(exam, FACTS, range(2))
     assert list(results.routes) == ["located", "oracle"]
     assert results.headline.matrix == ((100.0, None, None), (25.0, 100.0, None))
-    assert results.headline.detail == {"iou": ((None, None, None), (None, 1.0, None))}
+    assert results.headline.detail["iou"] == ((None, None, None), (None, 1.0, None))
     assert results.headline.metrics["bwt"] == -37.5
     assert results.routes["oracle"].matrix == ((None, None, None), (0.0, None, None))
     assert results.routes["oracle"].metrics["last"] is None
@@ -262,7 +266,7 @@ def test_forgetting_a_row_forgets_those_below_it_and_none_above(exam: Exam) -> N
 def test_a_missing_doubled_or_unknown_id_is_an_error_with_its_name(ids: list[str], complaint: str) -> None:
     answers = [Answer(sample_id, "cat", None, None, "?") for sample_id in ids]
     with pytest.raises(ValueError, match=f"a.jsonl: {complaint}"):
-        score_answers(answers, make_rows("GQA"), SCORERS["gqa"], source="a.jsonl")
+        score_answers(answers, make_rows("GQA"), get_scorer("gqa", EvaluationSettings()), source="a.jsonl")
 
 
 def test_answers_are_joined_by_id_not_by_place() -> None:
@@ -270,10 +274,40 @@ def test_answers_are_joined_by_id_not_by_place() -> None:
         [{**make_rows("GQA")[0], "id": name, "answer": name} for name in ("a1", "b2", "c3")], features=EVAL_FEATURES
     )
     answers = [Answer(name, name, None, None, "?") for name in ("c3", "a1", "b2")]
-    assert [score.value for score in score_answers(answers, rows, SCORERS["gqa"], source="-")] == [1.0, 1.0, 1.0]
+    assert score_answers(answers, rows, get_scorer("gqa", EvaluationSettings()), source="-").values == (1.0, 1.0, 1.0)
 
 
 def test_a_row_that_cannot_be_scored_is_an_error_with_its_id() -> None:
     answers = [Answer(f"GQA-{number}", "A", None, None, "?") for number in range(4)]
     with pytest.raises(ValueError, match="a.jsonl: row 'GQA-0': .*choices"):
-        score_answers(answers, make_rows("GQA"), SCORERS["scienceqa"], source="a.jsonl")
+        score_answers(answers, make_rows("GQA"), get_scorer("scienceqa", EvaluationSettings()), source="a.jsonl")
+
+
+def test_a_recipe_may_make_the_released_scripts_its_headline(exam: Exam) -> None:
+    write_cell(exam, 0, 0, ["the cat"] * 3 + ["cat"], [None] * 4)
+    released = replace(exam, settings=exam.settings.model_copy(update={"protocol": "coin"}))
+    results = aggregate(released, FACTS, [0])
+    assert (results.protocol, results.headline.matrix[0][0]) == ("coin", 25.0)
+    assert results.headline.beside["strict"][0][0] == 100.0
+
+
+def test_the_other_protocol_stands_beside_the_headline_for_the_tasks_that_it_judges(exam: Exam) -> None:
+    """CoIN's script takes an article for a mistake, and a box that ends in a digit for another box."""
+    captions = SEQUENCE.model_copy(
+        update={"tasks": (*SEQUENCE.tasks[:2], SEQUENCE.tasks[2].model_copy(update={"scorer": "vqa_soft"}))}
+    )
+    rows = dict(exam.rows) | {"OCRVQA": exam.rows["OCRVQA"].map(lambda row: {"answers": ["cat"] * 10})}
+    mixed = replace(exam, sequence=captions, rows=rows)
+    for after in range(3):
+        for task, texts in enumerate((["the cat"] * 3 + ["cat"], ["[0, 0, 1, 1]"] * 3 + ["(0, 0, 1, 1)"], ["cat"] * 4)):
+            if task <= after:
+                write_cell(mixed, after, task, texts, [None] * 4)
+    strict = aggregate(mixed, FACTS, range(3)).headline
+    assert strict.matrix[2] == (100.0, 100.0, 100.0)
+    assert strict.beside == {"coin": ((25.0, None, None), (25.0, 25.0, None), (25.0, 25.0, None))}
+
+
+def test_a_task_that_the_headlines_protocol_does_not_judge_is_refused_before_anything_is_learned(exam: Exam) -> None:
+    unjudged = SEQUENCE.model_copy(update={"tasks": (SEQUENCE.tasks[0].model_copy(update={"scorer": "numeric"}),)})
+    with pytest.raises(RecipeError, match="'numeric' in protocol coin"):
+        replace(exam, sequence=unjudged, settings=EvaluationSettings(protocol="coin"))

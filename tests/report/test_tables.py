@@ -16,6 +16,7 @@ from llava_cmoe.report.tables import (
     metrics_table,
     notes,
     number,
+    protocols_table,
     run_label,
 )
 
@@ -65,6 +66,32 @@ def test_terminal_matrix_of_eight_tasks_fits_eighty_columns_without_cutting() ->
     assert "…" not in text
     assert all(name in text for name in TASKS)
     assert "77.2" in text and "BWT" in text
+
+
+def beside(results: Results, matrix: tuple) -> Results:
+    route = results.headline.model_copy(update={"beside": {"coin": matrix}})
+    return results.model_copy(update={"routes": {"located": route}})
+
+
+def test_protocols_stand_side_by_side_with_the_mean_over_the_tasks_that_both_judge() -> None:
+    results = make_results("cmoe")
+    compared = protocols_table(beside(results, ((None,) * 8, (None,) * 8, (10.0, None, 30.0, *(None,) * 5))))
+    assert compared is not None
+    lines = [line.split() for line in printed(compared).splitlines()]
+    assert ["strict", "20.2", "21.2", "22.2", *"–––––", "21.2"] in lines
+    assert ["coin", "10.0", "–", "30.0", *"–––––", "20.0"] in lines
+
+
+def test_protocols_of_eight_tasks_fit_eighty_columns_without_cutting() -> None:
+    results = make_results("cmoe", num_learned=8)
+    compared = protocols_table(beside(results, results.headline.matrix))
+    assert compared is not None
+    text = printed(compared)
+    assert "…" not in text and all(name in text for name in (*TASKS, "mean"))
+
+
+def test_a_run_under_one_protocol_alone_has_nothing_to_compare() -> None:
+    assert protocols_table(make_results("cmoe")) is None
 
 
 def test_a_cell_of_the_lower_triangle_that_was_not_measured_is_a_dash() -> None:

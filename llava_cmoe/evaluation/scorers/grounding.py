@@ -1,7 +1,8 @@
 """Grounding: does the box in the answer overlap the true one by at least half? Also reports the overlap itself (IoU).
 
-Both boxes are normalised on the padded square. Coordinates are taken as the decimal numbers that were written and
-computed with as fractions, so an overlap of exactly one half counts whatever binary rounding would say.
+How many answers reach other bounds than one half is reported, too. Both boxes are normalised on the padded square.
+Coordinates are taken as the decimal numbers that were written and computed with as fractions, so an overlap of exactly
+one half counts whatever binary rounding would say.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ NUMBER = re.compile(
     re.ASCII,
 )
 
+BOUNDS = {f"at_{bound}": Fraction(bound) for bound in ("0.3", "0.5", "0.7", "0.9")}
+"""Overlaps whose share of answers is reported; 0.5 decides."""
+
 Box = tuple[Fraction, Fraction, Fraction, Fraction]
 
 
 def score(prediction: str, reference: Reference) -> Score:
-    """1 if IoU >= 0.5, else 0; `detail["iou"]` is the overlap, 0 where the answer holds no box.
+    """1 if IoU >= 0.5, else 0; in `detail` the overlap, 0 where the answer holds no box, and which bounds it reaches.
 
     Raises:
         ValueError: the row's own box is not four numbers.
@@ -32,7 +36,8 @@ def score(prediction: str, reference: Reference) -> Score:
     x1, y1, x2, y2 = (Fraction(str(value)) for value in reference.box)
     found = extract_box(prediction)
     overlap = iou(found, (x1, y1, x2, y2)) if found else Fraction(0)
-    return Score(float(overlap >= Fraction(1, 2)), {"iou": float(overlap)})
+    reached = {name: float(overlap >= bound) for name, bound in BOUNDS.items()}
+    return Score(reached["at_0.5"], {"iou": float(overlap), **reached})
 
 
 def extract_box(text: str) -> Box | None:

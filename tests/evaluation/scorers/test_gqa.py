@@ -1,12 +1,13 @@
 """GQA: one reference; the released script normalises the prediction only."""
 
 import pytest
+from judging import value
 
-from llava_cmoe.evaluation.scorers import Reference, get_scorer
+from llava_cmoe.evaluation.scorers import Reference
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "value"),
+    ("text", "answer", "expected"),
     [
         ("Yes.", "yes", 1.0),
         ("left", "Left", 1.0),
@@ -17,5 +18,5 @@ from llava_cmoe.evaluation.scorers import Reference, get_scorer
         ("...", "yes", 0.0),
     ],
 )
-def test_both_sides_are_normalised_and_nothing_is_cut_out(text: str, answer: str, value: float) -> None:
-    assert get_scorer("gqa")(text, Reference(answer=answer)).value == value
+def test_both_sides_are_normalised_and_nothing_is_cut_out(text: str, answer: str, expected: float) -> None:
+    assert value("gqa", text, Reference(answer=answer)) == expected

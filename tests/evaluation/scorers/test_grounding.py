@@ -6,13 +6,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llava_cmoe.evaluation.scorers import Reference, get_scorer
-from llava_cmoe.evaluation.scorers.grounding import extract_box, iou
+from llava_cmoe.evaluation.scorers import Reference
+from llava_cmoe.evaluation.scorers.grounding import extract_box, iou, score
 
 # A busy machine is no failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-score = get_scorer("grounding")
 BOX = (0.1, 0.2, 0.5, 0.9)
 
 coordinates = st.integers(0, 20).map(lambda value: Fraction(value, 20))
@@ -51,7 +50,7 @@ def test_four_numbers_are_found_whatever_stands_around_them(text: str) -> None:
 def test_anything_but_exactly_four_numbers_is_no_box_and_wrong(text: str) -> None:
     assert extract_box(text) is None
     assert score(text, Reference(box=BOX)).value == 0.0
-    assert score(text, Reference(box=BOX)).detail == {"iou": 0.0}
+    assert set(score(text, Reference(box=BOX)).detail.values()) == {0.0}
 
 
 def test_the_last_coordinate_and_the_sign_are_read_in_full() -> None:
@@ -67,6 +66,13 @@ def test_an_overlap_of_exactly_one_half_is_right_at_every_size(step: int) -> Non
     reference = Reference(box=(0.1, 0.1, round(0.1 + side, 2), 0.3))
     result = score(f"[0.1, 0.1, {0.1 + side:.2f}, 0.2]", reference)
     assert (result.value, result.detail["iou"]) == (1.0, 0.5)
+
+
+def test_further_bounds_are_reported_and_one_half_decides() -> None:
+    result = score("[0, 0, 1, 0.7]", Reference(box=(0, 0, 1, 1)))
+    assert (result.value, result.detail) == (
+        1.0, {"iou": 0.7, "at_0.3": 1.0, "at_0.5": 1.0, "at_0.7": 1.0, "at_0.9": 0.0},
+    )  # fmt: skip
 
 
 def test_just_below_one_half_is_wrong() -> None:

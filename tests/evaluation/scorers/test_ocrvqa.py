@@ -1,12 +1,13 @@
 """OCRVQA: titles and authors; the released script calls any answer that holds "Unanswerable" wrong."""
 
 import pytest
+from judging import value
 
-from llava_cmoe.evaluation.scorers import Reference, get_scorer
+from llava_cmoe.evaluation.scorers import Reference
 
 
 @pytest.mark.parametrize(
-    ("text", "answer", "value"),
+    ("text", "answer", "expected"),
     [
         ("The Art of War", "Art of War", 1.0),
         ("mary o'neil", "Mary O'Neil", 1.0),
@@ -16,5 +17,5 @@ from llava_cmoe.evaluation.scorers import Reference, get_scorer
         ("", "Science & Math", 0.0),
     ],
 )
-def test_the_whole_title_or_name_is_compared(text: str, answer: str, value: float) -> None:
-    assert get_scorer("ocrvqa")(text, Reference(answer=answer)).value == value
+def test_the_whole_title_or_name_is_compared(text: str, answer: str, expected: float) -> None:
+    assert value("ocrvqa", text, Reference(answer=answer)) == expected

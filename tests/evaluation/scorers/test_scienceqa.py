@@ -2,8 +2,8 @@
 
 import pytest
 
-from llava_cmoe.evaluation.scorers import Reference, get_scorer
-from llava_cmoe.evaluation.scorers.scienceqa import extract_letter
+from llava_cmoe.evaluation.scorers import Reference
+from llava_cmoe.evaluation.scorers.scienceqa import extract_letter, score
 
 CHOICES = ("the cat", "a dog", "Neither")
 
@@ -62,7 +62,6 @@ def test_a_text_shared_by_two_options_names_neither() -> None:
 
 
 def test_score_is_one_only_for_the_right_letter() -> None:
-    score = get_scorer("scienceqa")
     reference = Reference(answer="B", choices=CHOICES)
     assert [score(text, reference).value for text in ("B", "C", "a dog", "the cat", "")] == [1, 0, 1, 0, 0]
 
@@ -72,4 +71,4 @@ def test_score_is_one_only_for_the_right_letter() -> None:
 )
 def test_a_row_whose_answer_is_no_choice_is_an_error(reference: Reference) -> None:
     with pytest.raises(ValueError, match="choices"):
-        get_scorer("scienceqa")("A", reference)
+        score("A", reference)

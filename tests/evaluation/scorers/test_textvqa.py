@@ -2,9 +2,8 @@
 
 import pytest
 
-from llava_cmoe.evaluation.scorers import Reference, get_scorer
-
-score = get_scorer("textvqa")
+from llava_cmoe.evaluation.scorers import Reference
+from llava_cmoe.evaluation.scorers.textvqa import score
 
 
 def annotators(**counts: int) -> Reference:

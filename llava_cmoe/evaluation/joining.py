@@ -1,0 +1,38 @@
+"""Joins answers with references by id, each exactly once: protocol `strict`, and every run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from llava_cmoe.evaluation.scorers.base import Reference, Scorer, TaskScore
+
+
+def score_by_id(
+    answers: Sequence[tuple[str, str]], references: Iterable[Reference], scorer: Scorer, source: str, fix: str
+) -> TaskScore:
+    """Scores in the references' order.
+
+    Args:
+        answers: pairs of a question's id and the text that answers it.
+        references: at least one; their ids are distinct.
+        scorer: judges the task.
+        source: names the answers in errors.
+        fix: says in errors what to do about the ids.
+
+    Raises:
+        ValueError: an id is missing, doubled or unknown, or a row cannot be scored.
+    """
+    known = {reference.id: reference for reference in references}
+    ids = [question_id for question_id, _ in answers]
+    doubled = [question_id for question_id, count in Counter(ids).items() if count > 1]
+    unknown = sorted(set(ids).difference(known))
+    missing = sorted(known.keys() - set(ids))
+    for problem, found in (("doubled", doubled), ("unknown", unknown), ("missing", missing)):
+        if found:
+            raise ValueError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); {fix}")
+    texts = dict(answers)
+    try:
+        return scorer([texts[question_id] for question_id in known], list(known.values()))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
