@@ -140,6 +140,9 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             return subprocess.run(["make", "-n", target], cwd=workplace, capture_output=True).returncode
         case ["source", ".venv/bin/activate"]:
             return 0 if "BIN := .venv/bin\n" in (workplace / "Makefile").read_text() else 1
+        case ["accelerate", "launch", "--config_file", config, "train/continual.py" as script, *_]:
+            assert (REPOSITORY / config).is_file(), config
+            words = [*words[4:], "--dry-run"]
         case ["accelerate", "launch", "train/continual.py" as script, *_]:
             words = [*words[2:], "--dry-run"]
         case ["accelerate", "launch", "eval/evaluate.py" as script, *_]:
