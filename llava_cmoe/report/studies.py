@@ -24,7 +24,7 @@ from llava_cmoe.report.summary import (
 
 COLUMNS = measures(
     *("immediate", "last", "maa", "bwt", "located_right", "oracle_minus_located", "located_minus_random"),
-    *("share_grown", "trained_thousands", "stored_kilobytes", "seconds"),
+    *("share_grown", "trained_thousands", "stored_kilobytes"),
 )
 
 PER_RUN = frozenset(

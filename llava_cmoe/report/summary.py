@@ -103,12 +103,6 @@ def _stored_kilobytes(run: Results) -> float | None:
     return sum(run.stored_bytes.values()) / 1000 if run.stored_bytes else None
 
 
-def _seconds(run: Results) -> float | None:
-    """Growing, training and locating of all tasks; probing is a part of growing."""
-    parts = [spent for laps in run.seconds.values() for lap, spent in laps.items() if lap != "probing"]
-    return sum(parts) if parts else None
-
-
 MEASURES = {
     "immediate": Measure("immediate", _metric("immediate")),
     "last": Measure("last", _metric("last")),
@@ -121,7 +115,6 @@ MEASURES = {
     "share_grown": Measure("layers that later tasks grew (%)", _share_grown),
     "trained_thousands": Measure("parameters trained per task (thousands)", _trained_thousands),
     "stored_kilobytes": Measure("stored (kB)", _stored_kilobytes),
-    "seconds": Measure("seconds to learn", _seconds),
 }
 """Every number that a table may state."""
 

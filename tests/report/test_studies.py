@@ -34,7 +34,6 @@ def result(variant: str, seed: int, last: float, **changes: Any) -> Results:
         "locator": LocatorResults(columns=TASKS, confusion=(), accuracy={}, mean_accuracy=90.0),
         "growth": {"GQA": {"low": 2, "high": 2}, "VizWiz": {"low": 1}, "OCRVQA": {}},
         "trainable_parameters": dict.fromkeys(TASKS, 2000), "stored_bytes": dict.fromkeys(TASKS, 5000),
-        "seconds": {task: {"growing": 2.0, "training": 7.0, "locating": 1.0, "probing": 1.5} for task in TASKS},
     }  # fmt: skip
     return Results(**facts | changes)
 
@@ -54,7 +53,7 @@ def test_numbers_are_mean_and_spread_over_the_seeds_of_a_variant(runs):
         {
             **{"immediate": 70.0, "last": 70.0, "maa": 70.0, "bwt": 0.0, "located_right": 90.0},
             **{"oracle_minus_located": 2.0, "located_minus_random": 30.0},
-            **{"share_grown": 25.0, "trained_thousands": 2.0, "stored_kilobytes": 15.0, "seconds": 30.0},
+            **{"share_grown": 25.0, "trained_thousands": 2.0, "stored_kilobytes": 15.0},
         }
     )
     assert means.keys() == COLUMNS.keys()
