@@ -77,6 +77,36 @@ def compare(
         console.print(f"In {out}: comparison.json, comparison.md, comparison.png", highlight=False, soft_wrap=True)
 
 
+@app.command()
+@plainly()
+def reproduce(
+    run: Folder,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder of the repetition; RUN_again if absent.", metavar="DIR")
+    ] = None,
+) -> None:
+    """Learn a run again from its own recipe, and say what differs in the end: results, answers, tensors.
+
+    Leaves with status 1 if anything does. A repetition that was stopped goes on with the same command.
+    """
+    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.reproducing import reproduce
+
+    console, again = Console(), to or run.with_name(f"{run.name}_again")
+    with ProgressLine(console) as line:
+        found = reproduce(run, again, line)
+    for key in found.results[:NUM_LISTED]:
+        console.print(f"results.json: {key}", markup=False, highlight=False, soft_wrap=True)
+    for name, differing in list(found.answers.items())[:NUM_LISTED]:
+        console.print(f"{name}: {differing} answers differ", markup=False, highlight=False, soft_wrap=True)
+    for stage in found.stages:
+        console.print(f"{stage}: other tensors or facts were learned", markup=False, highlight=False)
+    verdict = "nothing differs" if found.same else "not the same"
+    console.print(f"{run} and {again}: {verdict}", style="green" if found.same else "bold red", highlight=False)
+    if not found.same:
+        raise typer.Exit(1)
+
+
 @answers_app.command("export")
 @plainly()
 def export_command(

@@ -28,10 +28,11 @@ from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Questions
 from llava_cmoe.evaluation.log import Results, RunFacts, Subset, write_results
-from llava_cmoe.evaluation.runner import Exam, aggregate, encode_questions, evaluate_after, forget_answers
+from llava_cmoe.evaluation.runner import Exam, aggregate, answered, encode_questions, evaluate_after, forget_answers
 from llava_cmoe.evaluation.subset import STRATA, stratified
 from llava_cmoe.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
+from llava_cmoe.provenance import Call, effective_batch, hardware, revision, tell
 from llava_cmoe.records import Growth, Learned, StageReport
 from llava_cmoe.registry.manifest import RegistryError, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
@@ -114,15 +115,22 @@ def subset_folder(recipe: Recipe) -> Path:
 def walk(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Results:
     """Stage by stage: bring back what was learned or learn it, then evaluate."""
     questions = encode_questions(run.exam, run.backbone.processor, keep=run.recipe.data.keep_encoded)
-    num_learned = len(run.registry.records())
+    num_learned, learned, asked = len(run.registry.records()), [], {}
     for index, stage in enumerate(stages):
         at = partial(progress, f"{index + 1}/{len(stages)} {stage.name}")
         if index < num_learned:
             restore_stage(run.method, run.registry, index, run.backbone)
         elif stage.learns:
             learn_stage(run, index, stage, at)
+            learned.append(stage.name)
+        clock, known = Clock(), answered(run.exam, stage.after)
         evaluate(run, questions, stage, at)
-    return report(run, stages)
+        if not known:
+            asked[stage.name] = clock.lap("asking")
+    results = report(run, stages)
+    if run.processes.is_main_process:
+        tell(run.exam.folder.parent, call_of(run, tuple(learned), asked))
+    return results
 
 
 def learn_stage(run: Run, index: int, stage: Stage, at: Callable[[str, int, int], None]) -> None:
@@ -341,6 +349,20 @@ def facts_of_run(run: Run) -> RunFacts:
     )
 
 
+def call_of(run: Run, learned: tuple[str, ...], asked: dict[str, float]) -> Call:
+    """What this call did, and on what."""
+    num_processes = run.processes.num_processes
+    batch = effective_batch(run.recipe.training, num_processes)
+    return Call(
+        learned=learned,
+        asked=asked,
+        processes=num_processes,
+        effective_batch=batch,
+        revision=revision(),
+        hardware=hardware(),
+    )
+
+
 class Clock:
     """Seconds per part of a stage."""
 
@@ -349,7 +371,8 @@ class Clock:
         self.laps: dict[str, float] = {}
         self._last = time.monotonic()
 
-    def lap(self, name: str) -> None:
-        """End a part."""
+    def lap(self, name: str) -> float:
+        """End a part, and tell how long it took."""
         now = time.monotonic()
         self.laps[name], self._last = now - self._last, now
+        return self.laps[name]

@@ -19,8 +19,20 @@ TOP_LEVEL = {
 ORDER = (
     *("versions", "fingerprints", "settings", "records"),
     *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
-    *("report", "chat", "sequence", "preview", "budget", "calibration", "relocating", "merging", "unseen", "demo"),
-    *("studies", "throughput", "rescoring", "comparing", "exchange", "console", "cli_results", "cli"),
+    *(
+        "report",
+        "chat",
+        "provenance",
+        "sequence",
+        "preview",
+        "budget",
+        "calibration",
+        "relocating",
+        "merging",
+        "unseen",
+        "demo",
+    ),
+    *("studies", "throughput", "rescoring", "reproducing", "comparing", "exchange", "console", "cli_results", "cli"),
 )
 """Rooms and single files of the package; each imports only from those before it."""
 

@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {
     "": [
         *("demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"),
-        *("rescore", "compare", "answers"),
+        *("rescore", "reproduce", "compare", "answers"),
     ],
     "demo": ["--run"],
     "data": ["make-pocket", "check", "fetch"],
@@ -44,6 +44,7 @@ COMMANDS = {
     "unseen": ["RUN", "--sequence", "--root", "--out"],
     "report": ["RUN", "--out"],
     "rescore": ["RUN", "--root"],
+    "reproduce": ["RUN", "--to"],
     "answers": ["export", "import"],
     "answers export": ["RUN", "--to", "--route", "--root"],
     "answers import": ["DIR", "KEY=VALUE", "--recipe", "--run", "--method", "--base"],

@@ -128,7 +128,7 @@ def planned(budget: Budget) -> str:
     )
 
 
-NEED_NOTHING_MORE = {"eval", "merge", "unseen", "report", "plan", "compare", "rescore", "answers"}
+NEED_NOTHING_MORE = {"eval", "merge", "unseen", "report", "plan", "compare", "rescore", "answers", "reproduce"}
 """Commands that a tiny run can be given as they stand."""
 
 

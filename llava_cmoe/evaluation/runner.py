@@ -159,6 +159,13 @@ def evaluate_after(
     return score_after(exam, after)
 
 
+def answered(exam: Exam, after: int) -> bool:
+    """Whether every question of one row of the matrix is answered."""
+    return all(
+        exam.answers_path(after, task, route).exists() for task in range(after + 1) for route in exam.settings.routes
+    )
+
+
 def score_after(exam: Exam, after: int) -> list[Cell]:
     """Score every complete answers file of one row of the matrix; needs no model."""
     return [

@@ -1,0 +1,113 @@
+"""What the calls that made a result ran on: code, machine, processes, batch, and how long asking took.
+
+    runs/NAME/manifest.json     beside results.json, which it names by its hash
+
+Base, data (a hash per file), recipe, seed, versions, protocol and subset stand in `results.json`, whose bytes two equal
+evaluations share. What differs between them stands here.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from llava_cmoe.evaluation.log import write_atomically
+from llava_cmoe.fingerprints import fingerprint_file
+from llava_cmoe.settings import TrainingSettings
+
+MANIFEST = "manifest.json"
+
+
+class _Told(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Hardware(_Told):
+    """The machine of the main process."""
+
+    processor: str
+    cores: int
+    memory_gb: float
+    gpus: tuple[str, ...]
+
+
+class Call(_Told):
+    """One call that learned or asked something.
+
+    Attributes:
+        learned: stages that it learned.
+        asked: stage to the seconds that asking its questions took; stages that were asked before are absent.
+        processes: that took part.
+        effective_batch: samples of an optimizer step, over all processes and accumulated batches.
+        revision: git revision of this program, with `+` behind it where files differ; null if it is no checkout.
+        hardware: of the main process.
+    """
+
+    learned: tuple[str, ...]
+    asked: dict[str, float]
+    processes: int
+    effective_batch: int
+    revision: str | None
+    hardware: Hardware
+
+
+class Manifest(_Told):
+    """`manifest.json`: the result, and the calls that made it, the first one first."""
+
+    results_sha256: str
+    calls: tuple[Call, ...]
+
+
+def effective_batch(training: TrainingSettings, processes: int) -> int:
+    """Samples of an optimizer step."""
+    return training.batch_size * training.accumulation * processes
+
+
+def tell(folder: Path, call: Call) -> None:
+    """Add a call to a folder's manifest, once its results are written; a call that did nothing new adds nothing."""
+    path, results = folder / MANIFEST, folder / "results.json"
+    earlier = Manifest.model_validate_json(path.read_bytes()).calls if path.exists() else ()
+    calls = (*earlier, call) if call.learned or call.asked else earlier
+    manifest = Manifest(results_sha256=fingerprint_file(results), calls=calls)
+    if not path.exists() or calls != earlier or manifest.results_sha256 not in path.read_text():
+        write_atomically(path, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+
+def revision() -> str | None:
+    """Git revision of this program's checkout; None where it was installed without one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        told = [
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):  # no git here, or not its owner's checkout
+        return None
+    return told[0] + ("+" if told[1] else "")
+
+
+def hardware() -> Hardware:
+    """This machine."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return Hardware(
+        processor=_processor(),
+        cores=os.cpu_count() or 1,
+        memory_gb=round(pages / 1e9, 1),
+        gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())),
+    )
+
+
+def _processor() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
+    told = Path("/proc/cpuinfo")
+    for line in told.read_text().splitlines() if told.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
