@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llava_cmoe.data.conversation import check_length, count_tokens, encode_prompt, encode_sample
+from llava_cmoe.data.conversation import check_length, count_tokens, encode_prompt, encode_sample, tokenizer_of
 from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrink, shrunk_size, size_of
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
@@ -144,6 +144,8 @@ def open_square(path: Path, processor: Any, geometry: Geometry, max_pixels: int 
 
     Padding has the colour of the image processor's mean, which normalising turns into zeros (as in LLaVA).
     """
+    if tokenizer_of(processor) is processor:
+        raise DataError(Problem(path, "a picture, and the backbone reads text alone"))
     image = open_image(path)
     if geometry == "crop":
         square = centre_crop(image)
