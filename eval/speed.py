@@ -29,6 +29,7 @@ from torch import Tensor
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.data.coin import read_eval
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
@@ -147,7 +148,7 @@ def questions(recipe: Recipe, method: Cmoe, num_tasks: int, batch_size: int) -> 
     ]
     tasks = [number % num_tasks for number in range(batch_size)]
     rows = [prompts[task][number // num_tasks % len(prompts[task])] for number, task in enumerate(tasks)]
-    batch = Collator(method.processor.tokenizer.pad_token_id, "left")(rows)
+    batch = Collator(tokenizer_of(method.processor).pad_token_id, "left")(rows)
     device = method.model.device
     return {name: tensor.to(device) for name, tensor in batch.items()}, torch.tensor(tasks, device=device)
 

@@ -487,7 +487,9 @@ def report(
 @plainly()
 def chat(
     run: RunFolder,
-    image: Annotated[Path, typer.Option(help="Picture to talk about.", metavar="FILE")],
+    image: Annotated[
+        Path | None, typer.Option(help="Picture to talk about; none for questions of text alone.", metavar="FILE")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="One question; without it, questions are read until `exit`.")
     ] = None,
@@ -496,7 +498,7 @@ def chat(
     ] = None,
     merge: Annotated[int | None, typer.Option(help="With the experts that merge N of the run leaves.", min=1)] = None,
 ) -> None:
-    r"""Ask a run about a picture; it says which task it took the question for, and answers.
+    r"""Ask a run about a picture, or none; it says which task it took the question for, and answers.
 
     Questions are best asked as the tasks ask them, with the instruction on a line of its own (write \n before it).
     """

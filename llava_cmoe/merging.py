@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from llava_cmoe.data.coin import read_train
 from llava_cmoe.data.collator import Collator
-from llava_cmoe.data.conversation import IGNORED
+from llava_cmoe.data.conversation import IGNORED, tokenizer_of
 from llava_cmoe.data.encoding import SampleRows
 from llava_cmoe.evaluation.generate import Candidate
 from llava_cmoe.evaluation.runner import Exam, encode_questions, evaluate_after
@@ -164,7 +164,7 @@ def merged(subject: Subject, steps: Sequence[Step]) -> Iterator[None]:
 def losses(subject: Subject, at: Progress) -> dict[str, float]:
     """Mean loss per answer token of every learned task's held-out rows, on its own route."""
     method, found = subject.method, {}
-    collator = Collator(method.processor.tokenizer.pad_token_id)
+    collator = Collator(tokenizer_of(method.processor).pad_token_id)
     for task, (name, rows) in enumerate(subject.held_out.items()):
         total, num_tokens = 0.0, 0
         for batch in DataLoader(rows, batch_size=BATCH, collate_fn=collator):

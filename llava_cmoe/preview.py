@@ -10,8 +10,8 @@ from datasets import Dataset
 from rich.console import Group
 from rich.table import Table
 
-from llava_cmoe.backbones.loading import Backbone, load_backbone
-from llava_cmoe.data.coin import read_eval, read_train
+from llava_cmoe.backbones.loading import Backbone, load_backbone, reads_images
+from llava_cmoe.data.coin import read_eval, read_train, refuse_pictures
 from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.data.rows import TRAIN_FEATURES
 from llava_cmoe.data.tasks import TaskSequence
@@ -62,6 +62,8 @@ def preview(recipe: Recipe) -> Preview:
     """Count rows, load the backbone and grow it for the first stage; nothing is trained and nothing written."""
     sequence = sequence_of(recipe)
     tasks = count_rows(recipe, sequence)
+    if recipe.data.root.exists() and not reads_images(recipe.backbone):
+        refuse_pictures(recipe.data.root, sequence.tasks)
     backbone = load_backbone(recipe.backbone)
     frozen = backbone.model.num_parameters()  # of weights in 4 bits, one tensor element holds two
     method = build_method(recipe, backbone)

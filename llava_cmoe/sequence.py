@@ -20,8 +20,9 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import set_seed
 
-from llava_cmoe.backbones.loading import Backbone, load_backbone
-from llava_cmoe.data.coin import read_eval, read_train
+from llava_cmoe.backbones.loading import Backbone, load_backbone, reads_images
+from llava_cmoe.data.coin import read_eval, read_train, refuse_pictures
+from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.data.places import files_of, train_file
 from llava_cmoe.data.sequences import load_sequence
@@ -182,6 +183,8 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     train_rows = {task.name: draw(read_train(root, task), recipe.data.train_rows, seed) for task in sequence.tasks}
     exam = exam_of(recipe.data, recipe.evaluation, seed, recipe.run)
     files = fingerprints_of(recipe.data)
+    if not reads_images(recipe.backbone):
+        refuse_pictures(root, sequence.tasks)
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
     return Run(
@@ -266,8 +269,11 @@ def check_lengths(run: Run) -> None:
     num_learned, limit = len(run.registry.records()), run.recipe.training.max_length
     for task in (task for stage in run.stages[num_learned:] for task in stage.learns):
         spec = run.sequence.tasks[task]
-        file = train_file(run.recipe.data.root, spec)
-        SampleRows(run.train_rows[spec.name], run.backbone.processor, limit).check_lengths(file)
+        file, max_pixels = train_file(run.recipe.data.root, spec), run.recipe.data.max_pixels
+        rows = SampleRows(
+            run.train_rows[spec.name], run.backbone.processor, limit, spec.geometry, max_pixels=max_pixels
+        )
+        rows.check_lengths(file)
 
 
 def stage_data(run: Run, index: int, stage: Stage) -> StageData:
@@ -302,7 +308,7 @@ def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None], logs
             samples,
             learning,
             settings,
-            pad_token_id=run.backbone.processor.tokenizer.pad_token_id,
+            pad_token_id=tokenizer_of(run.backbone.processor).pad_token_id,
             seed=data.seed,
             folder=scaffold(run, data.index, data.name) / label,
             progress=partial(at, label),

@@ -50,6 +50,22 @@ class DataSettings(Settings):
     make more tokens of a larger picture, and to resize large photographs only once. As they are when absent."""
 
 
+Name = Annotated[str, Field(min_length=1)]
+
+
+class SiteSettings(Settings):
+    """Where experts may live in the LLM of a backbone whose names are not Llama's."""
+
+    layers: Name
+    """Path of the list of LLM layers from the model's root, such as `transformer.h`."""
+    ffn: Name
+    """Path of the FFN inside a layer, such as `mlp`."""
+    ffn_linears: tuple[Name, ...] = Field(min_length=1)
+    """Paths of the FFN's linears inside it; the first one reads the FFN's own input, as routers do."""
+    attention_linears: tuple[Name, ...] = ()
+    """Paths of the attention's linears inside a layer; methods that adapt every linear use them."""
+
+
 class BackboneSettings(Settings):
     """The frozen model that knowledge is added to."""
 
@@ -63,6 +79,8 @@ class BackboneSettings(Settings):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel; on a CPU with short samples `eager` trains faster (a fused backward takes thrice as long).
     `flash_attention_2` needs the package flash-attn and a GPU."""
+    sites: SiteSettings | None = None
+    """Names of the LLM's layers and linears; Llama's, which most LLMs share, when absent."""
 
     @model_validator(mode="after")
     def _flash_in_half(self) -> Self:

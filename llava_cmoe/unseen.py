@@ -18,8 +18,10 @@ from rich import box
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from llava_cmoe.data.coin import read_eval
+from llava_cmoe.backbones.loading import reads_images
+from llava_cmoe.data.coin import read_eval, refuse_pictures
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.places import files_of
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch
@@ -99,6 +101,8 @@ def measure_unseen(
     """
     learned = check_unseen(recipe, sequence)
     rows = {task.name: read_eval(root, task) for task in sequence.tasks}
+    if not reads_images(recipe.backbone):
+        refuse_pictures(root, sequence.tasks)
     run = open_run(recipe)
     check_data(run)
     for index in range(len(learned)):
@@ -189,7 +193,7 @@ def compared(
 
 def _turned_away(run: Run, questions: Questions, at: Callable[[int, int], None]) -> list[bool]:
     """Per prompt of a learned task, whether the locator sends it to the base model; nothing is generated."""
-    collate = Collator(run.backbone.processor.tokenizer.pad_token_id)
+    collate = Collator(tokenizer_of(run.backbone.processor).pad_token_id)
     away: list[bool] = []
     for batch in DataLoader(questions.prompts, batch_size=run.recipe.evaluation.batch_size, collate_fn=collate):
         verdict = run.method.locate({name: tensor.to(run.method.model.device) for name, tensor in batch.items()})

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llava_cmoe import sequence
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.methods.base import Method
 from llava_cmoe.settings import Recipe, load_recipe
@@ -44,11 +45,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_data(root: Path, names: tuple[str, ...] = TASKS) -> None:
-    """Tasks in CoIN's layout, with a sequence file beside them; a quarter of the first one's rows is text only."""
+def write_data(root: Path, names: tuple[str, ...] = TASKS, pictures: bool = True) -> None:
+    """Tasks in CoIN's layout, with a sequence file beside them; a quarter of the first one's rows is text only.
+
+    Without `pictures` all rows are.
+    """
     for task in names:
         for split, count in (("train", NUM_TRAIN), ("test", NUM_EVAL)):
-            rows = [_row(root, task, split, number) for number in range(count)]
+            rows = [_row(root, task, split, number, pictures) for number in range(count)]
             file = root / "Instructions_Original" / task / f"{split}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows))
@@ -65,11 +69,11 @@ def write_data(root: Path, names: tuple[str, ...] = TASKS) -> None:
     (root / "sequence.yaml").write_text(json.dumps({"name": "tiny", "tasks": tasks}))
 
 
-def _row(root: Path, task: str, split: str, number: int) -> dict[str, Any]:
+def _row(root: Path, task: str, split: str, number: int, pictures: bool) -> dict[str, Any]:
     kind = number % 3
     question, answer = f"{QUESTIONS[task]} {number}", " ".join("ABC"[: kind + 1]) if task == "counts" else "ABC"[kind]
     row: dict[str, Any] = {"question_id": f"{task}-{split}-{number}"}
-    text_only = task == "colours" and number % 4 == 3
+    text_only = not pictures or (task == "colours" and number % 4 == 3)
     if not text_only:
         name = f"{task}/{split}/{number}.png"
         path = root / "cl_dataset" / name
@@ -127,7 +131,7 @@ class Lesson:
     def prompts(self) -> dict[str, Tensor]:
         """One left-padded batch of prompts of both tasks, one of them text only."""
         rows = [question.prompts[index] for question in self.questions.values() for index in (0, 3)]
-        return Collator(self.run.backbone.processor.tokenizer.pad_token_id, "left")(rows)
+        return Collator(tokenizer_of(self.run.backbone.processor).pad_token_id, "left")(rows)
 
     @property
     def questions(self) -> dict[str, sequence.Questions]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from llava_cmoe.backbones.sites import image_token_of, llm_layers
+
 Feature = Literal["last", "mean", "vision", "text"]
 
 
@@ -33,7 +35,7 @@ def prompt_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: i
     there, so the feature has the same bits whichever side the batch was padded on, and however far.
 
     Args:
-        model: a stock transformers image-text-to-text model.
+        model: a stock transformers model that generates text.
         batch: the processor's tensors of *prompts*, with `input_ids` and `attention_mask` (B, T).
         layer: index into transformers' `hidden_states`: 0 is the embedding output with the image features in place,
             k the output of the k-th LLM layer, and -1 the last layer's output *after* the final norm.
@@ -44,8 +46,8 @@ def prompt_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: i
         feature_BD in float32, without gradient.
 
     Raises:
-        ValueError: no such layer, an empty prompt, or a batch with `labels` (its last token would be the answer's); a
-            model that does not say which tokens are the image's.
+        ValueError: no such layer, an empty prompt, or a batch with `labels` (its last token would be the answer's); the
+            feature `vision` of a model that reads no pictures.
     """
     _refuse_what_is_no_prompt(batch)
     prompts = _flush_left(batch)
@@ -78,7 +80,7 @@ def feature_in_passing(
         ValueError: no such layer, an empty prompt, a batch with `labels`, or, from the pass, other prompts than these.
     """
     _refuse_what_is_no_prompt(batch)
-    layers = _layers(model)
+    layers = llm_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"no LLM layer {layer} to read a feature before: this model has 0 to {len(layers) - 1}")
 
@@ -123,11 +125,13 @@ def _averaged(model: PreTrainedModel, prompts: Mapping[str, Tensor], feature: Fe
     real_BT = prompts["attention_mask"].bool()
     if feature == "mean":
         return real_BT
-    image_token = getattr(model.config, "image_token_id", None)
+    image_token = image_token_of(model)
     if image_token is None:
-        raise ValueError(
-            f"{type(model).__name__} does not name its image_token_id; set locator.feature to last or mean"
-        )
+        if feature == "vision":
+            raise ValueError(
+                f"a {model.config.model_type} reads no pictures; set locator.feature to last, mean or text"
+            )
+        return real_BT
     image_BT: Tensor = prompts["input_ids"] == image_token
     return real_BT & (image_BT if feature == "vision" else ~image_BT)
 
@@ -158,7 +162,7 @@ def _hidden_state(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: in
     Running the model's own code keeps the bits and every architecture's own embedding, mask and position rules.
     Under ZeRO-3 leave the engine's hooks out of it: a forward that stops half-way confuses its prefetching.
     """
-    layers = _layers(model)
+    layers = llm_layers(model)
     if not -len(layers) - 1 <= layer <= len(layers):
         raise ValueError(f"layer {layer} does not exist: this model has 0 (embedding) to {len(layers)}; -1 is the last")
 
@@ -176,13 +180,6 @@ def _hidden_state(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: in
     finally:
         hook.remove()
     raise AssertionError(f"the forward pass of {type(model).__name__} never called its layer {wanted}")
-
-
-def _layers(model: PreTrainedModel) -> torch.nn.ModuleList:
-    layers: torch.nn.ModuleList | None = getattr(model.get_decoder(), "layers", None)  # type: ignore[no-untyped-call]
-    if layers is None:
-        raise ValueError(f"{type(model).__name__}: its language model has no list `layers` to read a feature from")
-    return layers
 
 
 def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

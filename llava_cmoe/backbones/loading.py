@@ -1,32 +1,28 @@
-"""Loads the frozen backbone: any Hugging Face image-text-to-text model, with its processor and a fingerprint.
+"""Loads the frozen backbone: any Hugging Face model that reads images and text, or text alone, and its processor.
 
-Where experts may live in it is for `sites.py`; the pocket backbone's making is for `pocket.py`.
+Where experts may live in it is for `sites.py`, what its processor lacks for `processors.py`; the pocket backbone's
+making is for `pocket.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from llava_cmoe.backbones.kinds import auto_model, empty_model, sees, writes
 from llava_cmoe.backbones.pocket import POCKET_DIR
+from llava_cmoe.backbones.processors import processor_in
 from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
+from llava_cmoe.backbones.sites import ffn_sites, linear_sites, name_sites
+from llava_cmoe.data.conversation import Processor
 from llava_cmoe.fingerprints import fingerprint_files
-from llava_cmoe.settings import BackboneSettings
+from llava_cmoe.settings import BackboneSettings, RecipeError, SiteSettings
 
 FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 """What defines a backbone: configuration, tokenizer, chat template, weights. Pickled weights are never read."""
@@ -38,10 +34,13 @@ class BackboneError(ValueError):
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen model in eval mode, its processor, the sha256 over the files both were read from, its quantization."""
+    """A frozen model in eval mode, its processor, the sha256 over the files both were read from, its quantization.
+
+    The processor of a model that reads text alone is its tokenizer.
+    """
 
     model: PreTrainedModel
-    processor: ProcessorMixin
+    processor: Processor
     fingerprint: str
     quantization: str
 
@@ -50,8 +49,9 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     """Load, freeze and fingerprint the backbone; it stays on the CPU, but a quantized one goes where it will compute.
 
     Raises:
-        BackboneError: no such folder or model, an architecture that is not image-text-to-text, no safetensors,
-            weights that do not fit the configuration, no processor, or an attention kernel that is not installed.
+        BackboneError: no such folder or model, an architecture that answers in no text, no safetensors, weights that do
+            not fit the configuration, no processor, no chat template, an attention kernel that is not installed or not
+            the model's, or sites that the model does not have.
     """
     if settings.attention == "flash_attention_2" and not is_flash_attn_2_available():
         raise BackboneError(
@@ -60,18 +60,27 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         )
     folder = _folder(settings.path)
     config = _check_architecture(folder)
+    processor = _load_processor(folder, config)
+    if settings.sites is not None:
+        _check_sites(folder, config, settings.sites)
     files = [path for pattern in FILE_PATTERNS for path in folder.glob(pattern)]
     return Backbone(
         model=_load_model(folder, settings, config),
-        processor=_load_processor(folder),
+        processor=processor,
         fingerprint=fingerprint_files(files, root=folder),
         quantization=settings.quantization,
     )
 
 
-def load_processor(path: str) -> ProcessorMixin:
+def load_processor(path: str) -> Processor:
     """The processor alone, for what needs no weights; `path` and errors as for `load_backbone`."""
-    return _load_processor(_folder(path))
+    folder = _folder(path)
+    return _load_processor(folder, read_config(folder))
+
+
+def reads_images(settings: BackboneSettings) -> bool:
+    """Whether the backbone takes pictures, from its configuration alone; errors as for `load_backbone`."""
+    return sees(read_config(_folder(settings.path)))
 
 
 def _folder(path: str) -> Path:
@@ -92,7 +101,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     """What a folder's config.json describes.
 
     Raises:
-        BackboneError: no such file, or an architecture that is not image-text-to-text.
+        BackboneError: no such file, or an architecture that answers in no text.
     """
     if not (folder / "config.json").is_file():
         raise BackboneError(f"{folder}: no config.json; backbone.path must be a model folder in Hugging Face's format")
@@ -100,9 +109,10 @@ def read_config(folder: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, OSError) as error:
         raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {error}") from error
-    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+    if not writes(config):
         raise BackboneError(
-            f"{folder}/config.json: model_type {config.model_type} is not an image-text-to-text model, such as llava is"
+            f"{folder}/config.json: model_type {config.model_type} is neither an image-text-to-text model, such as "
+            "llava is, nor a causal language model, such as llama is"
         )
     return config
 
@@ -114,32 +124,45 @@ def _check_architecture(folder: Path) -> PretrainedConfig:
     return config
 
 
+def _check_sites(folder: Path, config: PretrainedConfig, sites: SiteSettings) -> None:
+    """Look for the recipe's names before the weights are read."""
+    empty = empty_model(config)
+    name_sites(empty, sites)
+    try:
+        ffn_sites(empty)
+        linear_sites(empty)
+    except RecipeError as error:
+        raise BackboneError(f"{folder}: {error}") from error
+
+
 def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConfig) -> PreTrainedModel:
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=getattr(torch, settings.dtype),
-        attn_implementation=settings.attention,
-        quantization_config=quantization_of(settings, config),
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    model, info = loaded
+    try:
+        model, info = auto_model(config).from_pretrained(
+            folder,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation=settings.attention,
+            quantization_config=quantization_of(settings, config),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except ValueError as error:
+        if "attention implementation" not in str(error):
+            raise
+        raise BackboneError(f"{folder}: set backbone.attention to eager ({error})") from error
     # transformers only warns and fills the gap with random numbers, which no seed of ours controls.
     absent = sorted(info["missing_keys"])
     if absent:
         raise BackboneError(f"{folder}: incomplete, the weights lack {absent[0]} and {len(absent) - 1} more")
+    if settings.sites is not None:
+        name_sites(model, settings.sites)
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     keep_bytes(frozen)
     return frozen
 
 
-def _load_processor(folder: Path) -> ProcessorMixin:
+def _load_processor(folder: Path, config: PretrainedConfig) -> Processor:
     try:
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)  # type: ignore[no-untyped-call]
-    except (ValueError, OSError) as error:
-        raise BackboneError(f"{folder}: its processor cannot be loaded: {error}") from error
-    # Without a processor's configuration AutoProcessor hands out the bare tokenizer.
-    if not isinstance(processor, ProcessorMixin):
-        raise BackboneError(f"{folder}: no processor for images and text, only a {type(processor).__name__}")
-    return processor
+        return processor_in(folder, config)
+    except (ValueError, OSError, ImportError) as error:
+        raise BackboneError(f"{folder}: its processor cannot be used: {error}") from error

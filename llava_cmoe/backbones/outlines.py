@@ -10,10 +10,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers import PreTrainedModel
 
+from llava_cmoe.backbones.kinds import empty_model
 from llava_cmoe.backbones.loading import BackboneError, read_config
 from llava_cmoe.backbones.pocket import POCKET_DIR
+from llava_cmoe.backbones.sites import name_sites
 from llava_cmoe.settings import BackboneSettings
 
 KNOWN = {"llava-hf/llava-1.5-7b-hf": Path(__file__).parent / "known_configs" / "llava-1.5-7b-hf"}
@@ -26,16 +28,12 @@ def outline(settings: BackboneSettings) -> PreTrainedModel:
     Its path may be a folder that holds nothing but config.json. The configs of `KNOWN` need no network.
 
     Raises:
-        BackboneError: no config to be found, or one that is no image-text-to-text model's.
+        BackboneError: no config to be found, or one of a model that answers in no text.
     """
     config = read_config(_folder(settings.path))
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(  # type: ignore[no-untyped-call]
-            config,
-            dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attention,
-            trust_remote_code=False,
-        )
+    model = empty_model(config, dtype=getattr(torch, settings.dtype), attn_implementation=settings.attention)
+    if settings.sites is not None:
+        name_sites(model, settings.sites)
     return model
 
 

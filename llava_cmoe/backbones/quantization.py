@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
+from llava_cmoe.backbones.kinds import empty_model
 from llava_cmoe.settings import BackboneSettings
 
 NOISE = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
@@ -27,8 +28,7 @@ def quantization_of(settings: BackboneSettings, config: PretrainedConfig) -> Bit
         return None
     for name in NOISE:
         logging.getLogger(name).setLevel(logging.ERROR)
-    with torch.device("meta"):  # the tree of modules alone, in which the LLM is found whatever the architecture
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(config)  # type: ignore[no-untyped-call]
+    model = empty_model(config)  # in which the LLM is found whatever the architecture
     return BitsAndBytesConfig(
         load_in_8bit=settings.quantization == "8bit",
         load_in_4bit=settings.quantization == "nf4",

@@ -1,13 +1,19 @@
-"""Where experts may live in a backbone: module paths per architecture, read from its config.
+"""Where experts may live in a backbone: module paths by family, checked against the model itself.
 
-Touches no module: `experts/surgery.py` edits the tree. A new architecture is one more row in each table below.
+Touches no module: `experts/surgery.py` edits the tree. A new family is one row of `FAMILIES`. Names of an LLM's layers
+that are not the usual ones come from the recipe (`backbone.sites`), by way of the model's config.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from llava_cmoe.settings import RecipeError, SiteSettings
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,8 @@ class Site:
         layer: depth of its layer in the LLM or in the vision encoder, from 0; 0 for the projector.
         linears: paths of its linears relative to `name`; the first one reads the site's own input, which routers
             read too. A site that is itself one linear has `("",)`.
-        of_images: True in the vision encoder and the projector: a row of the batch is an image there, not a sample.
+        of_images: True in the vision encoder and the projector: a row of the batch is an image there, or a crop or a
+            patch of one, not a sample.
     """
 
     name: str
@@ -29,123 +36,185 @@ class Site:
 
 
 @dataclass(frozen=True)
-class DecoderLayer:
-    """Names inside one LLM layer: the FFN and its linears (an input projection first), the attention's linears."""
+class Family:
+    """What images pass before the LLM in one family of models.
 
-    ffn: str
-    ffn_linears: tuple[str, ...]
-    attention_linears: tuple[str, ...]
+    Attributes:
+        vision: path of the vision encoder's list of layers; the FFN of each is called `mlp`.
+        vision_linears: the linears of such an FFN, an input projection first.
+        projector: paths of the projector's sites to their linears. Where a norm or a reshaping stands before the first
+            linear, each linear is a site of its own.
+    """
 
-
-@dataclass(frozen=True)
-class VisionEncoder:
-    """Names inside a vision encoder: its list of layers; in each the FFN and its linears, an input projection first."""
-
-    layers: str
-    ffn: str
-    ffn_linears: tuple[str, ...]
+    vision: str
+    vision_linears: tuple[str, ...]
+    projector: Mapping[str, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class ImagePath:
-    """What images pass before the LLM: paths of the vision encoder and the projector, the projector's linears."""
-
-    encoder: str
-    projector: str
-    projector_linears: tuple[str, ...]
-
-
-LAYER_LISTS = {"llava": "model.language_model.layers", "llama": "model.layers"}
-"""Type of the whole model to the path of its LLM layers."""
-
-DECODER_LAYERS = {
-    "llama": DecoderLayer(
-        ffn="mlp",
-        ffn_linears=("gate_proj", "up_proj", "down_proj"),
-        attention_linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+GATED, PLAIN = ("gate_proj", "up_proj", "down_proj"), ("fc1", "fc2")
+LLAVA = Family("model.vision_tower.encoder.layers", PLAIN, {"model.multi_modal_projector": ("linear_1", "linear_2")})
+IDEFICS3 = Family("model.vision_model.encoder.layers", PLAIN, {"model.connector.modality_projection": ("proj",)})
+FAMILIES = {
+    "llava": LLAVA,
+    "llava_next": LLAVA,
+    "llava_onevision": LLAVA,
+    "qwen2_5_vl": Family("model.visual.blocks", GATED, {"model.visual.merger.mlp": ("0", "2")}),
+    "qwen3_vl": Family(
+        "model.visual.blocks",
+        ("linear_fc1", "linear_fc2"),
+        {"model.visual.merger.linear_fc1": ("",), "model.visual.merger.linear_fc2": ("",)},
     ),
+    "internvl": Family(
+        "model.vision_tower.encoder.layer",
+        PLAIN,
+        {"model.multi_modal_projector.linear_1": ("",), "model.multi_modal_projector.linear_2": ("",)},
+    ),
+    "idefics3": IDEFICS3,
+    "smolvlm": IDEFICS3,
+    "gemma3": Family("model.vision_tower.encoder.layers", PLAIN, {}),  # projects by a bare matrix
+    "paligemma": Family("model.vision_tower.encoder.layers", PLAIN, {"model.multi_modal_projector": ("linear",)}),
 }
-"""Type of the LLM (the model's text config) to the names inside one of its layers."""
-
-IMAGE_PATHS = {"llava": ImagePath("model.vision_tower", "model.multi_modal_projector", ("linear_1", "linear_2"))}
 """Type of the whole model to what images pass before its LLM."""
 
-VISION_ENCODERS = {"clip_vision_model": VisionEncoder("encoder.layers", ffn="mlp", ffn_linears=("fc1", "fc2"))}
-"""Type of the vision encoder (the model's vision config) to the names inside it."""
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+"""Llama's names, and those of nearly every LLM since; its FFN is `mlp` with the linears of `GATED`."""
+
+NAMED = "expert_sites"
+"""Attribute of a model's config that holds the recipe's `backbone.sites`, where it names them."""
+
+
+def name_sites(model: PreTrainedModel, names: SiteSettings) -> None:
+    """Look for the LLM's layers under these names from now on."""
+    setattr(model.config, NAMED, names.model_dump())
+
+
+def llm_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The LLM's layers in order of depth.
+
+    Raises:
+        RecipeError: unknown architecture; the message says how to name its sites.
+    """
+    names: dict[str, str] | None = getattr(model.config, NAMED, None)
+    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
+    layers = _module(model, names["layers"]) if names else getattr(decoder, "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        _refuse(model, f"{names['layers']} is no list of layers" if names else "its LLM has no list `layers`")
+    return layers
+
+
+def image_token_of(model: PreTrainedModel) -> int | None:
+    """The token that stands where the LLM is given a piece of a picture; None of a model that reads text alone."""
+    token: int | None = getattr(model.config, "image_token_id", None)
+    return token
 
 
 def ffn_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """The LLM's FFNs in order of depth; the linears of one site share a gate.
 
     Raises:
-        ValueError: unknown architecture; the message lists the known ones.
+        RecipeError: unknown architecture; the message says how to name its sites.
     """
-    path, inside, depth = _layout(model.config)
-    return tuple(Site(f"{path}.{layer}.{inside.ffn}", layer, inside.ffn_linears) for layer in range(depth))
+    names, depth = _names(model), len(llm_layers(model))
+    sites = tuple(Site(f"{names.layers}.{layer}.{names.ffn}", layer, names.ffn_linears) for layer in range(depth))
+    return _checked(model, sites)
 
 
 def linear_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """Every linear of the LLM's attention and FFN as a site of its own; never lm_head, vision or projector.
 
     Raises:
-        ValueError: unknown architecture; the message lists the known ones.
+        RecipeError: unknown architecture; the message says how to name its sites.
     """
-    path, inside, depth = _layout(model.config)
-    linears = (*inside.attention_linears, *(f"{inside.ffn}.{linear}" for linear in inside.ffn_linears))
-    return tuple(Site(f"{path}.{layer}.{linear}", layer, ("",)) for layer in range(depth) for linear in linears)
+    names, depth = _names(model), len(llm_layers(model))
+    linears = (*names.attention_linears, *(f"{names.ffn}.{linear}" for linear in names.ffn_linears))
+    sites = (Site(f"{names.layers}.{layer}.{linear}", layer, ("",)) for layer in range(depth) for linear in linears)
+    return _checked(model, tuple(sites))
 
 
 def vision_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """The vision encoder's FFNs in order of depth, without layers above the one whose states the LLM is given.
 
     Raises:
-        ValueError: unknown architecture; the message lists the known ones.
+        RecipeError: unknown architecture; the message lists the known ones.
     """
-    path, vision = _image_path(model.config).encoder, model.config.vision_config
-    if vision.model_type not in VISION_ENCODERS:
-        raise ValueError(
-            f"no sites are known in a vision encoder of type {vision.model_type!r}; known: "
-            f"{', '.join(sorted(VISION_ENCODERS))}. Add the names in it to VISION_ENCODERS in backbones/sites.py"
+    family = _family(model)
+    layers = _module(model, family.vision)
+    if not isinstance(layers, nn.ModuleList):
+        kind = model.config.vision_config.model_type
+        raise RecipeError(
+            f"no sites are known in a vision encoder of type {kind!r} in a {model.config.model_type}; leave vision out "
+            "of experts.also_in"
         )
-    inside, chosen = VISION_ENCODERS[vision.model_type], model.config.vision_feature_layer
-    states = int(vision.num_hidden_layers) + 1  # transformers' `hidden_states`: k is the output of the k-th layer
+    chosen, states = getattr(model.config, "vision_feature_layer", -1), len(layers) + 1
+    # transformers' `hidden_states`: k is the output of the k-th layer
     depth = max(index % states for index in ([chosen] if isinstance(chosen, int) else chosen))
     return tuple(
-        Site(f"{path}.{inside.layers}.{layer}.{inside.ffn}", layer, inside.ffn_linears, of_images=True)
-        for layer in range(depth)
+        Site(f"{family.vision}.{layer}.mlp", layer, family.vision_linears, of_images=True) for layer in range(depth)
     )
 
 
 def projector_sites(model: PreTrainedModel) -> tuple[Site, ...]:
-    """The projector as one site.
+    """The projector, as one site wherever its first linear reads its input.
 
     Raises:
-        ValueError: unknown architecture; the message lists the known ones.
+        RecipeError: unknown architecture, or one whose projector holds no linear.
     """
-    path = _image_path(model.config)
-    return (Site(path.projector, 0, path.projector_linears, of_images=True),)
-
-
-def _image_path(config: PretrainedConfig) -> ImagePath:
-    if config.model_type not in IMAGE_PATHS:
-        raise ValueError(
-            f"no vision encoder and projector are known in a model of type {config.model_type!r}; known: "
-            f"{', '.join(sorted(IMAGE_PATHS))}. Add their paths to IMAGE_PATHS in backbones/sites.py"
+    sites = _family(model).projector
+    if not sites:
+        raise RecipeError(
+            f"the projector of a {model.config.model_type} holds no linear; leave projector out of experts.also_in"
         )
-    return IMAGE_PATHS[config.model_type]
+    return tuple(Site(name, 0, linears, of_images=True) for name, linears in sites.items())
 
 
-def _layout(config: PretrainedConfig) -> tuple[str, DecoderLayer, int]:
-    """Path of the layer list, names inside a layer, number of layers."""
-    text = config.get_text_config()
-    if config.model_type not in LAYER_LISTS:
-        raise ValueError(
-            f"no sites are known in a model of type {config.model_type!r}; known: {', '.join(sorted(LAYER_LISTS))}. "
-            "Add the path of its LLM layers to LAYER_LISTS in backbones/sites.py"
+def _family(model: PreTrainedModel) -> Family:
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise RecipeError(
+            f"no vision encoder and projector are known in a model of type {kind!r}; known: "
+            f"{', '.join(sorted(FAMILIES))}. Leave experts.also_in empty, or add it to FAMILIES in backbones/sites.py"
         )
-    if text.model_type not in DECODER_LAYERS:
-        raise ValueError(
-            f"no sites are known in an LLM of type {text.model_type!r}; known: {', '.join(sorted(DECODER_LAYERS))}. "
-            "Add the names of its linears to DECODER_LAYERS in backbones/sites.py"
-        )
-    return LAYER_LISTS[config.model_type], DECODER_LAYERS[text.model_type], int(text.num_hidden_layers)
+    return FAMILIES[kind]
+
+
+def _names(model: PreTrainedModel) -> SiteSettings:
+    """Names of the LLM's layers and of what is in them: the recipe's, or else the usual ones."""
+    if named := getattr(model.config, NAMED, None):
+        return SiteSettings(**named)
+    layers = llm_layers(model)
+    path = next(name for name, module in model.named_modules() if module is layers)
+    return SiteSettings(layers=path, ffn="mlp", ffn_linears=GATED, attention_linears=ATTENTION)
+
+
+def _checked(model: PreTrainedModel, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+    """The sites, all of whose linears are there; that of a whole FFN reads a state of the LLM's width first."""
+    width = model.config.get_text_config().hidden_size
+    for site in sites:
+        linears = {path: _module(model, f"{site.name}.{path}".removesuffix(".")) for path in site.linears}
+        for path, linear in linears.items():
+            if not (hasattr(linear, "in_features") and hasattr(linear, "out_features")):
+                _refuse(model, f"there is no linear {site.name}.{path}".removesuffix("."))
+        first: Any = linears[site.linears[0]]
+        if len(linears) > 1 and first.in_features != width:
+            _refuse(
+                model,
+                f"{site.name}.{site.linears[0]} reads {first.in_features} features where the LLM has {width}; the "
+                "first of ffn_linears must read the FFN's own input",
+            )
+    return sites
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _refuse(model: PreTrainedModel, reason: str) -> NoReturn:
+    kind, inside = model.config.model_type, model.config.get_text_config().model_type
+    raise RecipeError(
+        f"where experts may live in a model of type {kind!r} (its LLM: {inside!r}) is not known: {reason}. Name the "
+        "LLM's layers and what is in them in the recipe: backbone.sites: {layers: model.layers, ffn: mlp, ffn_linears: "
+        "[gate_proj, up_proj, down_proj], attention_linears: [self_attn.q_proj, self_attn.v_proj]}"
+    )

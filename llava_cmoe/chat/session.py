@@ -1,4 +1,4 @@
-"""Asks a run about one picture: locates the question's task, then streams the answer with that task's routers.
+"""Asks a run about one picture, or none: locates the question's task, then streams the answer with that task's routers.
 
 Who reads the question and shows the answer is not known here; the terminal is `terminal.py`.
 """
@@ -18,7 +18,7 @@ from transformers import TextIteratorStreamer
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone
 from llava_cmoe.data.collator import Collator
-from llava_cmoe.data.conversation import encode_prompt
+from llava_cmoe.data.conversation import encode_prompt, tokenizer_of
 from llava_cmoe.data.encoding import open_square
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.sequences import load_sequence
@@ -96,15 +96,13 @@ class ChatSession:
         self._worker = ThreadPoolExecutor(max_workers=1)  # one answer after another: they share a model and its plan
         method.model.eval()  # type: ignore[no-untyped-call]
 
-    def ask(self, image: Path, question: str) -> Reply:
-        """Read the question and locate it; the answer then goes on while the reply is read.
+    def ask(self, image: Path | None, question: str) -> Reply:
+        """Read the question, about a picture or not, and locate it; the answer goes on while the reply is read.
 
         Raises:
-            DataError: the picture is missing, broken or too large.
+            DataError: the picture is missing, broken or too large, or the backbone reads text alone.
         """
-        turns: list[Turn] = [{"role": "user", "text": f"{MARKER}\n{question}"}]
-        square = open_square(image, self._processor, self._geometry, self._max_pixels)
-        encoded = encode_prompt(self._processor, turns, square)
+        encoded = self._encoded(image, question)
         batch = Collator(self._tokenizer.pad_token_id, "left")([encoded])
         prompt = {name: tensor.to(self._method.model.device) for name, tensor in batch.items()}
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -116,6 +114,13 @@ class ChatSession:
         if answering.done():
             answering.result()  # an error over there is an error here
         return Reply(self._verdict(late[0]()), chain([first], _rest(streamer, answering)))
+
+    def _encoded(self, image: Path | None, question: str) -> dict[str, Tensor]:
+        if image is None:
+            return encode_prompt(self._processor, [{"role": "user", "text": question}], None)
+        turns: list[Turn] = [{"role": "user", "text": f"{MARKER}\n{question}"}]
+        square = open_square(image, self._processor, self._geometry, self._max_pixels)
+        return encode_prompt(self._processor, turns, square)
 
     def _verdict(self, located: Located | None) -> Verdict | None:
         if located is None:
@@ -142,7 +147,7 @@ class ChatSession:
 
     @property
     def _tokenizer(self) -> Any:
-        return self._processor.tokenizer
+        return tokenizer_of(self._processor)
 
 
 def _rest(streamer: TextIteratorStreamer, answering: Future[None]) -> Iterator[str]:

@@ -15,7 +15,7 @@ GOODBYE = "exit"
 """Ends the chat, as Ctrl-D and Ctrl-C do."""
 
 
-def answer(console: Console, session: ChatSession, image: Path, question: str) -> None:
+def answer(console: Console, session: ChatSession, image: Path | None, question: str) -> None:
     r"""Print the verdict, then the answer while it is generated; a typed `\n` begins a line, as instructions do."""
     reply = session.ask(image, question.replace(r"\n", "\n"))
     console.print(describe(reply.verdict), style="dim", markup=False, highlight=False, soft_wrap=True)
@@ -24,10 +24,11 @@ def answer(console: Console, session: ChatSession, image: Path, question: str) -
     console.print()
 
 
-def converse(console: Console, session: ChatSession, image: Path) -> None:
-    """Answer one question after another about the same picture, until `exit` or the end of the input."""
+def converse(console: Console, session: ChatSession, image: Path | None) -> None:
+    """Answer one question after another about the same picture, or none, until `exit` or the end of the input."""
+    topic = "anything" if image is None else image
     console.print(
-        f"Ask about {image}; {GOODBYE} or Ctrl-D ends the chat.", markup=False, highlight=False, soft_wrap=True
+        f"Ask about {topic}; {GOODBYE} or Ctrl-D ends the chat.", markup=False, highlight=False, soft_wrap=True
     )
     while True:
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,21 @@ def parse_eval(root: Path, task: TaskSpec) -> Parsed:
         return row
 
     yield from _parse(file, read_row)
+
+
+def refuse_pictures(root: Path, tasks: Iterable[TaskSpec]) -> None:
+    """Stop at the first row with a picture, for a backbone that reads text alone.
+
+    Raises:
+        DataError: names file and row.
+    """
+    for task in tasks:
+        for read in (*parse_train(root, task), *parse_eval(root, task)):
+            if isinstance(read, Read) and read.row["image"] is not None:
+                reason = (
+                    "it shows a picture and the backbone reads text alone; set backbone.path to one that reads images"
+                )
+                raise DataError(Problem(read.file, reason, read.index, read.row["id"]))
 
 
 def _annotations(root: Path, task: TaskSpec) -> Annotations | None:

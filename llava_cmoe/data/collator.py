@@ -1,4 +1,4 @@
-"""Encoded rows as one batch: pads what runs along the tokens, concatenates the pictures.
+"""Encoded rows as one batch: pads what runs along the tokens, concatenates what belongs to pictures.
 
 Rows are encoded by `encoding.py`.
 """
@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from llava_cmoe.data.conversation import IGNORED
@@ -32,7 +33,7 @@ class Collator:
     silent: Mapping[str, Tensor] | None = None
 
     def __call__(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Pad tensors along the tokens to (B, T); concatenate pictures, which a batch of text-only rows has none of."""
+        """Pad tensors along the tokens to (B, T); concatenate those of pictures, which text-only rows have none of."""
         fill = {"input_ids": self.pad_token_id, "labels": IGNORED}
         batch: dict[str, Tensor] = {}
         if self.silent is not None and not any("pixel_values" in row for row in rows):
@@ -44,7 +45,7 @@ class Collator:
                     values, batch_first=True, padding_value=fill.get(key, 0), padding_side=self.side
                 )
             else:
-                batch[key] = torch.cat(values)
+                batch[key] = torch.cat(_widened(values))
         return batch
 
 
@@ -55,3 +56,13 @@ def silenced(rows: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
             hidden = {"attention_mask": torch.zeros_like(row["attention_mask"])}
             return {**row, **hidden, "labels": torch.full_like(row["labels"], IGNORED)}
     return None
+
+
+def _widened(values: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors with zeros at the end of all axes but the first, up to the largest: pictures of fewer crops."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    missing = [[wanted - size for wanted, size in zip(shape, value.shape[1:], strict=True)] for value in values]
+    return [
+        pad(value, [end for size in reversed(sizes) for end in (0, size)]) if any(sizes) else value
+        for value, sizes in zip(values, missing, strict=True)
+    ]

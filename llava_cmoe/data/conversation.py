@@ -15,17 +15,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_cmoe.data.rows import MARKER, Turn
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
+
+Processor = ProcessorMixin | PreTrainedTokenizerBase
+"""What makes rows into tensors: of images and text, or the plain tokenizer of a model that reads text alone."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,11 @@ class Segment:
 
     text: str
     learned: bool
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """A processor's tokenizer; the processor of a model that reads text alone is one."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def to_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -85,7 +95,7 @@ def encode_prompt(processor: Any, turns: Sequence[Turn], image: Image.Image | No
 
 def count_tokens(processor: Any, turns: Sequence[Turn], image_tokens: int) -> int:
     """Length of what the turns encode to, without a picture at hand: each marker counts `image_tokens` tokens more."""
-    tokenizer, segments = _tokenizer(processor), split(processor, turns)
+    tokenizer, segments = tokenizer_of(processor), split(processor, turns)
     count = len(_encode_first(tokenizer, segments[0].text, None)["input_ids"])
     count += sum(len(_continue(tokenizer, before.text, after.text)) for before, after in pairwise(segments))
     return count + image_tokens * (MARKER in turns[0]["text"])
@@ -119,7 +129,7 @@ def split(processor: Any, turns: Sequence[Turn]) -> list[Segment]:
 
 def _render(processor: Any, turns: Sequence[Turn]) -> str:
     messages = to_messages(turns)
-    if processor is _tokenizer(processor):  # templates of text-only models take a string as content
+    if processor is tokenizer_of(processor):  # templates of text-only models take a string as content
         messages = [{"role": turn["role"], "content": turn["text"]} for turn in turns]
     rendered: str = processor.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=turns[-1]["role"] == "user"
@@ -143,7 +153,7 @@ def _cut_answer(processor: Any, piece: str, answer: str) -> tuple[str, str]:
         )
     closing = piece[end:]
     if not closing.strip():
-        return piece[:end] + _tokenizer(processor).eos_token, ""
+        return piece[:end] + tokenizer_of(processor).eos_token, ""
     mark = closing.split()[0]
     end += closing.index(mark) + len(mark)
     return piece[:end], piece[end:]
@@ -152,7 +162,7 @@ def _cut_answer(processor: Any, piece: str, answer: str) -> tuple[str, str]:
 def _encode(processor: Any, turns: Sequence[Turn], image: Image.Image | None) -> dict[str, Tensor]:
     if (MARKER in turns[0]["text"]) != (image is not None):
         raise ValueError(f"a picture and the marker {MARKER} in the first user turn belong together")
-    tokenizer, segments = _tokenizer(processor), split(processor, turns)
+    tokenizer, segments = tokenizer_of(processor), split(processor, turns)
     encoded = _encode_first(processor, segments[0].text, image)
     first_T = encoded["input_ids"]
     pieces, labels = [first_T], [torch.full_like(first_T, IGNORED)]
@@ -161,23 +171,38 @@ def _encode(processor: Any, turns: Sequence[Turn], image: Image.Image | None) ->
         pieces.append(ids_T)
         labels.append(ids_T if segment.learned else torch.full_like(ids_T, IGNORED))
     rest = sum(map(len, pieces[1:]))
-    for key, value in encoded.items():  # attention mask, token types: the later segments are plain text
+    for key, value in encoded.items():
         if value.shape == first_T.shape:
-            encoded[key] = torch.cat([value, value.new_full((rest,), int(key == "attention_mask"))])
+            encoded[key] = torch.cat([value, value.new_full((rest,), _after_the_prompt(processor, key))])
     encoded["input_ids"], encoded["labels"] = torch.cat(pieces), torch.cat(labels)
     return encoded
+
+
+def _after_the_prompt(processor: Any, key: str) -> int:
+    """What is said about tokens after the first prompt: they are no padding, no picture, and read from left to right.
+
+    A processor that takes the answer as a `suffix` (PaliGemma's) says the last by a token type: the model reads its
+    prompt both ways, and would read an answer so, too.
+    """
+    if key == "token_type_ids":
+        return int("suffix" in signature(type(processor).__call__).parameters)
+    return int(key == "attention_mask")
 
 
 def _encode_first(processor: Any, text: str, image: Image.Image | None) -> dict[str, Tensor]:
     """The first prompt, which holds the picture: the processor expands its token. (1, T) outputs lose their batch axis.
 
-    A template that writes the begin-of-sequence token itself must not get a second one from the tokenizer.
+    Without a picture the tokenizer does all, as some processors insist on one; no token is a picture's then. A template
+    that writes the begin-of-sequence token itself must not get a second one from the tokenizer.
     """
-    bos = _tokenizer(processor).bos_token
-    pictures = {} if image is None else {"images": image}
-    encoded = processor(
-        text=text, **pictures, return_tensors="pt", add_special_tokens=bos is None or not text.startswith(bos)
-    )
+    tokenizer = tokenizer_of(processor)
+    special = tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token)
+    if image is None:
+        encoded = dict(tokenizer(text, return_tensors="pt", add_special_tokens=special))
+        types = [name for name in processor.model_input_names if name.endswith("token_type_ids")]
+        encoded = {name: torch.zeros_like(encoded["input_ids"]) for name in types} | encoded
+    else:
+        encoded = processor(text=text, images=image, return_tensors="pt", add_special_tokens=special)
     shape = encoded["input_ids"].shape
     return {key: value[0] if value.shape == shape else value for key, value in encoded.items()}
 
@@ -196,9 +221,5 @@ def _continue(tokenizer: Any, before: str, text: str) -> list[int]:
     return alone
 
 
-def _tokenizer(processor: Any) -> Any:
-    return getattr(processor, "tokenizer", processor)
-
-
 def _name(processor: Any) -> str:
-    return _tokenizer(processor).name_or_path or type(processor).__name__
+    return tokenizer_of(processor).name_or_path or type(processor).__name__

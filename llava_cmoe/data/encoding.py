@@ -6,6 +6,7 @@ Batches are made by `collator.py`; which tokens of a conversation are learned is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llava_cmoe.data.conversation import check_length, count_tokens, encode_prompt, encode_sample
-from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrink
+from llava_cmoe.data.conversation import check_length, count_tokens, encode_prompt, encode_sample, tokenizer_of
+from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrink, shrunk_size, size_of
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry
+
+SMALL, LARGE = 64, 1024
+"""Sides of squares, in pixels, that become equally many tokens only if all do."""
 
 
 class EncodedRows(Dataset[dict[str, Tensor]], ABC):
@@ -97,26 +101,34 @@ class SampleRows(EncodedRows):
     def check_lengths(self, file: Path) -> None:
         """Raise for the first sample that is too long, before hours of training reach it.
 
-        No picture is opened (about 1 ms a row), so the answer is exact for processors that give every square picture
-        the same number of tokens, as LLaVA's does.
+        No picture is decoded: a grey square stands for all of its size, or for all where a small and a large one become
+        equally many tokens, as LLaVA-1.5's do; sizes are then not even read.
 
         Args:
             file: where the rows come from, for the error.
 
         Raises:
-            DataError: names the file, the row's id, its length and the limit.
+            DataError: names the file, the row's id, its length and the limit; or a picture that cannot be opened.
         """
-        image_tokens = 0
-        if any(path is not None for path in self.rows["image"]):
-            turns: list[Turn] = [{"role": "user", "text": MARKER}]
-            grey = encode_prompt(self.processor, turns, Image.new("RGB", (8, 8)))
-            image_tokens = len(grey["input_ids"]) - count_tokens(self.processor, turns, image_tokens=0)
+        tokens = cache(self._tokens_of_a_square)
+        some_pictures = any(path is not None for path in self.rows["image"])
+        sizes_matter = some_pictures and tokens(SMALL) != tokens(LARGE)
         for row in self.rows:
+            side = SMALL
+            if sizes_matter and row["image"] is not None:
+                side = side_of_square(Path(row["image"]), self.geometry, self.max_pixels)
             try:
+                image_tokens = 0 if row["image"] is None else tokens(side)
                 check_length(count_tokens(self.processor, row["turns"], image_tokens), self.max_length)
             except ValueError as error:
                 # No index: these rows may be a draw of the file's.
                 raise DataError(Problem(file, str(error), row_id=row["id"])) from error
+
+    def _tokens_of_a_square(self, side: int) -> int:
+        """Tokens that the marker becomes for a square picture, less the one of its placeholder."""
+        turns: list[Turn] = [{"role": "user", "text": MARKER}]
+        grey = encode_prompt(self.processor, turns, Image.new("RGB", (side, side)))
+        return len(grey["input_ids"]) - count_tokens(self.processor, turns, image_tokens=0)
 
 
 class PromptRows(EncodedRows):
@@ -132,6 +144,8 @@ def open_square(path: Path, processor: Any, geometry: Geometry, max_pixels: int 
 
     Padding has the colour of the image processor's mean, which normalising turns into zeros (as in LLaVA).
     """
+    if tokenizer_of(processor) is processor:
+        raise DataError(Problem(path, "a picture, and the backbone reads text alone"))
     image = open_image(path)
     if geometry == "crop":
         square = centre_crop(image)
@@ -139,3 +153,10 @@ def open_square(path: Path, processor: Any, geometry: Geometry, max_pixels: int 
         red, green, blue = (int(255 * mean) for mean in processor.image_processor.image_mean)
         square = pad_to_square(image, (red, green, blue))
     return square if max_pixels is None else shrink(square, max_pixels)
+
+
+def side_of_square(path: Path, geometry: Geometry, max_pixels: int | None = None) -> int:
+    """The side in pixels of what `open_square` makes, from the file's header alone."""
+    size = size_of(path)
+    side = min(size) if geometry == "crop" else max(size)
+    return side if max_pixels is None else shrunk_size(side, side, max_pixels)[0]

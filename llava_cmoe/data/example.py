@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from llava_cmoe.data.conversation import IGNORED, encode_sample
+from llava_cmoe.data.conversation import IGNORED, encode_sample, tokenizer_of
 from llava_cmoe.data.encoding import open_square
 from llava_cmoe.data.rows import TrainRow
 from llava_cmoe.data.tasks import Geometry
@@ -43,7 +43,7 @@ def pieces_of(row: TrainRow, processor: Any, geometry: Geometry) -> tuple[Piece,
     pieces = []
     for learned, group in groupby(marked, key=lambda pair: pair[1]):
         ids = [token for token, _ in group]
-        pieces.append(Piece("".join(_decoded(ids, processor.tokenizer)), len(ids), learned))
+        pieces.append(Piece("".join(_decoded(ids, tokenizer_of(processor))), len(ids), learned))
     return tuple(pieces)
 
 

@@ -9,12 +9,15 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava_cmoe.data.problems import DataError, Problem
+
+Found = TypeVar("Found")
 
 MAX_PIXELS = 80_000_000
 """Largest picture that is opened, in pixels: 240 MB as RGB, four times a large camera's."""
@@ -35,9 +38,22 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises:
         DataError: missing, not an image, larger than `max_pixels`, truncated or otherwise broken.
     """
+    return _read(path, lambda: _decode(path, max_pixels), max_pixels)
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height in pixels as the header has them, in either order where the picture lies on its side.
+
+    Raises:
+        DataError: missing, or not an image.
+    """
+    return _read(path, lambda: _size(path), MAX_PIXELS)
+
+
+def _read(path: Path, read: Callable[[], Found], max_pixels: int) -> Found:
     try:
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-            return _decode(path, max_pixels)
+            return read()
     except FileNotFoundError as error:
         raise DataError(Problem(path, "image file is missing")) from error
     except Image.DecompressionBombError as error:
@@ -46,6 +62,11 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(Problem(path, f"not an image of the kinds {', '.join(FORMATS)}")) from error
     except BROKEN as error:
         raise DataError(Problem(path, f"truncated or broken image ({error})")) from error
+
+
+def _size(path: Path) -> tuple[int, int]:
+    with Image.open(path, formats=FORMATS) as image:
+        return image.size
 
 
 def find_broken(paths: Iterable[str]) -> dict[str, str]:
@@ -92,11 +113,14 @@ def shrink(image: Image.Image, max_pixels: int) -> Image.Image:
 
     Boxes in parts of width and height, as CoIN's Grounding has them, stay true, since both shrink by one factor.
     """
-    scale = math.sqrt(max_pixels / (image.width * image.height))
-    if scale >= 1:
-        return image
-    size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-    return image.resize(size, Image.Resampling.BICUBIC)
+    size = shrunk_size(image.width, image.height, max_pixels)
+    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+
+
+def shrunk_size(width: int, height: int, max_pixels: int) -> tuple[int, int]:
+    """Width and height of what `shrink` makes."""
+    scale = math.sqrt(max_pixels / (width * height))
+    return (width, height) if scale >= 1 else (max(1, int(width * scale)), max(1, int(height * scale)))
 
 
 def centre_crop(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
 from llava_cmoe.methods.base import LateVerdict
@@ -201,7 +202,7 @@ def answer_or_record(candidate: Candidate, questions: Questions, batch: Sequence
 @torch.no_grad()
 def answer_batch(candidate: Candidate, questions: Questions, batch: Sequence[int], route: Route) -> list[Answer]:
     """Locate every prompt once and decode greedily, left-padded, until every answer has ended."""
-    tokenizer = candidate.processor.tokenizer
+    tokenizer = tokenizer_of(candidate.processor)
     ids = [questions.ids[index] for index in batch]
     collate = Collator(tokenizer.pad_token_id, "left")
     prompts = {
@@ -234,7 +235,7 @@ def _verdicts(located: Located | None, num_samples: int) -> list[tuple[int | Non
 
 def _greedy(candidate: Candidate, max_new_tokens: int) -> dict[str, Any]:
     """Arguments of `generate`: the likeliest token each time until the end, whatever sampling a backbone ships with."""
-    tokenizer = candidate.processor.tokenizer
+    tokenizer = tokenizer_of(candidate.processor)
     end = candidate.model.generation_config.eos_token_id
     return {
         "do_sample": False,

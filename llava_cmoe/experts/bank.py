@@ -200,17 +200,24 @@ class ExpertBank(nn.Module):
         self._gate_BTE: Tensor | None = None
         self._merged: StandIns | None = None
 
-    def forward(self, h_BTD: Tensor) -> Tensor:
-        """What the frozen module returns, its linears carrying the experts under the plan in use."""
-        self._gate_BTE = self._gate(h_BTD)
+    def forward(self, h_BTD: Tensor, *args: Any) -> Tensor:
+        """What the frozen module returns, its linears carrying the experts under the plan in use.
+
+        Patches of several pictures that lie in one sequence, (T, D), are rows of one token each.
+        """
+        self._gate_BTE = self._gate(h_BTD if h_BTD.ndim == 3 else h_BTD.unsqueeze(1))
         try:
-            return cast(Tensor, self.frozen(h_BTD))
+            return cast(Tensor, self.frozen(h_BTD, *args))
         finally:
             self._gate_BTE = None
 
     def delta(self, linear: str, x_BTI: Tensor) -> Tensor | None:
         """What the experts add to a linear's output; None where the plan wants none, and nothing is computed then."""
-        return None if self._gate_BTE is None else cast(Tensor, self.experts[linear](x_BTI, self._gate_BTE))
+        if self._gate_BTE is None:
+            return None
+        if x_BTI.ndim == 3:
+            return cast(Tensor, self.experts[linear](x_BTI, self._gate_BTE))
+        return cast(Tensor, self.experts[linear](x_BTI.unsqueeze(1), self._gate_BTE)).squeeze(1)
 
     @property
     def stacks(self) -> dict[str, StackedExperts]:
@@ -224,8 +231,8 @@ class ExpertBank(nn.Module):
 
     def _gate(self, h_BTD: Tensor) -> Tensor | None:
         """Gate times alpha / rank (here, once per site), as wide as the experts the newest task of the plan knows."""
-        plan_on = self.context.image_plan_on if self.site.of_images else self.context.plan_on
-        plan = plan_on(h_BTD.device)
+        context, device = self.context, h_BTD.device
+        plan = context.image_plan_on(device, len(h_BTD)) if self.site.of_images else context.plan_on(device)
         if plan is None or plan.newest < 0 or self.num_experts == 0:
             return None
         if plan.newest >= len(self.routers):
@@ -236,9 +243,9 @@ class ExpertBank(nn.Module):
         if self.routers.widths[plan.newest] == 0:
             return None
         gate: Gate = self.routers(h_BTD, plan)
-        if self.context.observation is not None:
+        if context.observation is not None:
             counts_E, probability_E = gate.counts(plan.mask_BT), gate.probability(plan.mask_BT)
-            self.context.observation.add(self.site.name, counts_E, probability_E)
+            context.observation.add(self.site.name, counts_E, probability_E)
         gate_BTE = gate.gate_BTE if self._merged is None else self._merged.gate_of(gate.gate_BTE)
         return gate_BTE * (self.alpha / self.rank) if gate_BTE.shape[-1] else None
 

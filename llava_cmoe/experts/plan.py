@@ -1,12 +1,13 @@
 """Route plans (whose routers serve which sample) and the context that hands the current one to every bank.
 
 Who makes a plan (locator, oracle, method) is not known here; what a plan does to a token is `routers.py`.
-Shape letters: B batch, I images of the batch, T tokens, E experts, K tasks mixed for one sample.
+Shape letters: B batch, I images of the batch (or crops or patches of them), T tokens, E experts, K tasks mixed for one
+sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -17,6 +18,9 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from llava_cmoe.records import Mixture
+
+SampleOfRows = Callable[[int], Tensor]
+"""Which sample each of so many rows belongs to, (I,): parts of a model that read images have as many as they like."""
 
 
 @dataclass(frozen=True)
@@ -156,26 +160,26 @@ class RouteContext:
         self.observation: Observation | None = None
         self.image_hook: RemovableHandle | None = None
         self._plan: RoutePlan | None = None
-        self._image_plan: RoutePlan | None = None
+        self._sample_of: SampleOfRows | None = None
+        self._image_plans: dict[tuple[int, torch.device], RoutePlan] = {}
 
     @contextmanager
     def use(self, plan: RoutePlan | None) -> Iterator[None]:
         """Route every forward inside by `plan` (None: the base model); the plan before comes back at the end."""
-        before = self._plan, self._image_plan
-        self._plan, self._image_plan = plan, None
+        before = self._plan, self._sample_of, self._image_plans
+        self.turn_to(plan)
         try:
             yield
         finally:
-            self._plan, self._image_plan = before
+            self._plan, self._sample_of, self._image_plans = before
 
     def turn_to(self, plan: RoutePlan | None) -> None:
         """Route by `plan` from here to the end of the innermost `use`; for a plan found inside a forward pass."""
-        self._plan, self._image_plan = plan, None
+        self._plan, self._sample_of, self._image_plans = plan, None, {}
 
-    def read_images(self, sample_I: Tensor) -> None:
+    def read_images(self, sample_of: SampleOfRows) -> None:
         """Route each image that the model is about to read by its sample's part of the plan in use."""
-        plan = self.plan_on(sample_I.device)
-        self._image_plan = None if plan is None else plan.of_images(sample_I)
+        self._sample_of, self._image_plans = sample_of, {}
 
     @contextmanager
     def observe(self) -> Iterator[Observation]:
@@ -192,17 +196,20 @@ class RouteContext:
             self._plan = self._plan.to(device)
         return self._plan
 
-    def image_plan_on(self, device: torch.device) -> RoutePlan | None:
-        """The plan in use for the images that the model is reading, moved in the same way.
+    def image_plan_on(self, device: torch.device, num_rows: int) -> RoutePlan | None:
+        """The plan in use for the images that the model is reading, `num_rows` of them on this device.
 
         Raises:
             ValueError: a part of the model reads images on its own, and nobody has said whose they are.
         """
-        if self._plan is not None and self._image_plan is None:
+        plan = self.plan_on(device)
+        if plan is None:
+            return None
+        if self._sample_of is None:
             raise ValueError(
                 "which sample each image belongs to is not known; call the model with input_ids and pixel_values, "
                 "not its vision encoder or projector alone"
             )
-        if self._image_plan is not None and self._image_plan.tasks_BK.device != device:
-            self._image_plan = self._image_plan.to(device)
-        return self._image_plan
+        if (num_rows, device) not in self._image_plans:
+            self._image_plans[num_rows, device] = plan.of_images(self._sample_of(num_rows).to(device))
+        return self._image_plans[num_rows, device]

@@ -3,7 +3,7 @@
 What the gate weighs is `bank.py`; who chose the plan is not known here. Unlike the usual growing router, a router is
 never widened: task t's weight keeps the E_t rows it was trained with, so nothing learned later can move its gate.
 Shape letters: B batch, T tokens, D hidden, E experts, K tasks mixed for one sample, C top-k slots of a token,
-N routers; S is B (images, where rows are images), or 1 where one plan serves the whole batch.
+N routers; S is B (images or patches, where rows are these), or 1 where one plan serves the whole batch.
 """
 
 from __future__ import annotations
@@ -115,8 +115,7 @@ class Routers(nn.Module):
         """
         # Outside autocast and in float32: a bf16 softmax ties and flips neighbours in the top k.
         with torch.autocast(h_BTD.device.type, enabled=False):
-            weight_SKED, known_SKE, weights_SK = self._weights(plan)
-            logits_BTKE = self._logits(h_BTD, weight_SKED)
+            logits_BTKE, known_SKE, weights_SK = self._under(plan, h_BTD)
             # Finite: with -inf, a row that knows no expert (task -1) would be 0/0, and NaN in backward.
             logits_BTKE = logits_BTKE.masked_fill(~known_SKE.unsqueeze(1), torch.finfo(torch.float32).min)
             # A stable sort, as torch.topk leaves the order of ties open: among equals the oldest expert wins.
@@ -127,12 +126,13 @@ class Routers(nn.Module):
             gate_BTE = (gate_BTKE * weights_SK[:, None, :, None]).sum(dim=2)
         return Gate(gate_BTE, logits_BTKE, top_BTKC, known_SKE, weights_SK)
 
-    def _weights(self, plan: RoutePlan) -> tuple[Tensor, Tensor, Tensor]:
-        """Router weights (S, K, E, D) the plan asks for, the experts they know (S, K, E), the plan's weights (S, K)."""
+    def _under(self, plan: RoutePlan, h_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the routers the plan asks for, the experts they know (S, K, E), and the plan's weights (S, K)."""
         newest = self.weight(plan.newest)
         assert newest is not None, "banks skip a site whose newest router knows no expert"
         if plan.tasks_BK.numel() == 1:  # one task for all: its weight as it is, nothing stacked or gathered
-            return newest[None, None], newest.new_ones(1, 1, len(newest), dtype=torch.bool), plan.weights_BK
+            known_SKE = newest.new_ones(1, 1, len(newest), dtype=torch.bool)
+            return self._logits(h_BTD, newest[None, None]), known_SKE, plan.weights_BK
         # Only routers up to the newest asked for: their padded width never depends on later tasks. The last row knows
         # nothing and is what task -1 picks; it also serves tasks from before the site had experts.
         nothing = newest.new_zeros(0, self.hidden_size)
@@ -141,7 +141,13 @@ class Routers(nn.Module):
         weight_NED = pad_sequence([*rows, nothing], batch_first=True)
         known_NE = pad_sequence([torch.ones_like(row[:, 0], dtype=torch.bool) for row in [*rows, nothing]], True)
         tasks_SK, weights_SK = plan.rows()
-        return weight_NED[tasks_SK], known_NE[tasks_SK], weights_SK
+        if plan.sample_I is not None and h_BTD.shape[1] == 1:
+            # Rows are patches, thousands of them: a weight for each would be larger than the logits of all routers.
+            all_BNE = self._logits(h_BTD, weight_NED[None])[:, 0]
+            logits_BTKE = all_BNE[torch.arange(len(h_BTD), device=h_BTD.device)[:, None], tasks_SK].unsqueeze(1)
+        else:
+            logits_BTKE = self._logits(h_BTD, weight_NED[tasks_SK])
+        return logits_BTKE, known_NE[tasks_SK], weights_SK
 
     def _logits(self, h_BTD: Tensor, weight_SKED: Tensor) -> Tensor:
         """Logits (B, T, K, E) in float32, their sums over D taken in float64.

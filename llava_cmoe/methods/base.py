@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
+from llava_cmoe.data.conversation import Processor
 from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.records import Growth, Learned, Located, Mixture, StageReport
 
@@ -85,10 +86,10 @@ class Method(ABC):
     """
 
     model: PreTrainedModel
-    processor: ProcessorMixin
+    processor: Processor
 
     @abstractmethod
-    def __init__(self, settings: Any, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+    def __init__(self, settings: Any, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Prepare the backbone; `seed` draws whatever is initialised at random."""
 
     def stages(self, task_names: tuple[str, ...]) -> tuple[Stage, ...]:

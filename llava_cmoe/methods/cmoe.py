@@ -27,11 +27,12 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.features import feature_in_passing, prompt_feature
-from llava_cmoe.backbones.sites import Site, ffn_sites, projector_sites, vision_sites
+from llava_cmoe.backbones.sites import Site, ffn_sites, image_token_of, projector_sites, vision_sites
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.conversation import Processor, tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
@@ -50,12 +51,17 @@ FEATURE_BATCH = 64
 class Cmoe(Method):
     """Probe-guided knowledge extension and the probabilistic task locator around a frozen backbone."""
 
-    def __init__(self, settings: CmoeSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+    def __init__(self, settings: CmoeSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Put an empty expert bank at every site that may hold experts.
 
         Raises:
-            RecipeError: the model has no such layer as `experts.first_layer`.
+            RecipeError: the model has no such layer as `experts.first_layer`, or no vision to locate by.
         """
+        if settings.locator.feature == "vision" and image_token_of(model) is None:
+            raise RecipeError(
+                f"method.locator.feature is vision, but a {model.config.model_type} reads text alone; set it to last, "
+                "mean or text"
+            )
         experts = settings.experts
         self.settings, self.model, self.processor = settings, model, processor
         self.host = install(
@@ -185,7 +191,7 @@ class Cmoe(Method):
         return learning
 
     def _collator(self) -> Collator:
-        return Collator(self.processor.tokenizer.pad_token_id)
+        return Collator(tokenizer_of(self.processor).pad_token_id)
 
     def _on_device(self, batch: Batch) -> Batch:
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}

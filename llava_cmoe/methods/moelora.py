@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.sites import linear_sites
+from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.state import TaskState, restore, state_of
@@ -26,7 +27,7 @@ from llava_cmoe.settings import MoeLoraSettings
 class MoeLora(Method):
     """Shared experts and one shared router per linear, index 0 for every task."""
 
-    def __init__(self, settings: MoeLoraSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int) -> None:
+    def __init__(self, settings: MoeLoraSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Put all experts beside every linear of the LLM's attention and FFNs."""
         self.model, self.processor = model, processor
         rank = settings.rank // settings.num_experts

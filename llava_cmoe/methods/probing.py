@@ -151,7 +151,7 @@ def mean_tokens(
     num_tokens = dict.fromkeys(sums, 0)
 
     def add(site: str, bank: ExpertBank, args: tuple[Tensor]) -> None:
-        tokens_ND = args[0].flatten(0, 1) if bank.site.of_images else args[0][mask_BT]
+        tokens_ND = args[0].flatten(0, -2) if bank.site.of_images else args[0][mask_BT]
         sums[site] += tokens_ND.double().sum(dim=0)
         num_tokens[site] += len(tokens_ND)
 

@@ -6,9 +6,10 @@ The baseline that forgets: nothing protects what an earlier task taught.
 from __future__ import annotations
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, set_seed
 
 from llava_cmoe.backbones.sites import linear_sites
+from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.base import Method, StageData, Tensors
 from llava_cmoe.records import Growth, Learned
@@ -21,7 +22,7 @@ class SequentialLora(Method):
     model: PeftModel  # type: ignore[assignment]  # stands where the backbone stood, and generates as it does
 
     def __init__(
-        self, settings: SequentialLoraSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int
+        self, settings: SequentialLoraSettings, model: PreTrainedModel, processor: Processor, seed: int
     ) -> None:
         """Put an adapter beside every linear of the LLM's attention and FFNs."""
         targets = [site.name for site in linear_sites(model)]

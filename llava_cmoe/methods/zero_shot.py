@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
+from llava_cmoe.data.conversation import Processor
 from llava_cmoe.methods.base import Method, Stage, StageData, Tensors
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings import ZeroShotSettings
@@ -12,9 +13,7 @@ from llava_cmoe.settings import ZeroShotSettings
 class ZeroShot(Method):
     """No stage at all, and one row of the matrix."""
 
-    def __init__(
-        self, settings: ZeroShotSettings, model: PreTrainedModel, processor: ProcessorMixin, seed: int
-    ) -> None:
+    def __init__(self, settings: ZeroShotSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Take the backbone."""
         del settings, seed
         self.model, self.processor = model, processor

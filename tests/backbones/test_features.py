@@ -204,13 +204,13 @@ def test_vision_of_a_prompt_without_a_picture_is_zeros(tiny_llava, tiny_processo
     assert with_picture_D.any() and not without_D.any()
 
 
-def test_a_model_that_does_not_name_its_image_token_is_refused_where_that_matters(tiny_llava, tiny_processor):
+def test_a_model_of_text_alone_has_words_and_no_picture(tiny_llava, tiny_processor):
     batch = dict(tiny_processor(text=["Yes or no?"], return_tensors="pt"))
     language_model = tiny_llava.model.language_model
-    for feature in ("vision", "text"):
-        with pytest.raises(ValueError, match="LlamaModel does not name its image_token_id; set locator.feature"):
-            prompt_feature(language_model, batch, 1, feature)
-    assert prompt_feature(language_model, batch, 1, "mean").shape == (1, 32)
+    words_BD, all_BD = (prompt_feature(language_model, batch, 1, feature) for feature in ("text", "mean"))
+    assert torch.equal(words_BD, all_BD)
+    with pytest.raises(ValueError, match="a llama reads no pictures; set locator.feature to last, mean or text"):
+        prompt_feature(language_model, batch, 1, "vision")
 
 
 # Read in passing.

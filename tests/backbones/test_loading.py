@@ -3,15 +3,18 @@
 import json
 import shutil
 
+import families
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM, ProcessorMixin
+from transformers import CLIPVisionConfig, CLIPVisionModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from llava_cmoe.backbones import loading
-from llava_cmoe.backbones.loading import BackboneError, load_backbone
-from llava_cmoe.settings import BackboneSettings
+from llava_cmoe.backbones.loading import BackboneError, load_backbone, reads_images
+from llava_cmoe.data.conversation import encode_sample
+from llava_cmoe.settings import BackboneSettings, SiteSettings
 
 
 @pytest.fixture
@@ -76,13 +79,61 @@ def test_folder_without_a_configuration_is_refused(tmp_path):
 
 def test_unknown_and_unfit_architectures_are_refused(folder, tmp_path):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8)).save_pretrained(tmp_path / "text")
-    with pytest.raises(BackboneError, match="model_type llama is not an image-text-to-text model"):
-        load(tmp_path / "text")
+    CLIPVisionModel(CLIPVisionConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vision")
+    with pytest.raises(BackboneError, match="model_type clip_vision_model is neither an image-text-to-text model"):
+        load(tmp_path / "vision")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "made-up"}))
     with pytest.raises(BackboneError, match="not an architecture that transformers knows"):
         load(folder)
+
+
+def test_a_causal_language_model_is_a_backbone_that_reads_text_alone(folder, tmp_path):
+    path = families.make("llama").save(tmp_path / "text")
+    backbone = load(path)
+    assert isinstance(backbone.processor, PreTrainedTokenizerBase)
+    assert not reads_images(BackboneSettings(path=str(path))) and reads_images(BackboneSettings(path=str(folder)))
+
+
+def test_a_tokenizer_without_padding_pads_with_the_end(tmp_path):
+    made = families.make("llama")
+    made.processor.pad_token = None
+    tokenizer = load(made.save(tmp_path / "text")).processor
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_paligemma_is_published_without_a_chat_template_and_gets_one(tmp_path):
+    path = families.make("paligemma").save(tmp_path / "paligemma")
+    (path / "chat_template.jinja").unlink()
+    processor = load_backbone(BackboneSettings(path=str(path), attention="eager")).processor
+    turns = [{"role": "user", "text": "<image>\nWhat?"}, {"role": "assistant", "text": "a cat"}]
+    tokens = encode_sample(processor, turns, Image.new("RGB", (24, 24)), max_length=64)["input_ids"]
+    assert processor.tokenizer.decode(tokens) == "<image><image><image><image><s>What?\na cat</s>"
+    turns[0]["text"] = "What?"
+    assert processor.tokenizer.decode(encode_sample(processor, turns, None, 64)["input_ids"]) == "<s>What?\na cat</s>"
+
+
+@pytest.mark.parametrize("kind", ["llama", "llava_next"])
+def test_a_backbone_without_a_chat_template_is_refused(tmp_path, kind):
+    made = families.make(kind)
+    path = made.save(tmp_path / kind)
+    (path / "chat_template.jinja").unlink()
+    with pytest.raises(BackboneError, match="no chat template; put one into the folder, as chat_template.jinja"):
+        load(path)
+
+
+def test_names_of_sites_that_are_not_there_are_refused_before_the_weights_are_read(tmp_path):
+    path = families.make("codegen").save(tmp_path / "text")
+    (path / "model.safetensors").write_bytes(b"not read")
+    names = SiteSettings(layers="transformer.h", ffn="mlp", ffn_linears=("fc1",))
+    with pytest.raises(BackboneError, match="there is no linear transformer.h.0.mlp.fc1"):
+        load_backbone(BackboneSettings(path=str(path), sites=names))
+
+
+def test_an_attention_that_the_model_does_not_have_is_refused(tmp_path):
+    path = families.make("codegen").save(tmp_path / "text")
+    with pytest.raises(BackboneError, match="set backbone.attention to eager"):
+        load_backbone(BackboneSettings(path=str(path)))
 
 
 def test_code_in_the_folder_is_never_run(folder, tmp_path):

@@ -1,9 +1,21 @@
+from typing import Any
+
+import families
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
-from llava_cmoe.backbones.sites import Site, ffn_sites, linear_sites, projector_sites, vision_sites
+from llava_cmoe.backbones.sites import (
+    Site,
+    ffn_sites,
+    linear_sites,
+    llm_layers,
+    name_sites,
+    projector_sites,
+    vision_sites,
+)
+from llava_cmoe.settings import RecipeError, SiteSettings
 
 
 @pytest.fixture
@@ -89,17 +101,60 @@ def test_an_architecture_without_known_image_path_is_named_with_the_known_ones(
     tiny_llava: LlavaForConditionalGeneration, tiny_llama: LlamaForCausalLM
 ) -> None:
     for sites in (vision_sites, projector_sites):
-        with pytest.raises(ValueError, match="'llama'; known: llava"):
+        with pytest.raises(RecipeError, match="'llama'; known: gemma3, .*, smolvlm. Leave experts.also_in empty"):
             sites(tiny_llama)
-    tiny_llava.config.vision_config.model_type = "siglip_vision_model"
-    with pytest.raises(ValueError, match="'siglip_vision_model'; known: clip_vision_model"):
+    del tiny_llava.model.vision_tower.encoder
+    with pytest.raises(
+        RecipeError, match="in a vision encoder of type 'clip_vision_model' in a llava; leave vision out"
+    ):
         vision_sites(tiny_llava)
 
 
-def test_an_unknown_architecture_is_named_with_the_known_ones(tiny_llava: LlavaForConditionalGeneration) -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16, n_positions=8))
-    with pytest.raises(ValueError, match="'gpt2'; known: llama, llava"):
-        ffn_sites(gpt2)
-    tiny_llava.config.text_config = gpt2.config
-    with pytest.raises(ValueError, match="LLM of type 'gpt2'; known: llama"):
-        linear_sites(tiny_llava)
+def test_a_projector_without_linears_is_left_out() -> None:
+    with pytest.raises(RecipeError, match="the projector of a gemma3 holds no linear; leave projector out"):
+        projector_sites(families.make("gemma3").model)
+
+
+NAMES = SiteSettings(
+    layers="transformer.h",
+    ffn="mlp",
+    ffn_linears=("fc_in", "fc_out"),
+    attention_linears=("attn.qkv_proj", "attn.out_proj"),
+)
+"""Those of CodeGen."""
+
+
+def test_an_unknown_architecture_gets_an_error_that_says_how_to_name_its_sites() -> None:
+    model = families.make("codegen").model
+    for sites in (ffn_sites, linear_sites):
+        with pytest.raises(
+            RecipeError, match="type 'codegen'.*no list `layers`. Name the .* backbone.sites: {layers: "
+        ):
+            sites(model)
+
+
+def test_sites_are_where_the_recipe_names_them() -> None:
+    model = families.make("codegen").model
+    name_sites(model, NAMES)
+    assert ffn_sites(model) == tuple(Site(f"transformer.h.{i}.mlp", i, ("fc_in", "fc_out")) for i in range(2))
+    inside = {name for name, m in model.transformer.h.named_modules() if isinstance(m, nn.Linear)}
+    assert {site.name for site in linear_sites(model)} == {f"transformer.h.{name}" for name in inside}
+    assert llm_layers(model) is model.transformer.h
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layers": "transformer.layers"}, "transformer.layers is no list of layers"),
+        ({"layers": "transformer.wte"}, "transformer.wte is no list of layers"),
+        ({"ffn": "ffn"}, "there is no linear transformer.h.0.ffn.fc_in"),
+        ({"ffn_linears": ("fc_in", "act")}, "there is no linear transformer.h.0.mlp.act"),
+        ({"ffn_linears": ("fc_out", "fc_in")}, "transformer.h.0.mlp.fc_out reads 64 features where the LLM has 32"),
+        ({"attention_linears": ("attn.q_proj",)}, "there is no linear transformer.h.0.attn.q_proj"),
+    ],
+)
+def test_names_that_the_model_does_not_have_are_refused_one_by_one(change: dict[str, Any], reason: str) -> None:
+    model = families.make("codegen").model
+    name_sites(model, NAMES.model_copy(update=change))
+    with pytest.raises(RecipeError, match=reason):
+        (*ffn_sites(model), *linear_sites(model))

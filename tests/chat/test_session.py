@@ -25,14 +25,14 @@ def talk(lesson: Lesson) -> ChatSession:
     return open_session(lesson.recipe.run)
 
 
-def asked(lesson: Lesson, task: str, index: int) -> tuple[Path, str]:
-    """Picture and question of an evaluation row."""
+def asked(lesson: Lesson, task: str, index: int) -> tuple[Path | None, str]:
+    """Picture, if there is one, and question of an evaluation row."""
     row = lesson.run.exam.rows[task][index]
-    return Path(row["image"]), row["turns"][0]["text"].removeprefix("<image>\n")
+    return row["image"] and Path(row["image"]), row["turns"][0]["text"].removeprefix("<image>\n")
 
 
 @pytest.mark.parametrize("task", range(2))
-@pytest.mark.parametrize("index", range(2))
+@pytest.mark.parametrize("index", [0, 1, 3])  # the fourth of the first task shows no picture
 def test_chat_answers_as_the_evaluation_does(task: int, index: int, lesson, talk, monkeypatch):
     questions = lesson.questions[TASKS[task]]
     monkeypatch.setattr(chat, "LONGEST_ANSWER", questions.max_new_tokens)

@@ -63,6 +63,19 @@ def test_other_outputs_of_a_processor_follow_their_kind() -> None:
     assert batch["image_sizes"].tolist() == [[2, 5], [4, 5]]
 
 
+def test_pictures_of_fewer_crops_or_pixels_are_filled_with_zeros_at_the_end() -> None:
+    shapes = ((1, 2, 3, 4), (1, 1, 3, 6), (1, 3, 3, 4))
+    rows = [
+        {"input_ids": torch.ones(2, dtype=torch.long), "pixel_values": torch.full(shape, index + 1.0)}
+        for index, shape in enumerate(shapes)
+    ]
+    pixels = Collator(PAD)(rows)["pixel_values"]
+    assert pixels.shape == (3, 3, 3, 6)
+    for index, (_, crops, height, width) in enumerate(shapes):
+        inside = pixels[index, :crops, :height, :width]
+        assert torch.equal(inside, torch.full_like(inside, index + 1.0)) and inside.sum() == pixels[index].sum()
+
+
 def test_the_loss_of_a_padded_batch_is_the_token_mean_of_its_rows(tiny_processor: Any, tiny_llava: Any) -> None:
     rows = [sample(tiny_processor, *row) for row in (("a long answer", (255, 0, 0)), ("b", None))]
     counts = [int((row["labels"] != -100).sum()) for row in rows]
