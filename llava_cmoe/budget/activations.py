@@ -130,7 +130,7 @@ def _embedded(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
         return torch.empty(batch_size, length, width, dtype=dtype)
     vision = model.config.vision_config
     pixels_BCHW = torch.empty(batch_size, 3, vision.image_size, vision.image_size, dtype=dtype)
-    image_banks[0].context.read_images(torch.arange(batch_size))
+    image_banks[0].context.read_images(torch.arange)
     encode: Any = model.get_image_features
     image_BID = torch.stack(list(encode(pixel_values=pixels_BCHW).pooler_output))
     if length < image_BID.shape[1]:

@@ -16,7 +16,7 @@ def rows() -> Dataset:
     made = [
         {
             "id": f"{begin}/{answer}/{number}", "image": None, "answer": answer,
-            "answers": [], "box": [], "choices": [],
+            "answers": [], "box": [], "size": [], "choices": [],
             "turns": [{"role": "user", "text": f"<image>\n{begin} number {number}?"}],
         }
         for (begin, answer), count in KINDS.items()
