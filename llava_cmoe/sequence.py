@@ -39,7 +39,7 @@ from llava_cmoe.registry.manifest import RegistryError, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
 from llava_cmoe.registry.store import Registry, differ
 from llava_cmoe.settings import DataSettings, EvaluationSettings, Recipe
-from llava_cmoe.training.processes import processes
+from llava_cmoe.training.processes import check_engine_spreads, processes
 from llava_cmoe.training.stage import train_stage
 from llava_cmoe.training.trackers import trackers_of
 from llava_cmoe.versions import versions
@@ -185,6 +185,7 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     files = fingerprints_of(recipe.data)
     if not reads_images(recipe.backbone):
         refuse_pictures(root, sequence.tasks)
+    check_engine_spreads(recipe.backbone.quantization)
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
     return Run(

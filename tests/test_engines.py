@@ -69,6 +69,8 @@ def test_two_processes_learn_what_one_does(make: Make, alone: Callable[..., Reci
     cases: list[tuple[str, tuple[str, ...]]] = [("cmoe", ()), ("sequential_lora", ()), ("moelora", ())]
     if engine == "zero3":  # the few tokens of a process cannot choose all experts: who waits for one that is not used?
         cases.append(("cmoe", ("method.experts.num_first=4", "method.experts.top_k=1")))
+    if engine == "zero2":
+        cases.append(("cmoe", ("backbone.quantization=nf4",)))
     together = [make(method, "training.batch_size=2", *overrides) for method, overrides in cases]
     launch(engine, together)
     for (method, overrides), recipe in zip(cases, together, strict=True):
@@ -120,6 +122,11 @@ def test_another_number_of_processes_is_an_error_that_names_the_way_on(alone: Ca
 def test_an_engine_that_the_launch_turns_off_is_an_error(make: Make):
     told = launch("zero2", [make("sequential_lora")], fails=True, ACCELERATE_USE_CPU="true")
     assert "turns DeepSpeed off; leave use_cpu out" in told
+
+
+def test_quantized_weights_cannot_be_spread(make: Make):
+    told = launch("zero3", [make("cmoe", "backbone.quantization=nf4")], fails=True)
+    assert "ZeRO-3 cannot spread weights in nf4" in told
 
 
 def test_eight_stages_leave_no_engine_and_no_memory_behind(tiny_backbone: Path):

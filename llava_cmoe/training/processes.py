@@ -40,3 +40,16 @@ def processes() -> PartialState:
 def deepspeed_asked() -> bool:
     """Whether the launch's configuration asks for DeepSpeed."""
     return bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
+
+
+def check_engine_spreads(quantization: str) -> None:
+    """Stop before a quantized backbone is loaded for an engine that would have to spread its weights.
+
+    Raises:
+        LaunchError: ZeRO-3 on weights in 8 or 4 bits.
+    """
+    if deepspeed_asked() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and quantization != "none":
+        raise LaunchError(
+            f"ZeRO-3 cannot spread weights in {quantization}: bitsandbytes packs them; choose zero_configs/zero2.yaml, "
+            "or backbone.quantization: none"
+        )
