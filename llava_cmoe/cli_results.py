@@ -5,6 +5,7 @@ As in `cli.py`, which shows them among its own, each command imports the library
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -30,11 +31,13 @@ def rescore(run: Folder, root: Root = None) -> None:
 
     For answers or scoring rules that changed. Where nothing did, the file keeps its bytes.
     """
+    from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.report.tables import number
     from llava_cmoe.rescoring import open_examined, rescore
 
     console = Console()
-    results, changed = rescore(open_examined(run, root))
+    with ProgressLine(console) as bar:
+        results, changed = rescore(open_examined(run, root), partial(bar, run.name))
     show(console, [results])
     for one in changed[:NUM_LISTED]:
         line = f"{one.task} after {one.after} ({one.route}): was {number(one.before)}, now {number(one.now)}"
@@ -93,8 +96,8 @@ def reproduce(
     from llava_cmoe.reproducing import reproduce
 
     console, again = Console(), to or run.with_name(f"{run.name}_again")
-    with ProgressLine(console) as line:
-        found = reproduce(run, again, line)
+    with ProgressLine(console) as bar:
+        found = reproduce(run, again, bar)
     for key in found.results[:NUM_LISTED]:
         console.print(f"results.json: {key}", markup=False, highlight=False, soft_wrap=True)
     for name, differing in list(found.answers.items())[:NUM_LISTED]:
@@ -143,9 +146,11 @@ def import_command(
     RUN can then be reported, compared and scored again like a run of one's own.
     """
     from llava_cmoe.exchange import import_answers
+    from llava_cmoe.report.progress import ProgressLine
 
-    asked = load_recipe(recipe, [*(overrides or ()), f"run={run}"])
-    console, (results, stated) = Console(), import_answers(source, asked, method, base)
+    asked, console = load_recipe(recipe, [*(overrides or ()), f"run={run}"]), Console()
+    with ProgressLine(console) as bar:
+        results, stated = import_answers(source, asked, method, base, partial(bar, run.name))
     show(console, [results])
     for one in stated:
         if abs(one.stated - one.scored) > 0.01:

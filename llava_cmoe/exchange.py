@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,13 @@ def _line(answer: Answer, raw_id: int | str, model: str) -> str:
     return json.dumps(document, ensure_ascii=False) + "\n"
 
 
-def import_answers(source: Path, recipe: Recipe, method: str, base: str = "unknown") -> tuple[Results, list[Stated]]:
+def import_answers(
+    source: Path,
+    recipe: Recipe,
+    method: str,
+    base: str = "unknown",
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> tuple[Results, list[Stated]]:
     """Check, keep and score another toolkit's answers.
 
     Args:
@@ -101,6 +107,7 @@ def import_answers(source: Path, recipe: Recipe, method: str, base: str = "unkno
         recipe: says what was asked (`data`, `seed`, `evaluation`) and where the result goes (`run`).
         method: what is to stand for a method's name.
         base: name of the frozen model, where it is known.
+        progress: told how many answers files are read, and then scored.
 
     Raises:
         RegistryError: no answers, a folder that is no task's, a line that is no answer, or an id that is missing,
@@ -111,7 +118,10 @@ def import_answers(source: Path, recipe: Recipe, method: str, base: str = "unkno
     settings = recipe.evaluation.model_copy(update={"routes": (ROUTE,)})
     exam = exam_of(recipe.data, settings, recipe.seed, recipe.run)
     cells = _cells(source, exam)
-    answers = {cell: _read(path, exam.rows[exam.sequence.names[cell[1]]]) for cell, path in cells.items()}
+    answers = {}
+    for number, (cell, path) in enumerate(cells.items(), start=1):
+        answers[cell] = _read(path, exam.rows[exam.sequence.names[cell[1]]])
+        progress("reading", number, len(cells))
     for (after, task), found in answers.items():
         write_answers(exam.answers_path(after, task, ROUTE), found)
     files = fingerprints_of(recipe.data)
@@ -125,7 +135,7 @@ def import_answers(source: Path, recipe: Recipe, method: str, base: str = "unkno
         data_files=files,
     )
     try:
-        results = aggregate(exam, facts, sorted({after for after, _ in cells}))
+        results = aggregate(exam, facts, sorted({after for after, _ in cells}), progress)
     except ValueError as error:
         raise RegistryError(str(error)) from error
     write_results(recipe.run / "results.json", results)

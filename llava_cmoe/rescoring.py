@@ -6,6 +6,7 @@ run and for predictions that were brought along (`answers.py`) alike.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +100,14 @@ def results_of(folder: Path) -> Results:
         raise RegistryError(str(error)) from error
 
 
-def rescore(examined: Examined) -> tuple[Results, list[Change]]:
+def rescore(
+    examined: Examined, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> tuple[Results, list[Change]]:
     """Score the stored answers again and write `results.json`; equal scores give the same bytes."""
     told = examined.results.model_dump(include=set(RunFacts.model_fields))
     facts = RunFacts(**told | {"data_files": examined.data_files})  # an old file has none
     try:
-        now = aggregate(examined.exam, facts, examined.rows)
+        now = aggregate(examined.exam, facts, examined.rows, progress)
     except ValueError as error:
         raise RegistryError(str(error)) from error
     write_results(examined.folder / "results.json", now)

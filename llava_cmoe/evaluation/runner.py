@@ -168,8 +168,13 @@ def answered(exam: Exam, after: int) -> bool:
 
 def score_after(exam: Exam, after: int) -> list[Cell]:
     """Score every complete answers file of one row of the matrix; needs no model."""
+    return [score_cell(exam, after, task, route) for task, route in complete(exam, after)]
+
+
+def complete(exam: Exam, after: int) -> list[tuple[int, RouteName]]:
+    """Task and route of every complete answers file of one row of the matrix."""
     return [
-        score_cell(exam, after, task, route)
+        (task, route)
         for route in exam.settings.routes
         for task in range(len(exam.sequence.names))  # answers of a task not learned yet may have been brought along
         if exam.answers_path(after, task, route).exists()
@@ -206,16 +211,22 @@ def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, sour
     return replace(judged, values=tuple(values), accuracy=judged.accuracy - mean(judged.values) + mean(values))
 
 
-def aggregate(exam: Exam, facts: RunFacts, rows: Iterable[int]) -> Results:
+def aggregate(
+    exam: Exam, facts: RunFacts, rows: Iterable[int], progress: Callable[[str, int, int], None] = lambda *_: None
+) -> Results:
     """Everything `results.json` holds, from the answers files and what the caller knows about the run.
 
     Args:
         exam: what was asked.
         facts: about the run.
         rows: of the matrix, whose models the run holds; answers of a task that was deleted may still lie there.
+        progress: told how many answers files are scored, and how many there are.
     """
-    names = exam.sequence.names
-    cells = [cell for after in rows for cell in score_after(exam, after)]
+    names, cells = exam.sequence.names, []
+    places = [(after, task, route) for after in rows for task, route in complete(exam, after)]
+    for number, place in enumerate(places, start=1):
+        cells.append(score_cell(exam, *place))
+        progress("scoring", number, len(places))
     if not cells:
         raise ValueError(f"{exam.folder}: no answers yet; evaluate the run first")
     last = max(cell.after for cell in cells)
