@@ -98,9 +98,8 @@ def _put_back(model: nn.Module, whole: dict[int, nn.Parameter]) -> None:
             name: None if value is None else whole.get(id(value), value) for name, value in before.items()
         }
         for value in before.values():
-            if value is not None and hasattr(
-                value, "ds_tensor"
-            ):  # DeepSpeed remembers the parameter elsewhere, too; its shard goes
-                value.ds_tensor.data = value.ds_tensor.new_empty(0)
+            shard: Any = getattr(value, "ds_tensor", None)
+            if shard is not None:  # DeepSpeed remembers the parameter elsewhere, too; its shard goes
+                shard.data = shard.new_empty(0)
         for left in LEFT:
             vars(module).pop(left, None)
