@@ -71,10 +71,11 @@ def effective_batch(training: TrainingSettings, processes: int) -> int:
 def tell(folder: Path, call: Call) -> None:
     """Add a call to a folder's manifest, once its results are written; a call that did nothing new adds nothing."""
     path, results = folder / MANIFEST, folder / "results.json"
-    earlier = Manifest.model_validate_json(path.read_bytes()).calls if path.exists() else ()
-    calls = (*earlier, call) if call.learned or call.asked else earlier
+    earlier = Manifest.model_validate_json(path.read_bytes()) if path.exists() else None
+    before = earlier.calls if earlier else ()
+    calls = (*before, call) if call.learned or call.asked else before
     manifest = Manifest(results_sha256=fingerprint_file(results), calls=calls)
-    if not path.exists() or calls != earlier or manifest.results_sha256 not in path.read_text():
+    if manifest != earlier:
         write_atomically(path, (manifest.model_dump_json(indent=1) + "\n").encode())
 
 

@@ -5,7 +5,7 @@ Rows are encoded by `encoding.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,13 +49,10 @@ class Collator:
         return batch
 
 
-def silenced(rows: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor] | None:
-    """The first row with a picture as a `silent` row: nothing of it is seen, counted or learned; None without any."""
-    for row in rows:
-        if "pixel_values" in row:
-            hidden = {"attention_mask": torch.zeros_like(row["attention_mask"])}
-            return {**row, **hidden, "labels": torch.full_like(row["labels"], IGNORED)}
-    return None
+def silenced(row: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A row with a picture as a `silent` row: nothing of it is seen, counted or learned in the LLM."""
+    hidden = {"attention_mask": torch.zeros_like(row["attention_mask"])}
+    return {**row, **hidden, "labels": torch.full_like(row["labels"], IGNORED)}
 
 
 def _widened(values: Sequence[Tensor]) -> list[Tensor]:

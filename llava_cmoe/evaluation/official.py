@@ -2,7 +2,7 @@
 
     {"question_id": 4, "prompt": "...", "text": "A", "answer_id": "...", "model_id": "...", "metadata": {}}     a line
 
-What the answers are worth is left to `released.py` (as CoIN's scripts do it) and `joined.py` (protocol `strict`).
+What the answers are worth is left to `released.py` (as CoIN's scripts do it) and `joining.py` (protocol `strict`).
 """
 
 from __future__ import annotations

@@ -162,7 +162,9 @@ def _silent(samples: Dataset[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     """A row for batches of text alone: ZeRO-3 and DDP wait for all processes in the vision encoder, too."""
     if processes().num_processes == 1:
         return None
-    return silenced(samples[index] for index in range(len(samples)))  # type: ignore[arg-type]
+    pictured = (index for index, (has_picture, _) in enumerate(kinds_of(samples)) if has_picture)
+    first = next(pictured, None)
+    return None if first is None else silenced(samples[first])
 
 
 def training_arguments(
