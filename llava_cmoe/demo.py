@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.evaluation.log import Results
+from llava_cmoe.files import write_atomically
 from llava_cmoe.report.figures import draw_matrices
 from llava_cmoe.sequence import learn
 from llava_cmoe.settings import EvaluationSettings, Recipe, load_recipe, shipped
@@ -60,9 +61,7 @@ def run_demo(
     for name in RECIPES:
         both[name] = learn(demo_recipe(name, folder, size, overrides), _named(progress, name))
     draw_matrices(list(both.values()), folder / "matrix.png")
-    unfinished = folder / ".results.json.unfinished"
-    unfinished.write_bytes(BOTH.dump_json(both, indent=2) + b"\n")
-    unfinished.rename(finished)
+    write_atomically(finished, BOTH.dump_json(both, indent=2) + b"\n")
     return both
 
 

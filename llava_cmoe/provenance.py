@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from llava_cmoe.evaluation.log import write_atomically
+from llava_cmoe.files import write_atomically
 from llava_cmoe.fingerprints import fingerprint_file
 from llava_cmoe.settings import TrainingSettings
 

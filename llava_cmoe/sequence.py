@@ -20,6 +20,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import set_seed
 
+from llava_cmoe.backbones.feature_store import FeatureStore
 from llava_cmoe.backbones.loading import Backbone, load_backbone, reads_images
 from llava_cmoe.data.coin import read_eval, read_train, refuse_pictures
 from llava_cmoe.data.conversation import tokenizer_of
@@ -292,7 +293,23 @@ def stage_data(run: Run, index: int, stage: Stage) -> StageData:
         samples=SampleRows(rows, processor, recipe.training.max_length, geometry, keep, max_pixels),
         prompts=PromptRows(rows, processor, geometry, max_pixels=max_pixels),
         seed=Random(f"{recipe.seed}/{stage.name}").getrandbits(31),
+        features=feature_store(run),
     )
+
+
+def feature_store(run: Run) -> FeatureStore | None:
+    """Where features of prompts are kept; of this very backbone as it computes here, to the last bit."""
+    folder, machine = run.recipe.data.feature_store, hardware()
+    if folder is None:
+        return None
+    base = {
+        "backbone": run.backbone.fingerprint,
+        **run.recipe.backbone.model_dump(mode="json", exclude={"path"}),
+        "device": [run.method.model.device.type, machine.processor, *machine.gpus],
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    return FeatureStore(folder, base, writer=run.processes.is_main_process)
 
 
 def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None], logs: Path | None = None) -> Teach:

@@ -45,6 +45,9 @@ class DataSettings(Settings):
     workers: int = Field(0, ge=0)
     """Processes that open and encode the rows of the next batches while one is trained on; with 0, training waits for
     each. They change no result, and a run may go on with others."""
+    feature_store: Path | None = None
+    """Folder that keeps the features which locators read, so that no run reads them from the same model twice: 16 kB a
+    row at width 4096; none when absent. Changes no result, and a run may go on with another."""
     max_pixels: int | None = Field(None, gt=0)
     """A square picture of more pixels is made smaller before the backbone's processor gets it: for processors that
     make more tokens of a larger picture, and to resize large photographs only once. As they are when absent."""

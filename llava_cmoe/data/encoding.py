@@ -5,6 +5,8 @@ Batches are made by `collator.py`; which tokens of a conversation are learned is
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
@@ -20,6 +22,7 @@ from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrin
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry
+from llava_cmoe.fingerprints import fingerprint_file
 
 SMALL, LARGE = 64, 1024
 """Sides of squares, in pixels, that become equally many tokens only if all do."""
@@ -133,6 +136,18 @@ class SampleRows(EncodedRows):
 
 class PromptRows(EncodedRows):
     """First questions without answers, to generate from or to locate by."""
+
+    def fingerprint(self) -> str:
+        """sha256 over all that the prompts are made of, the processor apart: questions, pictures, geometry.
+
+        Reads every picture's file, but decodes none.
+        """
+        picture = cache(lambda path: fingerprint_file(Path(path)))
+        digest = hashlib.sha256(json.dumps([self.geometry, self.max_pixels]).encode())
+        for row in self.rows:
+            seen = None if row["image"] is None else picture(row["image"])
+            digest.update(json.dumps([row["turns"][:1], seen]).encode())
+        return digest.hexdigest()
 
     def encode(self, turns: list[Turn], image: Image.Image | None) -> dict[str, Tensor]:
         """The tokens of the first question and the generation prompt."""

@@ -7,7 +7,6 @@ of one; the answers of an evaluation at work are in the hands of `generate.py`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_cmoe.evaluation.bootstrap import Interval
+from llava_cmoe.files import write_atomically
 
 Row = tuple[float | None, ...]
 
@@ -221,14 +221,3 @@ def _without_seconds(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _without_seconds(inner) for key, inner in value.items() if not key.endswith("seconds")}
     return [_without_seconds(inner) for inner in value] if isinstance(value, list) else value
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file beside and rename it into place, so that half of it is never seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(path)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
+from llava_cmoe.backbones.feature_store import FeatureStore
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.records import Growth, Learned, Located, Mixture, StageReport
@@ -68,13 +69,23 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageData:
-    """One stage as a method gets it: its index, its rows (whole samples, and prompts without answers), its seed."""
+    """One stage as a method gets it.
+
+    Attributes:
+        index: of the stage, from 0.
+        name: of the stage.
+        samples: its rows, whole, to learn from.
+        prompts: the same rows without answers.
+        seed: of everything random in it.
+        features: where its prompts' features are kept on disk; None to read them from the model.
+    """
 
     index: int
     name: str
     samples: SampleRows
     prompts: PromptRows
     seed: int
+    features: FeatureStore | None = None
 
 
 class Method(ABC):

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from llava_cmoe.backbones.feature_store import FeatureStore
 from llava_cmoe.backbones.features import feature_in_passing, prompt_feature
 from llava_cmoe.backbones.sites import Site, ffn_sites, image_token_of, projector_sites, vision_sites
 from llava_cmoe.data.collator import Collator
@@ -106,7 +107,7 @@ class Cmoe(Method):
     def after_task(self, data: StageData, growth: Growth) -> Learned:
         """Freeze the task's experts and routers for good, and fit its locator on the frozen model's features."""
         self.host.freeze()
-        location = self.locator.fit(self.features(data.prompts), data.seed)
+        location = self.locator.fit(self.features(data.prompts, data.features), data.seed)
         self.locator.add(location)
         state = state_of(self.host.banks, data.index)
         added = ledger.added(self.host.banks, data.index)
@@ -143,11 +144,19 @@ class Cmoe(Method):
         with self._locating_in_passing(batch) if passing else super().locating(batch) as verdict:
             yield verdict
 
-    def features(self, prompts: PromptRows) -> Tensor:
+    def features(self, prompts: PromptRows, store: FeatureStore | None = None) -> Tensor:
         """The feature of every prompt (S, D), F_end unless the settings say otherwise; no experts active."""
-        loader = DataLoader(prompts, batch_size=FEATURE_BATCH, collate_fn=self._collator())
-        with self.host.context.use(None):
-            return torch.cat([self._feature(self._on_device(batch)) for batch in loader])
+
+        def read() -> Tensor:
+            loader = DataLoader(prompts, batch_size=FEATURE_BATCH, collate_fn=self._collator())
+            with self.host.context.use(None):
+                return torch.cat([self._feature(self._on_device(batch)) for batch in loader])
+
+        if store is None:
+            return read()
+        locator = self.settings.locator
+        made_by = {"feature": locator.feature, "layer": locator.layer, "batch": FEATURE_BATCH}
+        return store.features({**made_by, "prompts": prompts.fingerprint()}, read).to(self.model.device)
 
     @contextmanager
     def _locating_in_passing(self, batch: Batch) -> Iterator[LateVerdict]:

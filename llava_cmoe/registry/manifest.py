@@ -108,7 +108,7 @@ class RunRecord(Manifest):
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON, without what says nothing about what is learned: where it lies, who helps, who is told."""
-    aside: dict[str, Any] = {"run": True, "data": {"workers"}, "training": {"report_to", "checkpoint_steps"}}
+    aside: Any = {"run": True, "data": {"workers", "feature_store"}, "training": {"report_to", "checkpoint_steps"}}
     return recipe.model_dump(mode="json", exclude=aside)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from llava_cmoe.files import write_atomically
 from llava_cmoe.fingerprints import fingerprint_file
 from llava_cmoe.records import Learned
 from llava_cmoe.registry.manifest import (
@@ -76,9 +77,7 @@ class Registry:
         if not path.exists() or RunRecord.read(path) != record:
             self._check_writer()
             self._tasks.mkdir(parents=True, exist_ok=True)
-            beside = self.run / f".run.json{PARTIAL}"
-            _write(beside, record.to_json())
-            os.rename(beside, path)
+            write_atomically(path, record.to_json().encode())
             _sync(self.run)
 
     def check_recipe(self, recipe: Recipe, processes: int = 1, anyway: bool = False) -> None:

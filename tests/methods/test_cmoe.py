@@ -1,11 +1,14 @@
 """Old tasks compute what they computed, and a prompt's route depends on that prompt alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import Lesson
 from torch import Tensor
 from torch.utils.data import Subset
 
+from llava_cmoe.backbones.feature_store import FeatureStore
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows, SampleRows
@@ -14,7 +17,7 @@ from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.probing import count
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import stage_data
+from llava_cmoe.sequence import learn, stage_data
 
 
 @pytest.fixture
@@ -118,3 +121,20 @@ def test_a_batch_learns_on_the_newest_routers_with_the_balance_term(lesson: Less
     assert (
         0.5 * weight < loss < 3 * weight
     )  # the balance loss itself is 1 at uniform use, at most the number of experts
+
+
+def test_features_kept_by_another_run_teach_the_same_bits(
+    lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def learned(name: str) -> list[str]:
+        data = lesson.recipe.data.model_copy(update={"feature_store": tmp_path / "features"})
+        learn(lesson.recipe.model_copy(update={"data": data, "run": tmp_path / name}))
+        return [record.sha256 for record in Registry(tmp_path / name).records()]
+
+    def refuse() -> Tensor:
+        raise AssertionError("read from the model again")
+
+    plain, features = [record.sha256 for record in lesson.run.registry.records()], FeatureStore.features
+    assert learned("first") == plain
+    monkeypatch.setattr(FeatureStore, "features", lambda store, made_by, _: features(store, made_by, refuse))
+    assert learned("second") == plain

@@ -1,0 +1,93 @@
+"""Features on disk are those of the model, to the bit; what could change them makes another file."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from llava_cmoe.backbones.feature_store import FeatureStore
+from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.data.rows import TRAIN_FEATURES
+
+READ = torch.tensor([[1.5, -0.1], [3.0, 1e-30]])
+
+
+class Model:
+    """Counts how often features are read from it."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def read(self) -> Tensor:
+        self.asked += 1
+        return READ
+
+
+def store(folder: Path, fingerprint: str = "a", writer: bool = True) -> FeatureStore:
+    return FeatureStore(folder, {"backbone": fingerprint}, writer)
+
+
+def test_features_are_read_once_and_come_back_to_the_bit(tmp_path: Path):
+    model, made_by = Model(), {"prompts": "p", "layer": 3}
+    first, second = (store(tmp_path / "new").features(made_by, model.read) for _ in range(2))
+    assert model.asked == 1
+    assert torch.equal(first, READ)
+    assert torch.equal(second, READ)
+
+
+def test_a_file_tells_what_made_it(tmp_path: Path):
+    store(tmp_path).features({"prompts": "p", "layer": 3}, Model().read)
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "pt") as opened:
+        assert json.loads(opened.metadata()["made_by"]) == {"base": {"backbone": "a"}, "prompts": "p", "layer": 3}
+
+
+@pytest.mark.parametrize("other", [("b", {"layer": 3}), ("a", {"layer": 4}), ("a", {"layer": 3, "feature": "mean"})])
+def test_another_base_or_feature_is_read_again(tmp_path: Path, other: tuple[str, dict[str, object]]):
+    model, (fingerprint, made_by) = Model(), other
+    store(tmp_path).features({"layer": 3}, model.read)
+    store(tmp_path, fingerprint).features(made_by, model.read)
+    assert model.asked == 2
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_only_the_writer_writes(tmp_path: Path):
+    store(tmp_path, writer=False).features({}, Model().read)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_file_is_read_again_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    model = Model()
+    store(tmp_path).features({}, model.read)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3])
+    assert torch.equal(store(tmp_path).features({}, model.read), READ)
+    assert model.asked == 2
+    assert "damaged" in caplog.text
+    assert file.read_bytes() == whole
+
+
+def rows(tmp_path: Path, question: str = "Which?", answer: str = "red", colour: str = "red", name: str = "x.png"):
+    Image.new("RGB", (8, 6), colour).save(tmp_path / name)
+    turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]
+    return Dataset.from_list([{"id": "1", "image": str(tmp_path / name), "turns": turns}], features=TRAIN_FEATURES)
+
+
+def test_prompts_are_known_by_what_the_model_reads(tmp_path: Path):
+    here = PromptRows(rows(tmp_path), processor=None).fingerprint()
+    same = (rows(tmp_path, answer="blue"), rows(tmp_path, name="moved.png"))
+    assert {PromptRows(found, processor=None).fingerprint() for found in same} == {here}
+    others = [
+        PromptRows(rows(tmp_path, question="Where?"), processor=None),
+        PromptRows(rows(tmp_path), processor=None, geometry="crop"),
+        PromptRows(rows(tmp_path), processor=None, max_pixels=10),
+    ]
+    prints = {found.fingerprint() for found in others}
+    prints.add(PromptRows(rows(tmp_path, colour="blue"), processor=None).fingerprint())  # the same name, other bytes
+    assert len(prints | {here}) == 5
