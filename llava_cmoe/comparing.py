@@ -112,7 +112,7 @@ def _shared(ours: Scores, theirs: Scores) -> tuple[list[str], list[str]]:
 
 def _untestable(first: Results, other: Results) -> str | None:
     """Why two runs' scores of a question cannot be subtracted; other bases can, with the warning that there is."""
-    for key in ("data", "protocol", "protocol_version"):
+    for key in ("data", "task_versions", "protocol", "protocol_version"):
         if getattr(first, key) != getattr(other, key):
             return f"another {key.replace('_', ' ')}"
     return None

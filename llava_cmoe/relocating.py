@@ -18,7 +18,7 @@ from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import Clock, Progress, Run, check_lengths, learn, open_run, stage_data
 from llava_cmoe.settings import Recipe, RecipeError
-from llava_cmoe.versions import versions
+from llava_cmoe.versions import installed
 
 UNLOCATED = ("oracle", "random")
 """Routes whose answers no locator had a hand in."""
@@ -77,14 +77,14 @@ def take_over(run: Run, source: Registry, progress: Progress) -> None:
 
 
 def _take(run: Run, source: Registry, record: TaskRecord, at: Callable[[str, int, int], None]) -> None:
-    for name, now in (
-        ("data_fingerprint", run.data_fingerprint),
-        ("backbone_fingerprint", run.backbone.fingerprint),
-        ("versions", versions()),
+    for other, same in (
+        ("other data", record.data_fingerprint == run.data_fingerprint),
+        ("another backbone", record.backbone_fingerprint == run.backbone.fingerprint),
+        ("other versions", installed(record.versions)),
     ):
-        if getattr(record, name) != now:
+        if not same:
             raise RegistryError(
-                f"{source.run}: {record.name} was learned with another {name.replace('_', ' ')} than there is now; "
+                f"{source.run}: {record.name} was learned with {other} than now; "
                 "train the new run instead of taking experts over"
             )
     at("locating", 0, 1)

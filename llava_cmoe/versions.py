@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("llava-cmoe", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets")
+PACKAGES = ("llava-cmoe", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes")
 
 
 def versions() -> dict[str, str]:
@@ -17,3 +18,9 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def installed(recorded: Mapping[str, str]) -> bool:
+    """Whether every package that a record names is here in that version; older records name fewer."""
+    here = versions()
+    return all(here.get(package) == wanted for package, wanted in recorded.items())

@@ -60,6 +60,7 @@ def test_runs_stand_beside_each_other_and_are_tested(runs: list[Path], tmp_path:
     [
         ({"base": "another"}, "sequential_lora and cmoe differ in base"),
         ({"num_samples": {"colours": 6, "sides": 5}}, "sequential_lora and cmoe differ in num samples"),
+        ({"task_versions": {"colours": 1, "sides": 2}}, "sequential_lora and cmoe differ in task versions"),
         ({"protocol": "coin"}, "sequential_lora and cmoe differ in protocol"),
         ({"versions": {"torch": "1"}}, "sequential_lora and cmoe differ in versions"),
     ],
@@ -68,7 +69,7 @@ def test_what_makes_runs_incomparable_is_told(runs: list[Path], changes: dict[st
     edit(runs[1], **changes)
     comparison = compare(runs)
     assert told in comparison.warnings
-    assert bool(comparison.differences) == ("protocol" not in changes)
+    assert bool(comparison.differences) == (not changes.keys() & {"protocol", "task_versions"})
 
 
 def test_runs_on_other_data_are_shown_and_not_tested(runs: list[Path]) -> None:

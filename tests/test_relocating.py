@@ -102,6 +102,6 @@ def test_other_experts_and_other_data_are_refused(lesson: Lesson, lesson_of, tmp
     monkeypatch.setattr(
         relocating, "open_run", lambda *args, **words: replace(open_run(*args, **words), data_fingerprint="changed")
     )
-    with pytest.raises(RegistryError, match="colours was learned with another data fingerprint"):
+    with pytest.raises(RegistryError, match="colours was learned with other data than now"):
         relocate(recipe_for(lesson, tmp_path / "run"), lesson.recipe.run)
     assert not Registry(tmp_path / "run").records()

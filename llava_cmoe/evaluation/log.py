@@ -164,6 +164,8 @@ class Results(RunFacts):
     """The tasks in the order in which they are learned."""
     num_samples: dict[str, int]
     """Evaluated rows per task."""
+    task_versions: dict[str, int] = {}
+    """Version of each task's entry; numbers of two versions are not comparable. Empty in older files."""
     subset: Subset | None = None
     """The part of the questions that these are; null where all were asked."""
     failed: dict[str, int] = {}

@@ -234,6 +234,7 @@ def aggregate(
         **facts.model_dump(),
         tasks=names,
         num_samples={name: len(exam.rows[name]) for name in names},
+        task_versions={task.name: task.version for task in exam.sequence.tasks},
         subset=exam.subset,
         failed={
             f"{exam.answers_folder(cell.after).name}/{names[cell.task]}.{cell.route}": cell.failed

@@ -62,6 +62,13 @@ class Comparison(Summarised):
     warnings: tuple[str, ...]
 
 
+COMPARED = (
+    *("base", "data", "tasks", "task_versions", "num_samples", "subset"),
+    *("protocol", "protocol_version", "versions"),
+)
+"""Where two runs differ in one of these, their numbers are not of the same thing."""
+
+
 def run_column(name: str, results: Results) -> Column:
     """A run's headline route."""
     route, measured = next(iter(results.routes.items()))
@@ -105,7 +112,7 @@ def warnings_of(runs: Sequence[tuple[str, Results]], published: PublishedSet | N
     """Whatever makes two columns another measurement of something else, one sentence each."""
     (first_name, first), *others = runs
     for name, results in others:
-        for key in ("base", "data", "tasks", "num_samples", "subset", "protocol", "protocol_version", "versions"):
+        for key in COMPARED:
             if getattr(first, key) != getattr(results, key):
                 yield f"{first_name} and {name} differ in {key.replace('_', ' ')}"
     for name, results in runs:

@@ -34,7 +34,7 @@ from llava_cmoe.settings import EvaluationSettings, RecipeError
 SEQUENCE = TaskSequence(
     name="three",
     tasks=tuple(
-        TaskSpec(name=name, train="-", evaluate="-", scorer=name.lower(), max_new_tokens=3)
+        TaskSpec(name=name, train="-", evaluate="-", scorer=name.lower(), max_new_tokens=3, version=len(name) % 4)
         for name in ("GQA", "Grounding", "OCRVQA")
     ),
 )
@@ -163,6 +163,7 @@ def test_results_hold_the_matrix_the_metrics_and_the_mean_overlap_per_route(exam
     assert results.routes["oracle"].matrix == ((None, None, None), (0.0, None, None))
     assert results.routes["oracle"].metrics["last"] is None
     assert results.num_samples == {"GQA": 4, "Grounding": 4, "OCRVQA": 4}
+    assert results.task_versions == {"GQA": 3, "Grounding": 1, "OCRVQA": 2}
     assert results.seconds == {"GQA": {"training": 1.5}}
 
 
