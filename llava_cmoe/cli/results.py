@@ -1,7 +1,4 @@
-"""The commands that work on what was measured, and load no model: scoring again, and putting results side by side.
-
-As in `cli.py`, which shows them among its own, each command imports the library when it runs.
-"""
+"""The commands that work on what was measured and load no model: results, shown, scored again, compared, exchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llava_cmoe.console import NUM_LISTED, plainly, show
+from llava_cmoe.cli.console import NUM_LISTED, plainly, show
 from llava_cmoe.settings import load_recipe
 
 app = typer.Typer()
@@ -78,6 +75,35 @@ def compare(
         (out / "comparison.md").write_text(comparison_markdown(found) + "\n")
         draw_comparison(found, out / "comparison.png")
         console.print(f"In {out}: comparison.json, comparison.md, comparison.png", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs to put side by side.", metavar="RUN...")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the figures; the first RUN if absent.")] = None,
+) -> None:
+    """Show accuracy matrices and metrics of finished runs, and draw them.
+
+    Writes matrix.png (accuracy), and for methods that have it confusion.png (locator) and growth.png (experts added).
+    """
+    from llava_cmoe.report.figures import draw_confusion, draw_growth, draw_matrices
+    from llava_cmoe.rescoring import results_of
+
+    found = [results_of(run) for run in runs]
+    folder, console = out or runs[0], Console()
+    show(console, found)
+    draw_matrices(found, folder / "matrix.png")
+    written = ["matrix.png"]
+    for results in found:
+        name = f"_{results.run}" if len(found) > 1 else ""
+        if results.locator is not None:
+            draw_confusion(results, folder / f"confusion{name}.png")
+            written.append(f"confusion{name}.png")
+        if any(results.growth.values()):
+            draw_growth(results, folder / f"growth{name}.png")
+            written.append(f"growth{name}.png")
+    console.print(f"In {folder}: {', '.join(written)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

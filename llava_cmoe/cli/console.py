@@ -1,6 +1,6 @@
 """What every command says: results, problems, and one clear message for a user's mistake.
 
-Which commands there are, and what they do, is `cli.py`'s. Imports wait until they are needed, as they do there.
+Imports wait until they are needed, as the commands' do.
 """
 
 from __future__ import annotations

@@ -1,0 +1,95 @@
+"""The commands that make, check or fetch the folder of tasks that a run learns from."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from llava_cmoe.cli.console import list_problems, plainly, show_check, unknown_scorers
+
+app = typer.Typer(help="Make, or check, the folder of tasks that a run learns from.", no_args_is_help=True)
+
+
+@app.command()
+@plainly()
+def make_pocket(
+    root: Annotated[Path, typer.Argument(help="Folder to make.")],
+    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes in every file.")] = 0,
+    train_rows: Annotated[int, typer.Option(help="Training rows per task.", min=1)] = 2000,
+    test_rows: Annotated[int, typer.Option(help="Evaluation rows per task, none of which is trained on.", min=1)] = 300,
+) -> None:
+    """Render the pocket sequence: eight small tasks in the folder layout, file format and answer formats of CoIN."""
+    from llava_cmoe.data.pocket_root import make_pocket_root
+    from llava_cmoe.report.progress import ProgressLine
+
+    console = Console()
+    with ProgressLine(console) as line:
+        make_pocket_root(root, partial(line, "rendering"), seed=seed, train_rows=train_rows, test_rows=test_rows)
+    console.print(f"{root}: 8 tasks, {train_rows} training and {test_rows} evaluation rows each", highlight=False)
+
+
+@app.command()
+@plainly()
+def check(
+    sequence: Annotated[
+        str, typer.Argument(help="pocket, coin, or a YAML file that lists tasks.", metavar="SEQUENCE")
+    ] = "pocket",
+    root: Annotated[Path, typer.Option(help="Folder that holds the data.")] = Path("runs/data/pocket"),
+    backbone: Annotated[
+        str, typer.Option(help="Whose prompts the examples show: a model's folder or name.", metavar="MODEL")
+    ] = "pocket",
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that open pictures; one per core if absent.", min=1)
+    ] = None,
+) -> None:
+    """Find everything that would stop training: every file is read, every picture is opened.
+
+    Leaves with status 1 if anything is wrong. What stops nothing is told, too: row counts that are not the published
+    ones, questions that are both learned and asked, and how one row of each task looks to the model.
+
+    Samples that are too long are found by `train`, which knows the limit, before it begins.
+    """
+    from llava_cmoe.backbones.loading import load_processor
+    from llava_cmoe.data.check import check_sequence
+    from llava_cmoe.data.sequences import load_sequence
+    from llava_cmoe.report.progress import ProgressLine
+
+    console, tasks, processor = Console(), load_sequence(sequence), load_processor(backbone)
+    scorers = unknown_scorers(tasks)
+    with ProgressLine(console) as line:
+        report = check_sequence(root, tasks, partial(line, "checking"), processes or os.cpu_count() or 1)
+    report = replace(report, problems=(*scorers, *report.problems))
+    show_check(console, report, processor)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+@plainly()
+def fetch(
+    sequence: Annotated[str, typer.Argument(help="pocket, coin, or a YAML file that lists tasks.", metavar="SEQUENCE")],
+    root: Annotated[Path, typer.Option(help="Folder for the data.")] = Path("runs/data"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be fetched.")] = False,
+) -> None:
+    """Say where the data of a sequence comes from, under which licence, and what must be done by hand; fetch the rest.
+
+    What the Hugging Face Hub serves is downloaded into the folder; a download that was stopped goes on with the same
+    command. Leaves with status 1 if a download fails.
+    """
+    from llava_cmoe.data.fetch import fetch_sources, render
+    from llava_cmoe.data.sequences import load_sequence
+
+    console, tasks = Console(), load_sequence(sequence)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    for told in render(tasks, root):
+        say(told)
+    failed = [] if dry_run else fetch_sources(tasks, root, say)
+    list_problems(console, "could not be fetched", failed)
+    if failed:
+        raise typer.Exit(1)

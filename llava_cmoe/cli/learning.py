@@ -1,0 +1,216 @@
+"""The commands that learn, or tell what learning would take."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+from rich.console import Console
+
+from llava_cmoe.cli.console import plainly, show
+from llava_cmoe.settings import load_recipe
+
+app = typer.Typer()
+
+
+@app.command()
+@plainly()
+def demo(
+    run: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
+) -> None:
+    """Watch eight small tasks being learned twice: once with forgetting, once without.
+
+    Takes about ten minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
+    """
+    from llava_cmoe.demo import DemoSize, run_demo
+    from llava_cmoe.report.progress import ProgressLine
+
+    size, console = DemoSize(), Console()
+    about = (
+        f"The demo learns from {size.train_rows} rows a task and asks {size.test_rows} questions: less than the runs "
+        "in the README, so its numbers are lower."
+    )
+    if not (run / "results.json").exists():
+        console.print(
+            "Eight rendered tasks, one after another: first one LoRA adapter that every task trains (sequential_lora), "
+            f"then LLaVA-CMoE (cmoe). {about}\nAbout ten minutes on 2 cores; stopped, the same command goes on.",
+            highlight=False,
+        )
+    with ProgressLine(console) as line:
+        both = run_demo(run, line, size)
+    show(console, list(both.values()))
+    console.print(
+        f"Each row: after learning that task; each column: percent right on that task. {about}\n"
+        f"In {run}: results.json, matrix.png. Delete the folder to run the demo again.",
+        highlight=False,
+    )
+
+
+@app.command()
+@plainly()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, such as train/recipes/pocket_cmoe.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's: seed=1 method.probe.alpha=0.5"),
+    ] = None,
+    experts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run that learned the same experts: only locators are fitted, nothing is trained.", metavar="RUN"
+        ),
+    ] = None,
+    anyway: Annotated[
+        bool,
+        typer.Option("--anyway", help="Go on with another recipe, data or number of processes than began the run."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained.")] = False,
+) -> None:
+    """Learn a sequence of tasks, evaluating after each one.
+
+    A run that was stopped goes on with the same command. The pocket sequence is rendered first where it is missing.
+
+    To try another locator on experts that are learned: --experts RUN method.locator.kind=gaussian run=OTHER
+
+    On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
+    """
+    from llava_cmoe.data.pocket_root import make_pocket_root
+    from llava_cmoe.preview import preview, render
+    from llava_cmoe.relocating import relocate
+    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.sequence import lacks_pocket, learn
+    from llava_cmoe.training.processes import processes
+
+    settings = load_recipe(recipe, overrides or ())
+    launched = processes()
+    console = Console(quiet=not launched.is_main_process)
+    if dry_run:
+        resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+        console.print(resolved, markup=False, highlight=False, soft_wrap=True)
+        console.print(render(preview(settings)))
+        if not settings.data.root.exists():
+            remedy = "it would be rendered first" if lacks_pocket(settings) else "training needs it"
+            console.print(f"{settings.data.root} does not exist: {remedy}", highlight=False, soft_wrap=True)
+        return
+    with ProgressLine(console) as line:
+        if launched.is_main_process and lacks_pocket(settings):
+            console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
+            make_pocket_root(settings.data.root, partial(line, "rendering"))
+        launched.wait_for_everyone()
+        results = learn(settings, line, anyway) if experts is None else relocate(settings, experts, line)
+    show(console, [results])
+    console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="Recipe, such as train/recipes/pocket_cmoe.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's: method.experts.rank=32"),
+    ] = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Sites that grow for each task after the first; as Eq. 2 makes likely if absent.", min=0),
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sample; the recipe's training.max_length if absent.", min=1)
+    ] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(help="Number of GPUs; 8 if absent, may be given several times.", min=1)
+    ] = None,
+    mean: Annotated[
+        float, typer.Option(help="Millions of trained parameters per task to find settings for; the paper's.", min=0)
+    ] = 43.96,
+    throughput: Annotated[
+        float | None, typer.Option(help="Samples per second, all GPUs together: adds hours.", min=0.001)
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Training rows per task, for hours without the data at hand.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.", metavar="FILE")] = None,
+) -> None:
+    """Say what a recipe costs before anything is downloaded: parameters, memory, disk and hours.
+
+    Needs the backbone's config.json alone; llava-hf/llava-1.5-7b-hf is known here, so no network is needed for it.
+    """
+    from llava_cmoe.budget.estimate import budget
+    from llava_cmoe.budget.tables import render
+
+    computed = budget(
+        load_recipe(recipe, overrides or ()),
+        wanted_mean=mean * 1e6,
+        num_grown=layers,
+        length=length,
+        gpus=gpus or (8,),
+        throughput=throughput,
+        rows=rows,
+    )
+    Console().print(render(computed))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(computed.model_dump_json(indent=1) + "\n")
+
+
+@app.command()
+@plainly()
+def convert(
+    llm: Annotated[Path, typer.Option(help="LLaMA in transformers' format, such as vicuna-7b-v1.5.", metavar="DIR")],
+    projector: Annotated[Path, typer.Option(help="mm_projector.bin of LLaVA's stage 1.", metavar="FILE")],
+    vision: Annotated[Path, typer.Option(help="CLIP in transformers' format: ViT-L/14 at 336.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Folder to write, for backbone.path.", metavar="DIR")],
+) -> None:
+    """Put an LLM, LLaVA's own projector file and a vision encoder together as one model of transformers.
+
+    This is the base that CoIN starts from. Weights keep their bits. The projector's file is the only one that is not
+    safetensors, and it is read as tensors alone: nothing in it is ever run.
+    """
+    from llava_cmoe.backbones.conversion import convert as put_together
+
+    put_together(llm, projector, vision, out)
+    Console().print(f"{out}: ready for backbone.path", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def study(
+    studies: Annotated[
+        list[Path], typer.Argument(help="Study files, such as train/recipes/studies/rank.yaml.", metavar="STUDY...")
+    ],
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time; one per GPU, else one per core, if absent.", min=1)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the studies and list their runs.")] = False,
+) -> None:
+    """Learn variants of a recipe from several seeds, several runs at a time, and put them into one table.
+
+    A study that was stopped goes on with the same command; finished runs are only read. Leaves with status 1 if a run
+    fails, after all the others.
+
+    Writes study.json, table.md and last.png into runs/studies/NAME once all runs of that study are finished.
+    """
+    from llava_cmoe.report.progress import ProgressLine, StudyLine
+    from llava_cmoe.studies.plan import plan_studies, render
+    from llava_cmoe.studies.runner import render_missing, run_studies
+
+    console, plans = Console(), plan_studies(studies, Path("runs/studies"))
+    if dry_run:
+        console.print(render(plans))
+        return
+    with ProgressLine(console) as line:
+        render_missing(plans, partial(line, "rendering"))
+    with StudyLine(console, sum(len(plan.runs) for plan in plans)) as bar:
+        failed = run_studies(plans, jobs, bar)
+    for plan in plans:
+        if any(run in failed for run in plan.runs):
+            console.print(f"{plan.folder}: no table, not all runs are finished", highlight=False, soft_wrap=True)
+        else:
+            table = (plan.folder / "table.md").read_text()
+            console.print(table, markup=False, highlight=False, soft_wrap=True)
+            console.print(f"In {plan.folder}: study.json, table.md, last.png", highlight=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)

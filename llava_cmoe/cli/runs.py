@@ -1,0 +1,182 @@
+"""The commands that load what a run has learned: measure it, probe it, merge it, talk to it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from llava_cmoe.cli.console import plainly, show
+from llava_cmoe.settings import EvaluationSettings, parse_settings
+
+app = typer.Typer()
+
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/pocket_cmoe.", metavar="RUN")]
+
+
+@app.command("eval")
+@plainly()
+def evaluate(
+    run: RunFolder,
+    routes: Annotated[
+        str | None,
+        typer.Option(help="Ways to choose routers, measured beside the recipe's own: located,oracle,random"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Questions answered at once; the recipe's if absent.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Ask a stratified subset of N questions per task, into RUN/subsets/.", metavar="N"),
+    ] = None,
+    subset_seed: Annotated[int | None, typer.Option(help="Seed of the subset; the recipe's if absent.")] = None,
+) -> None:
+    """Measure what a run has learned so far, and write its results.json.
+
+    What is answered already is not asked again, so this costs little after `train`.
+
+    Routes: located, the run finds out which task a question belongs to; oracle, it is told; random, any learned task.
+    """
+    from llava_cmoe.registry.store import Registry
+    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.sequence import evaluate_run, subset_folder
+    from llava_cmoe.training.processes import processes
+
+    recipe = Registry(run).recipe()
+    own = recipe.evaluation
+    wanted = {"routes": [*dict.fromkeys((*own.routes, *(routes.split(",") if routes else ())))]}
+    options = {"batch_size": batch_size, "limit": limit, "subset_seed": subset_seed}
+    given = {key: value for key, value in options.items() if value is not None}
+    evaluation = parse_settings(EvaluationSettings, own.model_dump() | wanted | given, source="llava-cmoe eval")
+    console = Console(quiet=not processes().is_main_process)
+    with ProgressLine(console) as line:
+        asked = recipe.model_copy(update={"evaluation": evaluation})
+        results = evaluate_run(asked, line)
+    show(console, [results])
+    console.print(f"In {subset_folder(asked)}: results.json", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def probe(
+    run: RunFolder,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings to probe with: method.probe.alpha=0.5"),
+    ] = None,
+    after: Annotated[
+        int | None, typer.Option(help="The model as it was after its first N tasks; as it is now if absent.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all that is measured.", metavar="FILE")] = None,
+) -> None:
+    """Ask in which layers each task would grow, and change nothing: tasks that are learned should need few.
+
+    Shows how much of a probe's use comes from the settings: compare method.probe.balance_weight=0, for example.
+    """
+    from llava_cmoe.calibration import probe_tasks, render
+    from llava_cmoe.registry.store import Registry
+    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.settings import override
+    from llava_cmoe.training.processes import processes
+
+    recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))
+    console = Console(quiet=not processes().is_main_process)
+    with ProgressLine(console) as line:
+        calibration = probe_tasks(recipe, after, line)
+    console.print(render(calibration))
+    if out is not None and processes().is_main_process:
+        out.write_text(calibration.model_dump_json(indent=1) + "\n")
+
+
+@app.command()
+@plainly()
+def merge(
+    run: RunFolder,
+    bound: Annotated[
+        float, typer.Option(help="Most by which a task's loss may rise, in nats per answer token.", min=0)
+    ] = 0.02,
+    rows: Annotated[int, typer.Option(help="Rows per task, never learned, to measure that on, at most.", min=1)] = 200,
+) -> None:
+    """Leave out experts that are little used or like another one, as many as every task bears.
+
+    What was learned stays as it is: the merge is an entry of its own in RUN/merges, and deleting it takes it back. It
+    is checked on training rows that the run did not learn, so the run needs a data.train_rows below their number.
+    """
+    from llava_cmoe.merging import merge_run, render
+    from llava_cmoe.registry.store import Registry
+    from llava_cmoe.report.progress import ProgressLine
+
+    console = Console()
+    with ProgressLine(console) as line:
+        record, folder = merge_run(Registry(run).recipe(), bound, rows, line)
+    console.print(render(record))
+    console.print(f"In {folder}: merge.json, answers/", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@plainly()
+def unseen(
+    run: RunFolder,
+    sequence: Annotated[
+        str, typer.Option(help="Tasks that RUN never learned: a YAML file that lists them, or a name.")
+    ] = "pocket_unseen",
+    root: Annotated[Path, typer.Option(help="Folder with their Instructions_Original/ and cl_dataset/.")] = Path(
+        "runs/data/pocket_unseen"
+    ),
+    out: Annotated[Path | None, typer.Option(help="JSON file for all that is measured.", metavar="FILE")] = None,
+) -> None:
+    """Ask a run what it never learned: does it leave these questions to the base model, and is nothing lost?
+
+    The base model is the backbone without experts. Its score stands beside the run's on the same questions; how often
+    the run wrongly leaves questions of its own tasks to the base model, below. Changes nothing in RUN.
+
+    The task that ships asks for what the pocket backbone was pretrained on; it is rendered first where it is missing.
+    """
+    from llava_cmoe.data.pocket import UNSEEN
+    from llava_cmoe.data.pocket_root import make_pocket_root
+    from llava_cmoe.data.sequences import load_sequence
+    from llava_cmoe.registry.store import Registry
+    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.unseen import check_unseen, measure_unseen, render
+
+    recipe, tasks = Registry(run).recipe(), load_sequence(sequence)
+    check_unseen(recipe, tasks)
+    console = Console()
+    with ProgressLine(console) as line:
+        if tasks.name == "pocket_unseen" and not root.exists():
+            # The one training row is never learned: readers of a data root want a file of them.
+            make_pocket_root(root, partial(line, "rendering"), train_rows=1, tasks=[UNSEEN.name])
+        results = measure_unseen(recipe, tasks, root, line)
+    console.print(render(results))
+    if out is not None:
+        out.write_text(results.model_dump_json(indent=1) + "\n")
+
+
+@app.command()
+@plainly()
+def chat(
+    run: RunFolder,
+    image: Annotated[
+        Path | None, typer.Option(help="Picture to talk about; none for questions of text alone.", metavar="FILE")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="One question; without it, questions are read until `exit`.")
+    ] = None,
+    after: Annotated[
+        int | None, typer.Option(help="The model as it was after its first N stages; as it is now if absent.", min=0)
+    ] = None,
+    merge: Annotated[int | None, typer.Option(help="With the experts that merge N of the run leaves.", min=1)] = None,
+) -> None:
+    r"""Ask a run about a picture, or none; it says which task it took the question for, and answers.
+
+    Questions are best asked as the tasks ask them, with the instruction on a line of its own (write \n before it).
+    """
+    from llava_cmoe.chat.session import open_session
+    from llava_cmoe.chat.terminal import answer, converse
+
+    console, session = Console(), open_session(run, after, merge)
+    if prompt is None:
+        converse(console, session, image)
+    else:
+        answer(console, session, image, prompt)
