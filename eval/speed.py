@@ -33,11 +33,12 @@ from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.recipes import parse_settings
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import sequence_of
-from llava_cmoe.settings import BackboneSettings, Recipe, TrainingSettings, parse_settings
+from llava_cmoe.settings import BackboneSettings, Recipe, TrainingSettings
 from llava_cmoe.throughput import Load, measure_training
 from llava_cmoe.versions import versions
 

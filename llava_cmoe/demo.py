@@ -16,9 +16,10 @@ from pydantic import TypeAdapter
 from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.files import write_atomically
+from llava_cmoe.recipes import load_recipe, shipped
 from llava_cmoe.report.figures import draw_matrices
 from llava_cmoe.sequence import learn
-from llava_cmoe.settings import EvaluationSettings, Recipe, load_recipe, shipped
+from llava_cmoe.settings import EvaluationSettings, Recipe
 
 Progress = Callable[[str, str, int, int], None]
 BOTH = TypeAdapter(dict[str, Results])

@@ -17,7 +17,7 @@ TOP_LEVEL = {
     *("data_configs", "eval", "llava_cmoe", "tests", "train", "zero_configs"),
 }
 ORDER = (
-    *("versions", "files", "fingerprints", "settings", "records"),
+    *("versions", "files", "fingerprints", "settings", "recipes", "records"),
     *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
     *(
         "report",

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 
 from llava_cmoe.cli.console import plainly, show
-from llava_cmoe.settings import EvaluationSettings, parse_settings
+from llava_cmoe.recipes import parse_settings
+from llava_cmoe.settings import EvaluationSettings
 
 app = typer.Typer()
 
@@ -75,9 +76,9 @@ def probe(
     Shows how much of a probe's use comes from the settings: compare method.probe.balance_weight=0, for example.
     """
     from llava_cmoe.calibration import probe_tasks, render
+    from llava_cmoe.recipes import override
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.settings import override
     from llava_cmoe.training.processes import processes
 
     recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llava_cmoe.files import write_atomically
 from llava_cmoe.fingerprints import fingerprint_file
+from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry.manifest import (
     FileRecord,
@@ -33,7 +34,7 @@ from llava_cmoe.registry.manifest import (
     plain_facts,
     recipe_facts,
 )
-from llava_cmoe.settings import Recipe, parse_recipe
+from llava_cmoe.settings import Recipe
 from llava_cmoe.versions import versions
 
 logger = logging.getLogger(__name__)

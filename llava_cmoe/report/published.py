@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from llava_cmoe.evaluation.metrics import DEFINITIONS, Matrix, all_metrics
-from llava_cmoe.settings import RecipeError, Settings, nearest, parse_settings, read_yaml
+from llava_cmoe.recipes import nearest, parse_settings, read_yaml
+from llava_cmoe.settings import RecipeError, Settings
 
 FILE = Path(__file__).with_name("published_results.yaml")
 

@@ -11,15 +11,8 @@ from llava_cmoe.budget.course import expected_sites, growth_of, locator_size, on
 from llava_cmoe.budget.means import PAPER_MEAN, settings_for
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.settings import (
-    CmoeSettings,
-    ExpertSettings,
-    LocatorSettings,
-    ProbeSettings,
-    Recipe,
-    load_recipe,
-    shipped,
-)
+from llava_cmoe.recipes import load_recipe, shipped
+from llava_cmoe.settings import CmoeSettings, ExpertSettings, LocatorSettings, ProbeSettings, Recipe
 
 LAYERS, WIDTH, INNER = 32, 4096, 11008
 

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
+from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry import store
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import parse_recipe
 
 NAMES = ("scienceqa", "textvqa", "imagenet")
 WRITING = ("open_run", "commit", "_write_tensors", "_write", "_sync")
