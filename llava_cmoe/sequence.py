@@ -309,7 +309,7 @@ def feature_store(run: Run) -> FeatureStore | None:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    return FeatureStore(folder, base, writer=run.processes.is_main_process)
+    return FeatureStore(folder, base)
 
 
 def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None], logs: Path | None = None) -> Teach:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llava_cmoe.methods import cmoe
 from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.sequence import learn
 
@@ -41,6 +42,7 @@ def learn_until_killed(document: dict[str, Any], module: str, function: str, cal
 
 
 if __name__ == "__main__":
+    cmoe.FEATURE_BATCH = 8  # so that processes share even a few rows
     fatal = json.loads(os.environ.get("FATAL", "{}"))
     for argument in sys.argv[1:]:
         if os.environ["RANK"] == fatal.get("rank"):

@@ -79,12 +79,16 @@ def test_two_processes_learn_what_one_does(make: Make, alone: Callable[..., Reci
         assert read_results(recipe.run / "results.json").processes == 2
 
 
-def test_accumulated_batches_are_one_batch(make: Make, alone: Callable[..., Recipe]):
+def test_accumulated_batches_are_one_batch_and_features_are_kept_once(
+    make: Make, alone: Callable[..., Recipe], tmp_path: Path
+):
     # The balance term is of a forward pass: what two passes count, no single one has seen.
     unbalanced = ("method.experts.balance_weight=0", "method.probe.balance_weight=0")
-    together = make("cmoe", "training.batch_size=1", "training.accumulation=2", *unbalanced)
+    spread = ("training.batch_size=1", "training.accumulation=2", f"data.feature_store={tmp_path}")
+    together = make("cmoe", *spread, *unbalanced)
     launch("zero2", [together])
     assert_same(alone("cmoe", *unbalanced), together)
+    assert len(list(tmp_path.iterdir())) == len(TASKS)
 
 
 def test_bf16_keeps_experts_and_routers_in_float32(make: Make):

@@ -15,10 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -33,28 +36,34 @@ class FeatureStore:
     Attributes:
         folder: which need not exist yet; runs at work may share it.
         base: what the model is and what it computes on, as JSON.
-        writer: whether this process writes what it had to read from the model.
     """
 
     folder: Path
     base: Mapping[str, object]
-    writer: bool
 
-    def features(self, made_by: Mapping[str, object], read: Callable[[], Tensor]) -> Tensor:
-        """The features (S, D) that `read` gives, from disk where they are known; on the CPU then.
+    def features(self, prompts: PromptRows, read_as: Mapping[str, object], read: Callable[[], Tensor]) -> Tensor:
+        """The features (S, D) that `read` gives, from disk where they are known, and then on the CPU.
 
         Args:
-            made_by: what besides the base could change a bit of them: prompts, layer and so on, as JSON.
-            read: reads them from the model.
+            prompts: whose features they are.
+            read_as: what besides base and prompts could change a bit of them: layer, batch and so on, as JSON.
+            read: reads them from the model; all processes of a launch call it, or none.
         """
-        facts = json.dumps({"base": self.base, **made_by}, sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.safetensors"
-        if path.is_file():
+        main, found = PartialState().is_main_process, ["", False]
+        if main:
+            facts = json.dumps({"base": self.base, "prompts": prompts.fingerprint(), **read_as}, sort_keys=True)
+            found = [facts, self._path(facts).is_file()]
+        facts, known = broadcast_object_list(found)
+        path = self._path(facts)
+        if known:
             try:
                 return load_file(path)[NAME]
             except SafetensorError as error:
                 logger.warning("%s: damaged (%s), its features are read from the model again", path, error)
         feature_SD = read()
-        if self.writer:
+        if main:
             write_atomically(path, save({NAME: feature_SD.cpu().contiguous()}, metadata={"made_by": facts}))
         return feature_SD
+
+    def _path(self, facts: str) -> Path:
+        return self.folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.safetensors"

@@ -23,10 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from math import ceil
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.feature_store import FeatureStore
@@ -146,17 +149,22 @@ class Cmoe(Method):
 
     def features(self, prompts: PromptRows, store: FeatureStore | None = None) -> Tensor:
         """The feature of every prompt (S, D), F_end unless the settings say otherwise; no experts active."""
-
-        def read() -> Tensor:
-            loader = DataLoader(prompts, batch_size=FEATURE_BATCH, collate_fn=self._collator())
-            with self.host.context.use(None):
-                return torch.cat([self._feature(self._on_device(batch)) for batch in loader])
-
         if store is None:
-            return read()
+            return self._read(prompts)
         locator = self.settings.locator
-        made_by = {"feature": locator.feature, "layer": locator.layer, "batch": FEATURE_BATCH}
-        return store.features({**made_by, "prompts": prompts.fingerprint()}, read).to(self.model.device)
+        read_as = {"feature": locator.feature, "layer": locator.layer, "batch": FEATURE_BATCH}
+        return store.features(prompts, read_as, lambda: self._read(prompts)).to(self.model.device)
+
+    def _read(self, prompts: PromptRows) -> Tensor:
+        """Each process reads every so many batches in a row; all get all of it (S, D), as one alone would read it."""
+        state, num_prompts = PartialState(), len(prompts)
+        share = FEATURE_BATCH * ceil(num_prompts / (FEATURE_BATCH * state.num_processes))
+        mine = range(num_prompts)[share * state.process_index :][:share] or range(1)  # a row that is cut off again
+        loader = DataLoader(Subset(prompts, mine), batch_size=FEATURE_BATCH, collate_fn=self._collator())
+        with self.host.context.use(None):
+            own_SD = torch.cat([self._feature(self._on_device(batch)) for batch in loader])
+        whole_SD: Tensor = gather(pad_across_processes(own_SD))
+        return whole_SD[:num_prompts]
 
     @contextmanager
     def _locating_in_passing(self, batch: Batch) -> Iterator[LateVerdict]:

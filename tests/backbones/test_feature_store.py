@@ -28,46 +28,49 @@ class Model:
         return READ
 
 
-def store(folder: Path, fingerprint: str = "a", writer: bool = True) -> FeatureStore:
-    return FeatureStore(folder, {"backbone": fingerprint}, writer)
+def store(folder: Path, fingerprint: str = "a") -> FeatureStore:
+    return FeatureStore(folder, {"backbone": fingerprint})
 
 
-def test_features_are_read_once_and_come_back_to_the_bit(tmp_path: Path):
-    model, made_by = Model(), {"prompts": "p", "layer": 3}
-    first, second = (store(tmp_path / "new").features(made_by, model.read) for _ in range(2))
+@pytest.fixture
+def prompts(tmp_path: Path) -> PromptRows:
+    return PromptRows(rows(tmp_path), processor=None)
+
+
+def test_features_are_read_once_and_come_back_to_the_bit(tmp_path: Path, prompts: PromptRows):
+    model = Model()
+    first, second = (store(tmp_path / "new").features(prompts, {"layer": 3}, model.read) for _ in range(2))
     assert model.asked == 1
     assert torch.equal(first, READ)
     assert torch.equal(second, READ)
 
 
-def test_a_file_tells_what_made_it(tmp_path: Path):
-    store(tmp_path).features({"prompts": "p", "layer": 3}, Model().read)
-    (file,) = tmp_path.iterdir()
+def test_a_file_tells_what_made_it(tmp_path: Path, prompts: PromptRows):
+    store(tmp_path / "new").features(prompts, {"layer": 3}, Model().read)
+    (file,) = (tmp_path / "new").iterdir()
     with safe_open(file, "pt") as opened:
-        assert json.loads(opened.metadata()["made_by"]) == {"base": {"backbone": "a"}, "prompts": "p", "layer": 3}
+        told = json.loads(opened.metadata()["made_by"])
+    assert told == {"base": {"backbone": "a"}, "prompts": prompts.fingerprint(), "layer": 3}
 
 
 @pytest.mark.parametrize("other", [("b", {"layer": 3}), ("a", {"layer": 4}), ("a", {"layer": 3, "feature": "mean"})])
-def test_another_base_or_feature_is_read_again(tmp_path: Path, other: tuple[str, dict[str, object]]):
-    model, (fingerprint, made_by) = Model(), other
-    store(tmp_path).features({"layer": 3}, model.read)
-    store(tmp_path, fingerprint).features(made_by, model.read)
+def test_another_base_or_feature_is_read_again(
+    tmp_path: Path, prompts: PromptRows, other: tuple[str, dict[str, object]]
+):
+    model, folder, (fingerprint, read_as) = Model(), tmp_path / "new", other
+    store(folder).features(prompts, {"layer": 3}, model.read)
+    store(folder, fingerprint).features(prompts, read_as, model.read)
     assert model.asked == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(folder.iterdir())) == 2
 
 
-def test_only_the_writer_writes(tmp_path: Path):
-    store(tmp_path, writer=False).features({}, Model().read)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_damaged_file_is_read_again_and_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    model = Model()
-    store(tmp_path).features({}, model.read)
-    (file,) = tmp_path.iterdir()
+def test_a_damaged_file_is_read_again_and_mended(tmp_path: Path, prompts: PromptRows, caplog: pytest.LogCaptureFixture):
+    model, folder = Model(), tmp_path / "new"
+    store(folder).features(prompts, {}, model.read)
+    (file,) = folder.iterdir()
     whole = file.read_bytes()
     file.write_bytes(whole[:-3])
-    assert torch.equal(store(tmp_path).features({}, model.read), READ)
+    assert torch.equal(store(folder).features(prompts, {}, model.read), READ)
     assert model.asked == 2
     assert "damaged" in caplog.text
     assert file.read_bytes() == whole

@@ -136,5 +136,7 @@ def test_features_kept_by_another_run_teach_the_same_bits(
 
     plain, features = [record.sha256 for record in lesson.run.registry.records()], FeatureStore.features
     assert learned("first") == plain
-    monkeypatch.setattr(FeatureStore, "features", lambda store, made_by, _: features(store, made_by, refuse))
+    monkeypatch.setattr(
+        FeatureStore, "features", lambda store, prompts, read_as, _: features(store, prompts, read_as, refuse)
+    )
     assert learned("second") == plain
