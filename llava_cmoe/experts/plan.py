@@ -32,7 +32,7 @@ class RoutePlan:
         weights_BK: weight of each of those tasks.
         newest: largest task index in the plan, kept on the host. Banks compute only the experts that this task's
             router knows: an old task's arithmetic keeps its shapes, hence its bits, whatever is learned later.
-        mask_BT: True for tokens that are not padding; read only where gates are observed.
+        mask_BT: True for tokens that are not padding, or (B, 1) for all of a row; read only where gates are observed.
         sample_I: sample of each row of the forward pass where a row is an image; None where row b is sample b.
     """
 
@@ -67,8 +67,9 @@ class RoutePlan:
         return cls(mixture.tasks_BK, mixture.weights_BK, int(mixture.tasks_BK.max()))
 
     def of_images(self, sample_I: Tensor) -> RoutePlan:
-        """The same plan where a row is an image, given its sample; patches are never padding."""
-        return replace(self, sample_I=sample_I, mask_BT=None)
+        """The same plan where a row is an image, given its sample: all its patches count if any token there does."""
+        seen_I1 = None if self.mask_BT is None else self.mask_BT.any(dim=1, keepdim=True)[sample_I]
+        return replace(self, sample_I=sample_I, mask_BT=seen_I1)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Tasks and their weights for each row of the forward pass, each (B, K) or (I, K)."""

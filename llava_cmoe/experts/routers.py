@@ -174,7 +174,7 @@ def _over_tokens(value_BTE: Tensor, mask_BT: Tensor | None) -> Tensor:
     """Sum over the non-pad tokens."""
     if mask_BT is None:
         return value_BTE.sum(dim=(0, 1))
-    if mask_BT.shape != value_BTE.shape[:2]:
+    if mask_BT.shape not in (value_BTE.shape[:2], (len(value_BTE), 1)):
         raise ValueError(
             f"the plan's mask is {tuple(mask_BT.shape)}, the forward pass {tuple(value_BTE.shape[:2])}; "
             "observe whole forward passes, not cached decoding"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.collator import Collator, silenced
 from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.methods.base import StageData
@@ -107,6 +108,20 @@ def test_a_batch_without_pictures_is_learned_from(lesson: Lesson, method: Cmoe, 
     with torch.no_grad(), method.learning(batch) as extra_loss:
         method.model(**batch)
         assert 0 < extra_loss() < 3 * lesson.recipe.method.experts.balance_weight
+
+
+def test_a_silent_row_runs_the_vision_encoder_and_nobody_counts_its_patches(
+    lesson: Lesson, method: Cmoe, collator: Collator
+):
+    rows = samples(lesson, 0)
+    pictured = next(row for row in map(rows.__getitem__, range(len(rows))) if "pixel_values" in row)
+    batch = replace(collator, silent=silenced(pictured))(text_only(lesson)[:2])
+    assert len(batch["pixel_values"]) == 1
+    plan = RoutePlan.single(1, batch["attention_mask"].bool())
+    with torch.no_grad(), method.host.context.use(plan), method.host.context.observe() as seen:
+        method.model(**batch)
+    assert not seen.counts[VISION].any() and not seen.counts[PROJECTOR].any()
+    assert seen.counts[LLM[0]].sum() == 2 * batch["attention_mask"].sum()
 
 
 # Probing.
