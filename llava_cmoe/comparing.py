@@ -67,15 +67,16 @@ def compare(folders: Sequence[Path], published_name: str | None = None, root: Pa
 
 
 def final_scores(folder: Path, root: Path | None = None) -> Scores:
-    """Score of every question of the headline route's last row."""
+    """Score of every question of the headline route's last row; of tasks whose accuracy is the mean of these alone."""
     examined = open_examined(folder, root)
     exam, last = examined.exam, examined.rows[-1]
     route = exam.settings.routes[0]
     scores = {}
     for task, name in enumerate(exam.sequence.names):
         if examined.results.headline.matrix[last][task] is not None:
-            values = score_cell(exam, last, task, route).scores
-            scores[name] = dict(zip(exam.rows[name]["id"], values, strict=True))
+            cell = score_cell(exam, last, task, route)
+            if cell.is_mean:
+                scores[name] = dict(zip(exam.rows[name]["id"], cell.scores, strict=True))
     return scores
 
 

@@ -134,9 +134,10 @@ class RouteResults(_Logged):
     metrics: dict[str, float | None]
     """Metrics of the matrix, in percent or percent points; their definitions stand beside the routes."""
     intervals: tuple[tuple[Interval | None, ...], ...] = ()
-    """Lower and upper end of each accuracy of the matrix, by bootstrap; empty in a file of format 1."""
+    """Lower and upper end of each accuracy of the matrix, by bootstrap; null for one that is no mean over questions
+    (`captions`); empty in a file of format 1."""
     metric_intervals: dict[str, Interval | None] = {}
-    """The same of each metric."""
+    """The same of each metric; null, too, where it rests on such an accuracy."""
     beside: dict[str, tuple[Row, ...]] = {}
     """The matrix under each other protocol: what it makes of the same answers, null for tasks that it does not judge;
     empty in older files."""

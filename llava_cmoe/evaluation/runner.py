@@ -6,6 +6,7 @@ scorer costs no generation. Who learned what, and when this is called, is left t
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,7 @@ class Cell:
         task: index of the task that was asked.
         route: whose routers answered.
         accuracy: percent.
-        scores: of each row, in the rows' order and in [0, 1]; the accuracy is their mean.
+        scores: of each row, in the rows' order; the accuracy is their mean, unless the scorer judges a task as a whole.
         detail: means of the scorer's further numbers (grounding: `iou`).
         failed: rows that could not be answered; they count as wrong.
         beside: accuracy of the same answers in percent under each other protocol that judges this task.
@@ -98,6 +99,11 @@ class Cell:
     detail: Mapping[str, float] = field(default_factory=dict)
     failed: int = 0
     beside: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether the accuracy is a mean over questions, which drawing questions anew tells the sureness of."""
+        return math.isclose(self.accuracy, 100 * mean(self.scores), abs_tol=1e-9)
 
 
 def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str, Questions]:
@@ -255,7 +261,9 @@ def aggregate(
 
 def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteResults:
     matrix = _matrix({(cell.after, cell.task): cell.accuracy for cell in cells}, last, num_tasks)
-    intervals = {(cell.after, cell.task): accuracy_interval(cell.scores, cell.task) for cell in cells}
+    means = {(cell.after, cell.task): cell.scores for cell in cells if cell.is_mean}
+    intervals = {(after, task): accuracy_interval(scores, task) for (after, task), scores in means.items()}
+    metrics, whole = all_metrics(matrix), len(means) == len(cells)
     details = sorted({name for cell in cells for name in cell.detail})
     return RouteResults(
         matrix=matrix,
@@ -263,9 +271,9 @@ def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteRes
             name: _matrix({(cell.after, cell.task): cell.detail.get(name) for cell in cells}, last, num_tasks)
             for name in details
         },
-        metrics=all_metrics(matrix),
+        metrics=metrics,
         intervals=_matrix(intervals, last, num_tasks),
-        metric_intervals=metric_intervals({(cell.after, cell.task): cell.scores for cell in cells}, last + 1),
+        metric_intervals=metric_intervals(means, last + 1) if whole else dict.fromkeys(metrics),
         beside={
             protocol: _matrix({(cell.after, cell.task): cell.beside.get(protocol) for cell in cells}, last, num_tasks)
             for protocol in sorted({protocol for cell in cells for protocol in cell.beside})

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llava_cmoe.data.rows import EVAL_FEATURES
 from llava_cmoe.data.tasks import TaskSequence, TaskSpec
+from llava_cmoe.evaluation import runner
 from llava_cmoe.evaluation.generate import Candidate
 from llava_cmoe.evaluation.log import Answer, RunFacts, comparable, write_answers
 from llava_cmoe.evaluation.runner import (
@@ -26,7 +27,7 @@ from llava_cmoe.evaluation.runner import (
     score_after,
     score_answers,
 )
-from llava_cmoe.evaluation.scorers import get_scorer
+from llava_cmoe.evaluation.scorers import TaskScore, get_scorer
 from llava_cmoe.methods.base import Method
 from llava_cmoe.records import Located
 from llava_cmoe.settings import EvaluationSettings, RecipeError
@@ -178,6 +179,19 @@ def test_every_accuracy_and_metric_has_an_interval_around_it(exam: Exam) -> None
     assert perfect == (100.0, 100.0) and unasked is None
     assert {name for name, around in headline.metric_intervals.items() if around is None} == {"transfer"}
     assert results.bootstrap["seed"] == 0
+
+
+def test_an_accuracy_that_is_no_mean_over_questions_has_no_interval(
+    exam: Exam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cell(exam, 0, 0, ["cat", "cat", "dog", "dog"], [0] * 4)
+    write_cell(exam, 1, 1, ["0 0 1 1"] * 4, [1] * 4)
+    scorers = {"grounding": lambda texts, references: TaskScore(0.7, (0.9, 0.9, 0.9, 0.0), {})}
+    monkeypatch.setattr(runner, "get_scorer", lambda name, settings: scorers.get(name) or get_scorer(name, settings))
+    headline = aggregate(exam, FACTS, range(2)).headline
+    assert headline.matrix[1][1] == pytest.approx(70) and headline.intervals[1][1] is None
+    assert headline.intervals[0][0] is not None
+    assert set(headline.metric_intervals.values()) == {None}
 
 
 def test_answers_of_a_task_that_is_not_learned_yet_are_measured_as_transfer(exam: Exam) -> None:
