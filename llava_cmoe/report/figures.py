@@ -96,13 +96,16 @@ def draw_growth(results: Results, path: Path) -> None:
 
 
 def draw_study(summary: StudySummary, path: Path) -> None:
-    """Last mean of each variant, and the same against what it trained and what it stored; bars are one deviation.
+    """Last mean of each variant, and the same against what it trained and stored where that differs; bars are one std.
 
     The names at the first panel are the legend of all: a variant keeps its mark and colour.
     """
     variants = summary.variants
-    keys = ("trained_thousands", "stored_kilobytes")
-    costs = [key for key in keys if all(key in variant.numbers for variant in variants.values())]
+    means = {
+        key: [variant.numbers[key].mean for variant in variants.values() if key in variant.numbers]
+        for key in ("trained_thousands", "stored_kilobytes")
+    }
+    costs = [key for key, known in means.items() if len(known) == len(variants) and len(set(known)) > 1]
     figure = _figure(4.6 + 3.4 * len(costs), max(2.6, 0.36 * len(variants) + 1.4))
     first, *others = figure.subplots(1, 1 + len(costs), squeeze=False)[0]
     colours = colormaps["viridis"](np.linspace(0, 0.88, len(variants)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from pytest import approx
 
 from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
@@ -90,14 +91,16 @@ def test_variants_may_differ_in_the_order_of_tasks_and_in_nothing_else_they_shar
         summarise_study(STUDY, {"mixed": [result("rank_4", 0, 50.0), result("rank_8", 1, 50.0)]})
 
 
-def test_the_figure_is_drawn_with_and_without_costs(runs, tmp_path: Path):
-    free = {
-        name: [run.model_copy(update={"trainable_parameters": {}}) for run in group] for name, group in runs.items()
-    }
-    for name, group in (("one", runs), ("two", runs), ("free", free)):
+def test_the_figure_shows_costs_where_variants_differ_in_them(runs, tmp_path: Path):
+    def with_all(**changes) -> dict:
+        return {name: [run.model_copy(update=changes) for run in group] for name, group in runs.items()}
+
+    free, alike = with_all(trainable_parameters={}), with_all(trainable_parameters={"one": 7}, stored_bytes={"one": 9})
+    for name, group in (("one", runs), ("two", runs), ("free", free), ("alike", alike)):
         draw_study(summarise_study(STUDY, group), tmp_path / f"{name}.png")
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    assert (tmp_path / "free.png").stat().st_size < (tmp_path / "one.png").stat().st_size
+    one, free_of, all_alike = (Image.open(tmp_path / f"{name}.png").width for name in ("one", "free", "alike"))
+    assert all_alike <= free_of < one
 
 
 def test_a_study_replaces_its_own_part_of_a_readme_only(runs, tmp_path: Path):
