@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.report.summary import (
+    Measure,
     SeedSummary,
     Shared,
     check_comparable,
@@ -26,6 +27,8 @@ COLUMNS = measures(
     *("immediate", "last", "maa", "bwt", "located_right", "oracle_minus_located", "located_minus_random"),
     *("share_grown", "trained_thousands", "stored_kilobytes"),
 )
+LAST_ON = "last on "
+"""Begins the keys of the numbers of single tasks."""
 
 PER_RUN = frozenset(
     {"run", "seed", "tasks", "sites", "growth", "trainable_parameters", "stored_bytes"}
@@ -55,10 +58,11 @@ def summarise_study(study: Mapping[str, Any], runs: Mapping[str, Sequence[Result
     everything = [run for group in runs.values() for run in group]
     shared = set(Shared.model_fields)
     check_comparable(everything, shared)
+    columns = {**COLUMNS, **{f"{LAST_ON}{task}": last_on(task) for task in everything[0].num_samples}}
     return StudySummary(
         **everything[0].model_dump(include=shared),
         study=dict(study),
-        variants={variant: over_seeds(variant, group, COLUMNS, PER_RUN) for variant, group in runs.items()},
+        variants={variant: over_seeds(variant, group, columns, PER_RUN) for variant, group in runs.items()},
     )
 
 
@@ -75,14 +79,21 @@ def read_study(path: Path) -> StudySummary:
 
 
 def study_markdown(summary: StudySummary) -> str:
-    """The table, with a column for whatever any variant measured, and a sentence that says on what it was measured."""
-    measured = {key for variant in summary.variants.values() for key in variant.numbers}
+    """Whatever any variant measured, then the accuracy on each task, and a sentence that says on what it was measured."""
+    measured = dict.fromkeys(key for variant in summary.variants.values() for key in variant.numbers)
     columns = {key: measure for key, measure in COLUMNS.items() if key in measured}
+    tasks = {key: last_on(key.removeprefix(LAST_ON)) for key in measured if key.startswith(LAST_ON)}
     study = summary.study
     changed = "".join(f", `{override}`" for override in study["common"])
     seeds = ", ".join(map(str, study["seeds"]))
     source = f"*`{study['recipe']}`{changed}; mean ± standard deviation over the seeds {seeds}.*"
-    return f"{spread_table('variant', summary.variants, columns)}\n\n{source}"
+    tables = [spread_table("variant", summary.variants, part) for part in (columns, tasks) if part]
+    return "\n\n".join((*tables, source))
+
+
+def last_on(task: str) -> Measure:
+    """Accuracy on one task after the last one."""
+    return Measure(f"{LAST_ON}{task}", lambda run: run.headline.matrix[-1][run.tasks.index(task)])
 
 
 def write_study_into(readme: Path, summary: StudySummary) -> None:
