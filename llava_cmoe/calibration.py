@@ -62,7 +62,8 @@ def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = l
         RecipeError: the run's method does not probe.
         RegistryError: so many tasks are not learned, or none.
     """
-    run = open_run(recipe)
+    training = recipe.training.model_copy(update={"checkpoint_steps": None})  # nothing is left in the run's folder
+    run = open_run(recipe.model_copy(update={"training": training}))
     if not isinstance(run.method, Cmoe):
         raise RecipeError(f"{recipe.run}: method {recipe.method.name} does not probe; cmoe does")
     num_learned = len(run.registry.records())

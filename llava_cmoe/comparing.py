@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_cmoe.data.problems import DataError
 from llava_cmoe.evaluation.bootstrap import DESCRIPTION, Floats, interval, p_value, resampled_means
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.evaluation.runner import score_cell
@@ -43,7 +42,7 @@ def compare(folders: Sequence[Path], published_name: str | None = None, root: Pa
     for (name, _), folder in zip(runs, folders, strict=True) if len(runs) > 1 else ():
         try:
             scores[name] = final_scores(folder, root)
-        except (RegistryError, DataError) as error:
+        except (RegistryError, ValueError) as error:
             warnings.append(f"{name} is not tested: {error}")
     differences: list[Difference] = []
     (reference, first), *others = runs

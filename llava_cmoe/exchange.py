@@ -29,6 +29,8 @@ from llava_cmoe.sequence import exam_of, fingerprints_of
 from llava_cmoe.settings import Recipe
 
 ANSWERS, RESULT = "merge.jsonl", "Result.text"
+OWN: dict[str, Any] = {"located": int | None, "score": float | int | None, "failed": str | None}
+"""What our own export adds to an answer as `metadata`, and its types."""
 ROUTE: RouteName = "located"
 """What answers that come in are kept as; a run without a locator is measured under this name, too."""
 
@@ -120,7 +122,7 @@ def import_answers(
     cells = _cells(source, exam)
     answers = {}
     for number, (cell, path) in enumerate(cells.items(), start=1):
-        answers[cell] = _read(path, exam.rows[exam.sequence.names[cell[1]]])
+        answers[cell] = _read(path, exam.rows[exam.sequence.names[cell[1]]], len(exam.rows))
         progress("reading", number, len(cells))
     for (after, task), found in answers.items():
         write_answers(exam.answers_path(after, task, ROUTE), found)
@@ -166,7 +168,7 @@ def _cells(source: Path, exam: Exam) -> dict[tuple[int, int], Path]:
     return cells
 
 
-def _read(path: Path, rows: Any) -> list[Answer]:
+def _read(path: Path, rows: Any, num_tasks: int) -> list[Answer]:
     """The answers of one file in the rows' order, each row answered once."""
     prompts: Mapping[str, str] = {row["id"]: row["turns"][0]["text"] for row in rows}
     lines: dict[str, int] = {}
@@ -180,6 +182,8 @@ def _read(path: Path, rows: Any) -> list[Answer]:
                 )
             if answer.id not in prompts:
                 raise RegistryError(f"{path}:{number}: unknown id {answer.id!r}; no such question is asked")
+            if answer.located is not None and not -1 <= answer.located < num_tasks:
+                raise RegistryError(f"{path}:{number}: located at {answer.located}, and tasks are 0 to {num_tasks - 1}")
             lines[answer.id] = number
             own = prompts[answer.id]
             same = answer.prompt in ("", _without_marker(own))
@@ -194,12 +198,19 @@ def _answer(line: bytes, where: str) -> Answer:
     try:
         document = json.loads(line)
         raw_id, text, metadata = document["question_id"], document["text"], document.get("metadata") or {}
-        prompt, kept = document.get("prompt", ""), {key: metadata.get(key) for key in ("located", "score", "failed")}
+        prompt, kept = document.get("prompt", ""), {key: metadata.get(key) for key in OWN}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RegistryError(f"{where}: not an answer ({error!r}); expected question_id and text") from error
     if isinstance(raw_id, bool) or not isinstance(raw_id, (int, str)) or not isinstance(text, str):
         raise RegistryError(f"{where}: question_id must be a number or a string, and text a string")
-    return Answer(str(raw_id), text.strip(), prompt=str(prompt), **kept)
+    answer = Answer(str(raw_id), text.strip(), prompt=str(prompt), **kept)
+    if any(isinstance(kept[key], bool) or not isinstance(kept[key], kinds) for key, kinds in OWN.items()):
+        raise RegistryError(f"{where}: metadata: located is the index of a task, score a number, failed says why")
+    try:
+        answer.to_line()
+    except UnicodeEncodeError as error:
+        raise RegistryError(f"{where}: half of a surrogate pair, which no file can hold; {error}") from error
+    return answer
 
 
 def _stated(path: Path) -> float:

@@ -24,7 +24,7 @@ from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import IGNORED, tokenizer_of
 from llava_cmoe.data.encoding import SampleRows
 from llava_cmoe.evaluation.generate import Candidate
-from llava_cmoe.evaluation.runner import Exam, encode_questions, evaluate_after
+from llava_cmoe.evaluation.runner import Exam, encode_questions, evaluate_after, score_after
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.redundancy import Redundancy, Step, stand_ins_of
@@ -186,8 +186,8 @@ def accuracies(subject: Subject, folder: Path, progress: Progress) -> dict[str, 
     candidate = Candidate(subject.method, subject.method.model, run.backbone.processor)
     questions = encode_questions(exam, run.backbone.processor)
     last = len(subject.held_out) - 1
-    cells = evaluate_after(exam, questions, candidate, last, run.processes, partial(progress, "answers"))
-    return {exam.sequence.names[cell.task]: cell.accuracy for cell in cells}
+    evaluate_after(exam, questions, candidate, last, run.processes, partial(progress, "answers"))
+    return {exam.sequence.names[cell.task]: cell.accuracy for cell in score_after(exam, last)}
 
 
 def expert_bytes(subject: Subject) -> int:

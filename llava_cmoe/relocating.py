@@ -24,7 +24,7 @@ UNLOCATED = ("oracle", "random")
 """Routes whose answers no locator had a hand in."""
 
 
-def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None) -> Results:
+def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None, anyway: bool = False) -> Results:
     """Take over what another run learned, fit each task's locator as the recipe says, and go on as `learn` does.
 
     Killed, it goes on with the same call, and also with `learn`, which then trains what was not taken over yet.
@@ -33,6 +33,7 @@ def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None)
         recipe: of the new run.
         source: folder of the run that has the experts; it may have learned a part of the sequence.
         progress: told what is being done.
+        anyway: go on with another recipe or number of processes than began the new run.
 
     Raises:
         RecipeError: the method does not locate, or the recipes differ in more than the locator and the evaluation.
@@ -40,8 +41,8 @@ def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None)
     """
     earlier = Registry(source)
     check_source(recipe, earlier)
-    take_over(open_run(recipe, writer=True), earlier, progress)
-    return learn(recipe, progress)
+    take_over(open_run(recipe, writer=True), earlier, progress, anyway)
+    return learn(recipe, progress, anyway)
 
 
 def check_source(recipe: Recipe, source: Registry) -> None:
@@ -62,11 +63,11 @@ def expert_settings(recipe: Recipe) -> dict[str, object]:
     return {key: value for key, value in facts.items() if key != "evaluation"} | {"method": method}
 
 
-def take_over(run: Run, source: Registry, progress: Progress) -> None:
+def take_over(run: Run, source: Registry, progress: Progress, anyway: bool = False) -> None:
     """Commit all that the source learned with locators of this run, and copy the answers that have none."""
     check_lengths(run)
     if run.processes.is_main_process:
-        run.registry.open_run(run.recipe)
+        run.registry.open_run(run.recipe, run.processes.num_processes, anyway)
     run.processes.wait_for_everyone()
     num_taken = len(run.registry.records())
     for index, record in enumerate(source.records()):

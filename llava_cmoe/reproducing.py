@@ -5,12 +5,12 @@ On a CPU a recipe, its data and the same versions give the same bytes; what this
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_cmoe.evaluation.log import comparable, read_answers, read_results
+from llava_cmoe.evaluation.log import Results, comparable, read_answers, read_results
 from llava_cmoe.registry.manifest import RegistryError, differing_keys
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.rescoring import results_of
@@ -51,20 +51,23 @@ def reproduce(run: Path, to: Path, progress: Progress = lambda *_: None) -> Repr
 
 
 def differences(run: Path, again: Path) -> Reproduction:
-    """What differs between two runs of one recipe."""
-    before, after = (_facts(folder) for folder in (run, again))
+    """What differs between two runs of one recipe, under the routes that both were asked; others came later."""
+    both = [read_results(folder / "results.json") for folder in (run, again)]
+    routes = both[0].routes.keys() & both[1].routes.keys()
+    before, after = (_facts(results, routes) for results in both)
     records = [{record.name: record for record in Registry(folder).records()} for folder in (run, again)]
     stages = [
         name
         for name in records[0] | records[1]
         if name not in records[0] or name not in records[1] or _learned(records[0][name]) != _learned(records[1][name])
     ]
-    return Reproduction(tuple(differing_keys(before, after)), dict(_answers(run, again)), tuple(stages))
+    return Reproduction(tuple(differing_keys(before, after)), dict(_answers(run, again, routes)), tuple(stages))
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    """A run's results without times and without the folder's name."""
-    return {key: value for key, value in comparable(read_results(folder / "results.json")).items() if key != "run"}
+def _facts(results: Results, routes: Collection[str]) -> dict[str, Any]:
+    """A run's results under some routes, without times and without the folder's name."""
+    facts = {key: value for key, value in comparable(results).items() if key != "run"}
+    return facts | {"routes": {name: facts["routes"][name] for name in results.routes if name in routes}}
 
 
 def _learned(record: Any) -> tuple[object, object]:
@@ -72,12 +75,12 @@ def _learned(record: Any) -> tuple[object, object]:
     return record.files, record.facts
 
 
-def _answers(run: Path, again: Path) -> Iterator[tuple[str, int]]:
+def _answers(run: Path, again: Path, routes: Collection[str]) -> Iterator[tuple[str, int]]:
     """Answers files of which any answer differs, and how many do."""
     names = sorted(
         {str(path.relative_to(folder)) for folder in (run, again) for path in folder.glob("answers/*/*.jsonl")}
     )
-    for name in names:
+    for name in (name for name in names if Path(name).stem.rpartition(".")[2] in routes):
         told = [
             {answer.id: answer for answer in read_answers(folder / name)} if (folder / name).exists() else {}
             for folder in (run, again)

@@ -6,6 +6,8 @@ answered is not asked again.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from random import Random
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor
 from transformers import set_seed
@@ -169,12 +172,13 @@ def evaluate(run: Run, questions: dict[str, Questions], stage: Stage, at: Callab
 
 
 def report(run: Run, stages: tuple[Stage, ...]) -> Results:
-    """Score the answers after these stages and write `results.json` beside them."""
-    results = aggregate(run.exam, facts_of_run(run), [stage.after for stage in stages])
+    """Score the answers after these stages and write `results.json` beside them; one process does, all are told."""
+    told: list[Results] = [None]  # type: ignore[list-item]
     if run.processes.is_main_process:
-        write_results(run.exam.folder.with_name("results.json"), results)
-    run.processes.wait_for_everyone()
-    return results
+        told = [aggregate(run.exam, facts_of_run(run), [stage.after for stage in stages])]
+        write_results(run.exam.folder.with_name("results.json"), told[0])
+    broadcast_object_list(told)
+    return told[0]
 
 
 def open_run(recipe: Recipe, writer: bool = False) -> Run:
@@ -314,6 +318,7 @@ def feature_store(run: Run) -> FeatureStore | None:
 
 def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None], logs: Path | None = None) -> Teach:
     """What a method trains with: the run's training settings, one Trainer per call; reports nothing without `logs`."""
+    made_from = hashlib.sha256(json.dumps([recipe_facts(run.recipe), run.data_fingerprint]).encode()).hexdigest()
 
     def teach(
         samples: torch.utils.data.Dataset[dict[str, Tensor]], learning: Learning, *, label: str, **changes: float | None
@@ -330,6 +335,7 @@ def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None], logs
             seed=data.seed,
             folder=scaffold(run, data.index, data.name) / label,
             progress=partial(at, label),
+            made_from=made_from,
             workers=run.recipe.data.workers,
             logs=None if logs is None else logs / label,
         )

@@ -230,6 +230,12 @@ class MoeLoraSettings(Settings):
     num_experts: int = Field(8, gt=0)
     """Experts per linear."""
 
+    @model_validator(mode="after")
+    def _split_evenly(self) -> Self:
+        if self.rank % self.num_experts:
+            raise ValueError(f"rank {self.rank} cannot be split evenly over {self.num_experts} experts")
+        return self
+
 
 class CmoeSettings(Settings):
     """LLaVA-CMoE: probe-guided growth of FFN experts, routers per task, a probabilistic task locator."""
@@ -320,7 +326,7 @@ class EvaluationSettings(Settings):
 
     batch_size: int = Field(32, gt=0)
     """Samples per generation batch and process."""
-    routes: tuple[Literal["located", "oracle", "random"], ...] = ("located",)
+    routes: tuple[Literal["located", "oracle", "random"], ...] = Field(("located",), min_length=1)
     """Which routes are measured; the first one is the headline."""
     limit: int | None = Field(None, gt=0)
     """Ask only a stratified subset of this many questions per task, and mark every result so; all when absent."""

@@ -6,7 +6,10 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("llava-cmoe", "torch", "transformers", "peft", "accelerate", "deepspeed", "datasets", "bitsandbytes")
+PACKAGES = (
+    *("llava-cmoe", "torch", "transformers", "tokenizers", "pillow", "torchvision"),
+    *("peft", "accelerate", "deepspeed", "datasets", "bitsandbytes"),
+)
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,8 @@ def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
 
 def test_probing_tells_the_growth_that_learning_the_next_task_began_with_and_writes_nothing(lesson: Lesson):
     before = files_of(lesson.recipe.run)
-    learned, following = probe_tasks(lesson.recipe, after=1).tasks
+    kept = lesson.recipe.training.model_copy(update={"checkpoint_steps": 5})
+    learned, following = probe_tasks(lesson.recipe.model_copy(update={"training": kept}), after=1).tasks
     assert files_of(lesson.recipe.run) == before
     assert (learned.learned, following.learned) == (True, False)
     recorded = lesson.run.registry.records()[1].facts["growth"]

@@ -120,6 +120,13 @@ def test_another_accuracy_in_their_result_file_is_told(theirs: Path, asked: Reci
         (lambda lines: [lines[0] | {"question_id": "x"}, *lines[1:]], "merge.jsonl:1: unknown id 'x'"),
         (lambda lines: [lines[0], {"text": "A"}], "merge.jsonl:2: not an answer"),
         (lambda lines: [lines[0], lines[1] | {"text": None}], "merge.jsonl:2: question_id must be"),
+        (lambda lines: [lines[0] | {"metadata": {"failed": False}}, *lines[1:]], "merge.jsonl:1: metadata: located is"),
+        (
+            lambda lines: [lines[0] | {"metadata": {"located": "gqa"}}, *lines[1:]],
+            "merge.jsonl:1: metadata: located is",
+        ),
+        (lambda lines: [lines[0] | {"metadata": {"located": 9}}, *lines[1:]], "merge.jsonl:1: located at 9"),
+        (lambda lines: [lines[0] | {"text": "\ud800"}, *lines[1:]], "merge.jsonl:1: half of a surrogate pair"),
     ],
 )
 def test_a_wrong_line_is_an_error_with_its_place_and_nothing_is_written(

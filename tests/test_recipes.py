@@ -35,6 +35,8 @@ def test_an_override_is_yaml(recipe: Path):
         ("method.probe.alpha=-1", "method.probe.alpha: .*greater than or equal to 0"),
         ("backbone.attention=flash_attention_2", "backbone: .*computes in 16 bits, dtype is float32; set dtype"),
         ("training.report_to=[mail]", "training.report_to.0: .*'tensorboard', 'wandb', 'mlflow' or 'trackio', got"),
+        ("evaluation.routes=[]", "evaluation.routes: .*at least 1 item"),
+        ("method={name: moelora, rank: 100}", "method: .*rank 100 cannot be split evenly over 8 experts"),
         ("method.experts.also_in=[audio]", "method.experts.also_in.0: .*'vision' or 'projector', got 'audio'"),
         ("method.experts.also_in=[vision, vision]", "method.experts: .*also_in names a place twice: vision, vision"),
     ],

@@ -31,6 +31,17 @@ def test_what_differs_is_named(lesson_of: Callable[..., Lesson], tmp_path: Path)
     assert found.answers == {"answers/after_02/colours.located.jsonl": 1} and not found.same
 
 
+def test_a_route_that_was_measured_later_is_not_compared(lesson_of: Callable[..., Lesson], tmp_path: Path):
+    run = lesson_of("sequential_lora").recipe.run
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    results = json.loads((again / "results.json").read_text())
+    del results["routes"]["oracle"]
+    (again / "results.json").write_text(json.dumps(results))
+    for answers in again.glob("answers/*/*.oracle.jsonl"):
+        answers.unlink()
+    assert differences(run, again).same
+
+
 def test_a_run_is_no_repetition_of_itself(lesson_of: Callable[..., Lesson]):
     run = lesson_of("sequential_lora").recipe.run
     with pytest.raises(RegistryError, match="give the repetition a folder of its own"):

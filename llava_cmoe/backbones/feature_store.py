@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -49,21 +49,26 @@ class FeatureStore:
             read_as: what besides base and prompts could change a bit of them: layer, batch and so on, as JSON.
             read: reads them from the model; all processes of a launch call it, or none.
         """
-        main, found = PartialState().is_main_process, ["", False]
+        main, facts = PartialState().is_main_process, ""
         if main:
             facts = json.dumps({"base": self.base, "prompts": prompts.fingerprint(), **read_as}, sort_keys=True)
-            found = [facts, self._path(facts).is_file()]
-        facts, known = broadcast_object_list(found)
-        path = self._path(facts)
-        if known:
-            try:
-                return load_file(path)[NAME]
-            except SafetensorError as error:
-                logger.warning("%s: damaged (%s), its features are read from the model again", path, error)
+        (facts,) = broadcast_object_list([facts])
+        path = self.folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.safetensors"
+        kept_SD = _kept(path)
+        # Processes share the reading: all take part in it, also one that finds the file where another does not.
+        if all(gather_object([kept_SD is not None])) and kept_SD is not None:
+            return kept_SD
         feature_SD = read()
         if main:
             write_atomically(path, save({NAME: feature_SD.cpu().contiguous()}, metadata={"made_by": facts}))
         return feature_SD
 
-    def _path(self, facts: str) -> Path:
-        return self.folder / f"{hashlib.sha256(facts.encode()).hexdigest()}.safetensors"
+
+def _kept(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)[NAME]
+    except FileNotFoundError:
+        return None
+    except SafetensorError as error:
+        logger.warning("%s: damaged (%s), its features are read from the model again", path, error)
+        return None

@@ -140,10 +140,9 @@ def _mean(hidden_BTD: Tensor, chosen_BT: Tensor) -> Tensor:
     """Mean over the chosen tokens, zeros where there are none: (B, D) in float32.
 
     The order of a sum depends on the batch's length, hence on batch mates. Summed in float64 and rounded once, sums in
-    any order agree, short of a tie in the rounding; Apple's GPUs have no float64 and keep float32 sums.
+    any order agree, short of a tie in the rounding.
     """
-    wide = torch.float32 if hidden_BTD.device.type == "mps" else torch.float64
-    sum_BD = hidden_BTD.masked_fill(~chosen_BT.unsqueeze(-1), 0).sum(dim=1, dtype=wide)
+    sum_BD = hidden_BTD.masked_fill(~chosen_BT.unsqueeze(-1), 0).sum(dim=1, dtype=torch.float64)
     return (sum_BD / chosen_BT.sum(dim=1, keepdim=True).clamp_min(1)).float()
 
 

@@ -100,7 +100,7 @@ def train(
             console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
             make_pocket_root(settings.data.root, partial(line, "rendering"))
         launched.wait_for_everyone()
-        results = learn(settings, line, anyway) if experts is None else relocate(settings, experts, line)
+        results = learn(settings, line, anyway) if experts is None else relocate(settings, experts, line, anyway)
     show(console, [results])
     console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
 

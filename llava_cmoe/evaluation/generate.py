@@ -148,7 +148,8 @@ def generate_answers(
     merges these in the questions' order, under the final name, in one step. A complete file is left as it is.
 
     Raises:
-        ValueError: the file, or what is left of an interrupted one, holds other ids than the questions.
+        ValueError: the file, or what is left of an interrupted one, holds other ids than the questions; or not one of
+            several questions can be answered, so that it is no question's fault (also RuntimeError).
     """
     if not path.exists():
         candidate.model.eval()
@@ -159,13 +160,22 @@ def generate_answers(
         batches = [range(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
         mine = batches[processes.process_index :: processes.num_processes]
         num_done, num_mine = 0, sum(map(len, mine))
+        held: list[Answer] = []  # failures, until one question is answered: they may all be one and the same
+        works = bool(answered)
         with _open_to_append(path.with_name(f"{path.name}.{batch_size}.{processes.process_index}.part")) as stream:
             for batch in mine:
                 if not answered.issuperset(questions.ids[index] for index in batch):
-                    _append(stream, answer_or_record(candidate, questions, batch, route))
+                    held += answer_or_record(candidate, questions, batch, route)
+                    works = works or any(answer.failed is None for answer in held)
+                    if works:
+                        _append(stream, held)
+                        held = []
+                    elif len(held) > 1:
+                        raise RuntimeError(f"none of the first questions can be answered: {held[-1].failed}")
                 num_done += len(batch)
                 if progress:
                     progress(num_done, num_mine)
+            _append(stream, held)
         processes.wait_for_everyone()
         if processes.is_main_process:
             _merge(questions, path, batch_size)

@@ -124,10 +124,10 @@ def encode_questions(exam: Exam, processor: Any, keep: bool = True) -> dict[str,
 
 
 def forget_answers(exam: Exam, after: int) -> None:
-    """Remove the answers of row `after` and those below: whoever learns that task anew makes another model."""
-    for row in range(after, len(exam.sequence.names)):
-        if exam.answers_folder(row).exists():
-            shutil.rmtree(exam.answers_folder(row))
+    """Remove the answers of row `after` and below, subsets' too: whoever learns that task anew makes another model."""
+    for folder in (exam.folder, *exam.folder.parent.glob(f"subsets/*/{exam.folder.name}")):
+        for row in range(after, len(exam.sequence.names)):
+            shutil.rmtree(replace(exam, folder=folder).answers_folder(row), ignore_errors=True)
 
 
 def evaluate_after(
@@ -137,10 +137,10 @@ def evaluate_after(
     after: int,
     processes: Processes,
     progress: Callable[[str, int, int], None] | None = None,
-) -> list[Cell]:
-    """Ask every task learned so far, under every route, and score the answers; all processes call this together.
+) -> None:
+    """Ask every task learned so far, under every route; all processes call this together.
 
-    What was already answered is not asked again, so calling this twice costs a scoring.
+    What was already answered is not asked again, so calling this twice costs nothing.
 
     Args:
         exam: what is asked, and where the answers go.
@@ -162,7 +162,6 @@ def evaluate_after(
                 processes=processes,
                 progress=partial(progress, label) if progress else None,
             )
-    return score_after(exam, after)
 
 
 def answered(exam: Exam, after: int) -> bool:

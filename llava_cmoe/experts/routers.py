@@ -154,15 +154,14 @@ class Routers(nn.Module):
 
         A float32 sum depends on the kernel, which depends on batch and width: the same token would get other logits
         alone than among batch mates. Summed in float64 and rounded once they agree. D * E products per token are
-        some 1/4000 of an FFN's work; Apple's GPUs have no float64 and keep float32 sums.
+        some 1/4000 of an FFN's work.
         """
-        wide = torch.float32 if h_BTD.device.type == "mps" else torch.float64
         num_plans, num_mixed, num_experts, _ = weight_SKED.shape
-        weight_SDF = weight_SKED.to(wide).flatten(1, 2).mT  # F = K * E
+        weight_SDF = weight_SKED.double().flatten(1, 2).mT  # F = K * E
         if num_plans == 1:
-            logits_BTF = h_BTD.to(wide) @ weight_SDF[0]
+            logits_BTF = h_BTD.double() @ weight_SDF[0]
         elif num_plans == len(h_BTD):
-            logits_BTF = torch.bmm(h_BTD.to(wide), weight_SDF)
+            logits_BTF = torch.bmm(h_BTD.double(), weight_SDF)
         else:
             raise ValueError(
                 f"the route plan is for {num_plans} samples, the batch has {len(h_BTD)}; give it one row per sample"

@@ -79,7 +79,7 @@ def read_study(path: Path) -> StudySummary:
 
 
 def study_markdown(summary: StudySummary) -> str:
-    """Whatever any variant measured, then the accuracy on each task, and a sentence that says on what it was measured."""
+    """Whatever any variant measured, then the accuracy on each task, then a sentence that says on what it was asked."""
     measured = dict.fromkeys(key for variant in summary.variants.values() for key in variant.numbers)
     columns = {key: measure for key, measure in COLUMNS.items() if key in measured}
     tasks = {key: last_on(key.removeprefix(LAST_ON)) for key in measured if key.startswith(LAST_ON)}

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from llava_cmoe.files import write_atomically
+
 logger = logging.getLogger(__name__)
 
 COMPLETE = "complete.json"
@@ -54,10 +56,16 @@ class CheckpointTrainer(Trainer):
             engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
         super()._save_optimizer_and_scheduler(output_dir)
 
-    def resume(self, folder: Path) -> None:
-        """Train, from the last complete checkpoint in a folder that this number of processes left with this engine."""
-        self.add_callback(_Complete(self._origin()))
-        checkpoint = last_complete(folder, self._origin())
+    def resume(self, folder: Path, made_from: str) -> None:
+        """Train, from the last complete checkpoint in a folder that the same recipe, processes and engine left.
+
+        Args:
+            folder: of the stage's checkpoints.
+            made_from: whatever decides what is learned, as one string.
+        """
+        origin = {**self._origin(), "made_from": made_from}
+        self.add_callback(_Complete(origin))
+        checkpoint = last_complete(folder, origin)
         # DeepSpeed loads strictly; what is frozen is in the model, and not missing in the checkpoint.
         frozen = {name for name, value in self.model.named_parameters() if not value.requires_grad}
         model: Any = self.model
@@ -83,14 +91,12 @@ class _Complete(TrainerCallback):
         processes.wait_for_everyone()
         if processes.is_main_process:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
-            beside = path.with_suffix(".partial")
-            beside.write_text(json.dumps(self._origin))
-            beside.rename(path)
+            write_atomically(path, json.dumps(self._origin).encode())
         processes.wait_for_everyone()
 
 
 def last_complete(folder: Path, origin: dict[str, Any]) -> Path | None:
-    """The newest complete checkpoint that was left by the same number of processes and the same engine."""
+    """The newest complete checkpoint, if it was left by the same recipe, number of processes and engine."""
     complete = {int(path.parent.name.rpartition("-")[2]): path for path in folder.glob(f"checkpoint-*/{COMPLETE}")}
     if not complete:
         return None

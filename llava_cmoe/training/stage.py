@@ -102,6 +102,7 @@ def train_stage(
     seed: int,
     folder: Path,
     progress: Progress = lambda *_: None,
+    made_from: str = "",
     workers: int = 0,
     logs: Path | None = None,
 ) -> StageReport:
@@ -116,6 +117,7 @@ def train_stage(
         seed: of the rows' order and of dropout.
         folder: where its checkpoints are, if any are kept.
         progress: told after every optimizer step.
+        made_from: fingerprint of recipe and data; a checkpoint that was made from others is left alone.
         workers: processes that encode rows.
         logs: folder for TensorBoard's files; without it nothing is reported to any tracker.
     """
@@ -125,6 +127,7 @@ def train_stage(
     state = _train(
         learning,
         settings.group_by_length,
+        made_from,
         model=model,
         args=training_arguments(settings, seed, folder, on_cpu, workers, elsewhere(trackers)),
         train_dataset=samples,
@@ -146,14 +149,14 @@ def train_stage(
     )
 
 
-def _train(*args: Any, **kwargs: Any) -> TrainerState:
+def _train(learning: Learning, grouped: bool, made_from: str, **kwargs: Any) -> TrainerState:
     """One Trainer from start to end; nothing of it is left but what it tells."""
-    trainer = StageTrainer(*args, **kwargs)
+    trainer = StageTrainer(learning, grouped, **kwargs)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
             trainer.remove_callback(callback)
     check_engine(trainer)
-    trainer.resume(Path(str(trainer.args.output_dir)))
+    trainer.resume(Path(str(trainer.args.output_dir)), made_from)
     leave_engine(trainer)
     return trainer.state
 
@@ -201,4 +204,5 @@ def training_arguments(
         remove_unused_columns=False,
     )
     tell_engine(arguments, bf16)
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs one process takes one, not a copy of the model on each
     return arguments

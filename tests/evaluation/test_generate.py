@@ -330,7 +330,10 @@ def test_what_no_sample_is_to_blame_for_is_not_swallowed(
     broken = with_broken(questions, rows, candidate.processor, set(range(10)))
     with pytest.raises(ValueError, match=r"nowhere\.png"):
         generate(candidate, broken, tmp_path / "a.jsonl")
-    assert not (tmp_path / "a.jsonl").exists()
+    with pytest.raises(RuntimeError, match=r"none of the first questions can be answered: .*nowhere\.png"):
+        generate(candidate, broken, tmp_path / "b.jsonl", batch_size=1)
+    assert not (tmp_path / "a.jsonl").exists() and not (tmp_path / "b.jsonl").exists()
+    assert generate(candidate, questions, tmp_path / "b.jsonl").count(b'"failed"') == 0  # nothing of it is left
 
 
 def test_located_route_asks_once_per_batch_and_writes_the_verdicts(

@@ -156,6 +156,29 @@ def test_terms_are_read_after_forward_and_the_context_lasts_through_backward(
     assert seen == ["open 12", "forward", "term", "backward", "close"]
 
 
+def test_only_a_checkpoint_of_the_same_recipe_and_data_is_gone_on_with(
+    student: LlavaForConditionalGeneration, tmp_path: Path
+):
+    def batches(made_from: str) -> int:
+        learned = []
+
+        @contextmanager
+        def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
+            learned.append(batch)
+            yield float
+
+        settings = TrainingSettings(batch_size=2, checkpoint_steps=5)
+        train_stage(
+            deepcopy(student), Rows(), learning, settings, pad_token_id=0, seed=0, folder=tmp_path, made_from=made_from
+        )
+        return len(learned)
+
+    whole = batches("one")
+    assert whole > 5
+    assert batches("one") == 0  # its last step left a checkpoint
+    assert batches("another") == whole
+
+
 def test_accumulated_batches_are_one_large_batch(student: LlavaForConditionalGeneration, tmp_path: Path):
     whole, report = train(student, tmp_path, batch_size=4)
     parts, same = train(student, tmp_path, batch_size=2, accumulation=2)

@@ -9,19 +9,20 @@ from collections.abc import Iterable
 
 from llava_cmoe.evaluation.scorers.base import Reference, Score
 from llava_cmoe.evaluation.scorers.coin.evalai import process
-from llava_cmoe.evaluation.scorers.short_answer import NUM_ANNOTATORS, SOFT_SCORES
+from llava_cmoe.evaluation.scorers.short_answer import NUM_ANNOTATORS
 
 
 def soft_score(text: str, answers: Iterable[str]) -> float:
-    """0, .3, .6, .9 or 1 by the number of annotators who gave this answer.
+    """0, .3, .6, .9 or 1 by the number of annotators who gave this answer; their order decides the last bit, as there.
 
     Raises:
         ValueError: not ten answers, at which the released script stops.
     """
-    processed = [process(answer) for answer in answers]
+    given, processed = process(text), [process(answer) for answer in answers]
     if len(processed) != NUM_ANNOTATORS:
         raise ValueError(f"{len(processed)} annotators' answers where ten are needed")
-    return SOFT_SCORES[min(processed.count(process(text)), len(SOFT_SCORES) - 1)]
+    same = [answer == given for answer in processed]
+    return sum(min(1.0, (sum(same) - left_out) / 3) for left_out in same) / NUM_ANNOTATORS if any(same) else 0.0
 
 
 def score(prediction: str, reference: Reference) -> Score:
