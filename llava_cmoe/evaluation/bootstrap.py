@@ -37,7 +37,7 @@ def resampled_means(scores_QC: Floats, task: int) -> Floats:
     Args:
         scores_QC: score of each question in each of C conditions (after several stages, or of several runs); a draw
             takes the same questions in all of them, so differences of columns are paired.
-        task: index of the task; draws of different tasks are independent, those of one task always the same.
+        task: number of the draw: different ones are independent, the same one takes the same questions every time.
     """
     patterns_PC, count_P = np.unique(scores_QC, axis=0, return_counts=True)
     num_questions = count_P.sum()

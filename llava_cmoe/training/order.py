@@ -61,6 +61,6 @@ def kinds_of(samples: Dataset[Any]) -> list[Kind]:
         kinds = kinds_of(samples.dataset)
         return [kinds[index] for index in samples.indices]
     if not hasattr(samples, "kinds"):
-        raise ValueError(f"training.group_by_length: {type(samples).__name__} has no kinds() to group its rows by")
+        raise ValueError(f"{type(samples).__name__} has no kinds(): which rows have a picture, and how long they are")
     told: list[Kind] = samples.kinds()
     return told

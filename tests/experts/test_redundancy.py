@@ -104,8 +104,12 @@ def test_the_first_step_is_the_twin_and_costs_nothing(tiny_llava: LlavaForCondit
     assert first.loss < 1e-6 < second.loss
 
 
-def test_what_is_lost_is_what_joining_or_dropping_changes(tiny_llava: LlavaForConditionalGeneration, host: ExpertHost):
-    """Of one linear that reads the same either way: the FFN's first."""
+@pytest.mark.parametrize("tokens", [1024, 3])
+def test_what_is_lost_is_what_joining_or_dropping_changes(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, monkeypatch: pytest.MonkeyPatch, tokens: int
+):
+    """Of one linear that reads the same either way: the FFN's first; however many tokens are held at a time."""
+    monkeypatch.setattr("llava_cmoe.experts.redundancy.TOKENS", tokens)
     site, bank = next(iter(host.banks.items()))
     stack = bank.stacks["gate_proj"]
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
