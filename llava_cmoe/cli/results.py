@@ -151,8 +151,12 @@ def export_command(
     from llava_cmoe.exchange import export_answers
     from llava_cmoe.rescoring import open_examined
 
-    written = export_answers(open_examined(run, root), to, route)
-    Console().print(f"In {to}: answers of {len(written)} cells", highlight=False, soft_wrap=True)
+    examined, console = open_examined(run, root), Console()
+    written = export_answers(examined, to, route)
+    console.print(f"In {to}: answers of {len(written)} cells", highlight=False, soft_wrap=True)
+    if examined.results.subset or examined.results.recipe["data"].get("eval_rows"):
+        note = "only a part of the questions was asked; the released scripts of ImageNet and ScienceQA expect all"
+        console.print(f"[bold yellow]warning:[/] {note}", highlight=False, soft_wrap=True)
 
 
 @answers_app.command("import")
