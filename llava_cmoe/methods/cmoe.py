@@ -27,7 +27,7 @@ from math import ceil
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
+from accelerate.utils import broadcast_object_list, gather, pad_across_processes
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel
@@ -110,7 +110,9 @@ class Cmoe(Method):
     def after_task(self, data: StageData, growth: Growth) -> Learned:
         """Freeze the task's experts and routers for good, and fit its locator on the frozen model's features."""
         self.host.freeze()
-        location = self.locator.fit(self.features(data.prompts, data.features), data.seed)
+        fitted = self.locator.fit(self.features(data.prompts, data.features), data.seed)
+        # The one that is committed locates in all processes: fits on several GPUs may differ in their last bits.
+        (location,) = broadcast_object_list([{name: tensor.cpu() for name, tensor in fitted.items()}])
         self.locator.add(location)
         state = state_of(self.host.banks, data.index)
         added = ledger.added(self.host.banks, data.index)
