@@ -23,6 +23,7 @@ from llava_cmoe.data.encoding import open_square
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.data.tasks import Geometry
+from llava_cmoe.evaluation.generate import greedy
 from llava_cmoe.methods.base import LateVerdict, Method
 from llava_cmoe.records import Located
 from llava_cmoe.registry.restore import restore_merge, restore_method
@@ -131,19 +132,9 @@ class ChatSession:
 
     def _answer(self, prompt: dict[str, Tensor], streamer: TextIteratorStreamer, late: list[LateVerdict]) -> None:
         model: Any = self._method.model
-        end = model.generation_config.eos_token_id
         with self._method.locating(prompt) as verdict:
             late.append(verdict)
-            model.generate(
-                **prompt,
-                streamer=streamer,
-                max_new_tokens=LONGEST_ANSWER,
-                do_sample=False,
-                num_beams=1,
-                repetition_penalty=1.0,
-                pad_token_id=self._tokenizer.pad_token_id,
-                eos_token_id=self._tokenizer.eos_token_id if end is None else end,
-            )
+            model.generate(**prompt, streamer=streamer, **greedy(model, self._tokenizer, LONGEST_ANSWER))
 
     @property
     def _tokenizer(self) -> Any:

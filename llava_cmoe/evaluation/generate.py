@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
@@ -223,7 +224,7 @@ def answer_batch(candidate: Candidate, questions: Questions, batch: Sequence[int
     answering: AbstractContextManager[LateVerdict | None]
     answering = candidate.method.locating(prompts) if task_B is None else candidate.method.routed(task_B)
     with answering as verdict:
-        tokens_BT = candidate.model.generate(**prompts, **_greedy(candidate, questions.max_new_tokens))
+        tokens_BT = candidate.model.generate(**prompts, **greedy(candidate.model, tokenizer, questions.max_new_tokens))
     texts = tokenizer.batch_decode(tokens_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     verdicts = _verdicts(verdict() if verdict else None, len(ids))
     return [
@@ -243,10 +244,9 @@ def _verdicts(located: Located | None, num_samples: int) -> list[tuple[int | Non
     ]
 
 
-def _greedy(candidate: Candidate, max_new_tokens: int) -> dict[str, Any]:
+def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> dict[str, Any]:
     """Arguments of `generate`: the likeliest token each time until the end, whatever sampling a backbone ships with."""
-    tokenizer = tokenizer_of(candidate.processor)
-    end = candidate.model.generation_config.eos_token_id
+    end: Any = model.generation_config.eos_token_id
     return {
         "do_sample": False,
         "num_beams": 1,
