@@ -126,9 +126,10 @@ class ProbeSettings(Settings):
     """Share of those rows kept for counting; the others train the probes."""
     alpha: float = Field(0.25, ge=0)
     """Threshold tau = mean - alpha * std of activation frequencies (Eq. 2); larger grows more layers."""
-    scope: Literal["layer", "global", "all", "none"] = "layer"
+    scope: Literal["layer", "global", "all", "none", "random"] = "layer"
     """Mean and std over the experts of one layer, or over the layers' probe frequencies; or, as controls of what
-    probes are good for, a threshold that all layers pass, or none does."""
+    probes are good for, a threshold that all layers pass, or none does, or as many layers as `global` chooses, drawn
+    at random."""
     max_new_experts: int = Field(1, gt=0)
     """Experts added to a chosen layer."""
     init: Literal["most_used", "probe", "lora"] = "most_used"

@@ -91,7 +91,7 @@ def probe(
     counts = {site: counts_E for site, counts_E in counts.items() if counts_E.any()}  # no picture: nothing to decide
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
     thresholds = thresholds_of(frequencies, settings)
-    chosen = [site for site, used in frequencies.items() if probe_use(used, settings) > thresholds[site]]
+    chosen = chosen_of(frequencies, thresholds, settings, generator)
     origins = {site: origin(frequencies[site], settings) for site in chosen}
     means = mean_tokens(model, rows, collator, host)
     starts = {
@@ -193,12 +193,26 @@ def thresholds_of(frequencies: Mapping[str, Sequence[float]], settings: ProbeSet
     match settings.scope:
         case "layer":
             return {site: threshold(used) for site, used in frequencies.items()}
-        case "global":
+        case "global" | "random":
             return dict.fromkeys(frequencies, threshold([probe_use(used, settings) for used in frequencies.values()]))
         case "all":
             return dict.fromkeys(frequencies, -1.0)  # below any frequency, also that of a probe no token used
         case "none":
             return dict.fromkeys(frequencies, 1.0)  # no frequency is above one
+
+
+def chosen_of(
+    frequencies: Mapping[str, Sequence[float]],
+    thresholds: Mapping[str, float],
+    settings: ProbeSettings,
+    generator: torch.Generator,
+) -> list[str]:
+    """Sites that grow: those whose probe is used more than their threshold or, as a control, as many by lot."""
+    chosen = [site for site, used in frequencies.items() if probe_use(used, settings) > thresholds[site]]
+    if settings.scope != "random":
+        return chosen
+    drawn = torch.randperm(len(frequencies), generator=generator)[: len(chosen)].tolist()
+    return [site for index, site in enumerate(frequencies) if index in drawn]
 
 
 def probe_use(used: Sequence[float], settings: ProbeSettings) -> float:

@@ -19,7 +19,7 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods import probing
 from llava_cmoe.methods.base import StageData
-from llava_cmoe.methods.probing import count, mean_tokens, origin, probe, probe_use, thresholds_of
+from llava_cmoe.methods.probing import chosen_of, count, mean_tokens, origin, probe, probe_use, thresholds_of
 from llava_cmoe.settings import ProbeSettings
 
 TOP_K = 2
@@ -120,6 +120,23 @@ def test_controls_do_not_depend_on_the_probes(use: float):
     for scope, passes in (("all", True), ("none", False)):
         thresholds = thresholds_of({"a": (1 - use, use)}, ProbeSettings(scope=scope))
         assert (use > thresholds["a"]) == passes
+
+
+def test_the_random_control_grows_as_many_layers_as_the_probes_choose_wherever_these_are():
+    frequencies = {f"layer {index}": (1 - index / 10, index / 10) for index in range(8)}
+
+    def chosen(scope: str, seed: int) -> list[str]:
+        settings = ProbeSettings(alpha=0.5, scope=scope)
+        thresholds = thresholds_of(frequencies, settings)
+        return chosen_of(frequencies, thresholds, settings, torch.Generator().manual_seed(seed))
+
+    probed = chosen("global", 0)
+    drawn = [chosen("random", seed) for seed in range(100)]
+    assert probed == ["layer 3", "layer 4", "layer 5", "layer 6", "layer 7"] == chosen("global", 1)
+    assert {len(sites) for sites in drawn} == {5} and drawn == [chosen("random", seed) for seed in range(100)]
+    assert all(sites == sorted(sites) for sites in drawn)  # in the model's order, as experts are initialised in turn
+    for site in frequencies:  # 62.5 of 100 expected, std 4.8
+        assert 43 <= sum(site in sites for sites in drawn) <= 82
 
 
 def test_several_probes_of_a_layer_are_judged_by_their_mean():
