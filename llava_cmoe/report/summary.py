@@ -136,11 +136,12 @@ def check_comparable(runs: Sequence[Results], shared: Collection[str]) -> None:
             raise ValueError(
                 f"{run.run}: {len(run.headline.matrix)} of {len(run.tasks)} tasks are learned; go on first"
             )
-        for key in sorted(shared):
-            if getattr(run, key) != getattr(first, key):
-                raise ValueError(
-                    f"runs {first.run} and {run.run} differ in {key}; their numbers cannot stand in one table"
-                )
+        one, other = ({key: getattr(result, key) for key in shared} for result in (first, run))
+        if differences := list(differing_keys(one, other)):
+            raise ValueError(
+                f"runs {first.run} and {run.run} differ in {', '.join(differences)}; "
+                "their numbers cannot stand in one table"
+            )
 
 
 def over_seeds(
