@@ -159,7 +159,8 @@ def test_every_shipped_study_can_run_and_says_that_its_sequence_is_smaller(tmp_p
 
 def test_the_orders_are_the_default_its_reverse_the_alphabet_and_two_that_their_seeds_make():
     [path] = [path for path in SHIPPED if path.stem == "order"]
-    tasks = list(load_sequence("pocket").names)
     orders = {run.variant: [task.name for task in run.tasks] for run in plan_studies([path], Path("x"))[0].runs}
+    tasks = [name for name in load_sequence("pocket").names if name in orders["default"]]
     random = {f"random_{seed}": Random(seed).sample(tasks, len(tasks)) for seed in (1, 2)}
+    assert len(tasks) == 4
     assert orders == {"default": tasks, "reversed": tasks[::-1], "alphabetical": sorted(tasks)} | random
