@@ -18,7 +18,8 @@ class Growth:
 
     Attributes:
         new_experts: site name to the number of experts added there (only sites that grow).
-        init_from: site name to the index of the expert that the new ones copy; absent means fresh LoRA init.
+        init_from: site name to the index of the expert that the new ones copy (of the first probe, where each copies
+            one); absent means fresh LoRA init.
         frequencies: site name to activation frequency per expert while probing, the probe last; without sites that no
             counted token reached, empty when not probed.
         thresholds: site name to the threshold tau_l (Eq. 2) that the probe's frequency was compared with.

@@ -133,7 +133,7 @@ class ProbeSettings(Settings):
     max_new_experts: int = Field(1, gt=0)
     """Experts added to a chosen layer."""
     init: Literal["most_used", "probe", "lora"] = "most_used"
-    """Start of a new expert: copy of the most used one while probing, the probe itself, or fresh LoRA."""
+    """Start of the new experts: copies of the most used one while probing, the probes themselves, or fresh LoRA."""
     clone_noise: float = Field(0.0, ge=0)
     """Gaussian noise on a copied expert, in standard deviations of each of its matrices."""
     counted: Literal["all", "answer"] = "all"
@@ -143,7 +143,7 @@ class ProbeSettings(Settings):
     learning_rate: float | None = Field(None, gt=0)
     """Learning rate while probing; the training stage's when absent."""
     batch_size: int | None = Field(None, gt=0)
-    """Samples per step while probing; the training stage's when absent."""
+    """Samples per step and process while probing, before accumulation; the training stage's when absent."""
 
 
 class LocatorSettings(Settings):

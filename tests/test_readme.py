@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 from official_files import write_answers
@@ -22,6 +23,7 @@ from original import write_parts
 from tiny import Lesson
 
 from llava_cmoe.budget.estimate import Budget
+from llava_cmoe.calibration import Calibration
 from llava_cmoe.cli import main
 from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.evaluation.log import read_results
@@ -266,6 +268,18 @@ def test_the_table_of_merges_is_the_committed_one_or_is_not_there():
     assert committed.exists() == ("<!-- merges: begin -->" in README)
     if committed.exists():
         assert generated("merges").strip() == merges_markdown(MergeSummary.model_validate_json(committed.read_bytes()))
+
+
+def test_what_is_said_of_the_calibration_is_what_was_measured():
+    said = " ".join(README.split("What probes say of tasks")[1].split("\n\n")[0].split())
+    for name in ("calibration_layer", "calibration"):
+        found = Calibration.model_validate_json((REPOSITORY / f"eval/results/{name}.json").read_bytes())
+        by_learned = {state: [one for one in found.tasks if one.learned is state] for state in (True, False)}
+        for tasks in by_learned.values():
+            assert f" {', '.join(str(len(one.growth.new_experts)) for one in tasks)}" in said
+        assert f"`scope: {found.probe.scope}`, alpha {found.probe.alpha:g}" in said and len(found.sites) == 6
+        slots = {state: 100 * fmean(fmean(one.use.values()) for one in tasks) for state, tasks in by_learned.items()}
+        assert f"{slots[True]:.1f} % of the slots of a learned task, {slots[False]:.1f} % of a new one's" in said
 
 
 def test_the_words_are_the_glossary_and_the_code_uses_them():

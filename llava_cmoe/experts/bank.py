@@ -43,14 +43,14 @@ class LoraPair:
     b_EOR: Tensor
 
     def copies(self, num: int, noise: float, generator: torch.Generator) -> LoraPair:
-        """One expert, `num` times, each matrix with Gaussian noise of `noise` times its own standard deviation."""
+        """One expert `num` times, or `num` experts, each matrix with Gaussian noise of `noise` times its own std."""
 
         def copied(matrix: Tensor) -> Tensor:
             copies = matrix.expand(num, -1, -1)
             if noise == 0:
                 return copies
             drawn = torch.randn(copies.shape, generator=generator).to(matrix)  # on the CPU: the same on any device
-            return copies + noise * matrix.std() * drawn
+            return copies + noise * matrix.std(dim=(1, 2), keepdim=True) * drawn
 
         return LoraPair(copied(self.a_ERI), copied(self.b_EOR))
 
@@ -257,9 +257,10 @@ class ExpertBank(nn.Module):
         init_from: Mapping[str, LoraPair] | None = None,
         noise: float = 0.0,
     ) -> None:
-        """Add fresh, trainable experts: LoRA's init (A random, B = 0: no effect yet), or copies of `expert(i)`.
+        """Add fresh, trainable experts: LoRA's init (A random, B = 0: no effect yet), or copies of `expert(i, ...)`.
 
-        Copies differ from each other, and from their origin, by `noise` standard deviations.
+        They are copies of one expert or of as many, and differ from it, and from each other, by `noise` standard
+        deviations.
         """
         assert self._merged is None, "a merged bank only answers; learning goes on in one that is not merged"
         for key, stack in self.stacks.items() if num else ():
@@ -270,10 +271,10 @@ class ExpertBank(nn.Module):
                 pair = init_from[key].copies(num, noise, generator)
             stack.add(pair, like=self.anchor)
 
-    def expert(self, index: int) -> dict[str, LoraPair]:
-        """A copy of one expert per linear, to start new ones from; -1 is the newest."""
+    def expert(self, index: int, num: int = 1) -> dict[str, LoraPair]:
+        """A copy per linear of one expert, or of `num` from this one on, to start new ones from; -1 is the newest."""
         index = range(self.num_experts)[index]
-        return {key: stack.read(range(index, index + 1)) for key, stack in self.stacks.items()}
+        return {key: stack.read(range(index, index + num)) for key, stack in self.stacks.items()}
 
     def add_router(self, *, generator: torch.Generator, lead_D: Tensor | None = None) -> None:
         """Give the next task a trainable router over all experts that exist now, whether the site grew or not.

@@ -40,7 +40,7 @@ class Start:
     """How the new experts of a site begin.
 
     Attributes:
-        copied: per linear, the expert they are copies of; None for a fresh LoRA init.
+        copied: per linear, the expert they are copies of, or as many experts; None for a fresh LoRA init.
         mean_D: mean input of the site over the task's tokens, in the frozen model.
     """
 
@@ -94,8 +94,9 @@ def probe(
     chosen = chosen_of(frequencies, thresholds, settings, generator)
     origins = {site: origin(frequencies[site], settings) for site in chosen}
     means = mean_tokens(model, rows, collator, host)
+    num_copied = settings.max_new_experts if settings.init == "probe" else 1
     starts = {
-        site: Start(None if index is None else host.banks[site].expert(index), means[site])
+        site: Start(None if index is None else host.banks[site].expert(index, num_copied), means[site])
         for site, index in origins.items()
     }
     host.drop_fresh()
@@ -221,7 +222,7 @@ def probe_use(used: Sequence[float], settings: ProbeSettings) -> float:
 
 
 def origin(used: Sequence[float], settings: ProbeSettings) -> int | None:
-    """Index of the expert that new ones copy (Eq. 3: the most used of the pool); None for a fresh LoRA init."""
+    """Expert that new ones copy (Eq. 3: the most used of the pool), or the first probe; None for a fresh LoRA init."""
     pool = used[: -settings.max_new_experts]
     match settings.init:
         case "most_used":

@@ -26,7 +26,8 @@ __all__ = ["BEGIN", "COLUMNS", "END", "Headline", "Spread", "headline_markdown",
 BEGIN, END = markers("headline")
 
 COLUMNS = measures(
-    "immediate", "last", "maa", "bwt", "located_right", "oracle_minus_located", "partly_grown", "trained_thousands"
+    *("immediate", "last", "last_coin", "maa", "bwt"),
+    *("located_right", "oracle_minus_located", "located_minus_random", "partly_grown", "trained_thousands"),
 )
 
 

@@ -67,6 +67,17 @@ def _metric(name: str) -> Callable[[Results], float | None]:
     return lambda run: run.headline.metrics[name]
 
 
+def _last_beside(protocol: str) -> Callable[[Results], float | None]:
+    """The last mean that another protocol makes of the same answers; None unless it judges every task."""
+
+    def last(run: Results) -> float | None:
+        row = run.headline.beside.get(protocol, ((None,),))[-1]
+        judged = [accuracy for accuracy in row if accuracy is not None]
+        return statistics.fmean(judged) if len(judged) == len(row) else None
+
+    return last
+
+
 def _located_right(run: Results) -> float | None:
     return run.locator.mean_accuracy if run.locator else None
 
@@ -106,6 +117,7 @@ def _stored_kilobytes(run: Results) -> float | None:
 MEASURES = {
     "immediate": Measure("immediate", _metric("immediate")),
     "last": Measure("last", _metric("last")),
+    "last_coin": Measure("last by `coin`", _last_beside("coin")),
     "maa": Measure("MAA", _metric("maa")),
     "bwt": Measure("BWT", _metric("bwt")),
     "located_right": Measure("located right", _located_right),

@@ -194,16 +194,19 @@ def test_a_layer_grows_where_its_probe_is_used_more_than_the_threshold(
         assert torch.equal(pair.a_ERI, host.banks[site].expert(index)[linear].a_ERI)
 
 
-def test_a_probe_can_be_handed_on_as_the_new_expert(
-    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
+@pytest.mark.parametrize("num", [1, 2])
+def test_probes_can_be_handed_on_as_the_new_experts(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator, num: int
 ):
     taught: list[dict[str, Any]] = []
-    growth, starts = run_probe(tiny_llava, host, collator, taught, scope="global", init="probe")
-    (site,) = growth.new_experts
-    assert growth.init_from == {site: 3}
-    for linear, pair in starts[site].copied.items():
-        probed = taught[0]["moved"][f"{site}.experts.{linear}.fresh.B"]
-        assert torch.equal(pair.b_EOR.mT, probed)
+    growth, starts = run_probe(tiny_llava, host, collator, taught, scope="all", init="probe", max_new_experts=num)
+    assert growth.init_from == dict.fromkeys(host.banks, 3) and growth.new_experts == dict.fromkeys(host.banks, num)
+    for site, bank in host.banks.items():
+        bank.grow(num, generator=torch.Generator(), init_from=starts[site].copied)
+        for linear, stack in bank.stacks.items():
+            for block, matrix in (("A", stack.fresh.A), ("B", stack.fresh.B)):
+                assert torch.equal(matrix, taught[0]["moved"][f"{site}.experts.{linear}.fresh.{block}"])
+                assert len(matrix.unique(dim=0)) == num
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

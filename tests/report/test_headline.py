@@ -67,8 +67,8 @@ def test_numbers_are_mean_and_spread_over_the_seeds_in_their_order():
 def test_the_table_has_a_line_per_method_and_a_dash_for_what_was_not_measured():
     runs = [result("zero_shot", 0, high=5.0), *(result("sequential_lora", seed, high=60.0 + seed) for seed in (0, 2))]
     header, _, *lines = headline_markdown(summarise(runs)).splitlines()
-    assert header.startswith("| method | seeds | immediate | last | MAA | BWT | located right |")
-    assert lines[0].startswith("| zero_shot | 1 | 5.0 | 5.0 | 5.0 | 0.0 | – | – | – |")  # one seed has no spread
+    assert header.startswith("| method | seeds | immediate | last | last by `coin` | MAA | BWT | located right |")
+    assert lines[0].startswith("| zero_shot | 1 | 5.0 | 5.0 | – | 5.0 | 0.0 | – | – | – |")  # one seed has no spread
     assert lines[1].startswith("| sequential_lora | 2 | 61.0 ± 1.4 |") and len(lines) == 2
 
 
@@ -76,6 +76,17 @@ def test_a_number_that_one_run_lacks_is_not_a_mean_over_the_others():
     whole = cmoe(1, oracle=81.0, right=90.0, grown={})
     lacking = whole.model_copy(update={"seed": 2, "routes": {"located": whole.headline}})
     assert "oracle_minus_located" not in summarise([whole, lacking]).methods[0].numbers
+
+
+def test_another_protocols_mean_is_over_all_tasks_or_absent():
+    def judged(*last: float | None) -> dict[str, Spread]:
+        run = result("joint", 0)
+        beside = {"coin": ((5.0, None, None), (5.0, 5.0, None), last)}
+        routes = {"located": run.headline.model_copy(update={"beside": beside})}
+        return summarise([run.model_copy(update={"routes": routes})]).methods[0].numbers
+
+    assert judged(10.0, 20.0, 60.0)["last_coin"].mean == approx(30.0)
+    assert "last_coin" not in judged(10.0, None, 60.0)
 
 
 @pytest.mark.parametrize(
