@@ -1,7 +1,9 @@
 """Answers out and in, as CoIN's scripts and their descendants write them, so that toolkits can score each other's.
 
     DIR/scienceqa/textvqa/merge.jsonl      answers to scienceqa after learning textvqa, one JSON object a line
-    DIR/scienceqa/textvqa/Result.text      Samples: N, Accuracy: xx.xx%
+    DIR/scienceqa/textvqa/Result.text      Samples: N, Accuracy: xx.xx%, Protocol: coin
+
+The accuracy is what CoIN's scripts make of those answers; of a task that they do not judge, the run's own.
 
 Answers that come in become a folder with `answers/` and `results.json`, which every command that needs no model takes
 for a run. All files are checked before anything is written.
@@ -37,12 +39,13 @@ ROUTE: RouteName = "located"
 
 @dataclass(frozen=True)
 class Stated:
-    """What a `Result.text` says beside what is scored here, in percent."""
+    """What a `Result.text` says beside what is scored here under `protocol`, in percent."""
 
     task: str
     after: str
     stated: float
     scored: float
+    protocol: str
 
 
 def export_answers(examined: Examined, to: Path, route: str | None = None) -> list[Path]:
@@ -64,8 +67,8 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
     written = []
     for i, task in enumerate(exam.sequence.tasks):
         ids = raw_ids(examined.root, task)
-        for j, row in enumerate(results.routes[chosen].matrix):
-            accuracy = row[i]
+        for j in range(len(results.routes[chosen].matrix)):
+            protocol, accuracy = _as_coin(results, chosen, j, i)
             if accuracy is not None:
                 folder = to / task.name / exam.sequence.names[j]
                 folder.mkdir(parents=True)
@@ -76,9 +79,18 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
                     if name in by_id
                 ]
                 (folder / ANSWERS).write_text("".join(lines), encoding="utf-8")
-                (folder / RESULT).write_text(f"Samples: {len(lines)}\nAccuracy: {accuracy:.2f}%\n")
+                (folder / RESULT).write_text(
+                    f"Samples: {len(lines)}\nAccuracy: {accuracy:.2f}%\nProtocol: {protocol}\n"
+                )
                 written.append(folder / ANSWERS)
     return written
+
+
+def _as_coin(results: Results, route: str, after: int, task: int) -> tuple[str, float | None]:
+    """One accuracy under protocol `coin`, or under the run's own where `coin` does not judge the task; and which."""
+    measured = results.routes[route]
+    judged = measured.beside["coin"][after][task] if "coin" in measured.beside else None
+    return (results.protocol, measured.matrix[after][task]) if judged is None else ("coin", judged)
 
 
 def _line(answer: Answer, raw_id: int | str, model: str) -> str:
@@ -112,14 +124,15 @@ def import_answers(
         progress: told how many answers files are read, and then scored.
 
     Raises:
-        RegistryError: no answers, a folder that is no task's, a line that is no answer, or an id that is missing,
-            doubled or unknown; names file and line.
+        RegistryError: no answers, a folder that is no task's, a line that is no answer, an id that is missing, doubled
+            or unknown, or a `Result.text` without an accuracy; names file and line.
         DataError: the data root is missing or broken.
     """
     _refuse_full(recipe.run)
     settings = recipe.evaluation.model_copy(update={"routes": (ROUTE,)})
     exam = exam_of(recipe.data, settings, recipe.seed, recipe.run)
     cells = _cells(source, exam)
+    said = {cell: _stated(path.with_name(RESULT)) for cell, path in cells.items() if path.with_name(RESULT).is_file()}
     answers = {}
     for number, (cell, path) in enumerate(cells.items(), start=1):
         answers[cell] = _read(path, exam.rows[exam.sequence.names[cell[1]]], len(exam.rows))
@@ -141,11 +154,13 @@ def import_answers(
     except ValueError as error:
         raise RegistryError(str(error)) from error
     write_results(recipe.run / "results.json", results)
-    return results, [
-        Stated(exam.sequence.names[task], exam.sequence.names[after], _stated(path.with_name(RESULT)), scored)
-        for (after, task), path in cells.items()
-        if path.with_name(RESULT).is_file() and (scored := results.headline.matrix[after][task]) is not None
-    ]
+    stated = []
+    for (after, task), accuracy in said.items():
+        protocol, scored = _as_coin(results, ROUTE, after, task)
+        if scored is not None:
+            names = exam.sequence.names[task], exam.sequence.names[after]
+            stated.append(Stated(*names, stated=accuracy, scored=scored, protocol=protocol))
+    return results, stated
 
 
 def _cells(source: Path, exam: Exam) -> dict[tuple[int, int], Path]:
@@ -203,7 +218,7 @@ def _answer(line: bytes, where: str) -> Answer:
         raise RegistryError(f"{where}: not an answer ({error!r}); expected question_id and text") from error
     if isinstance(raw_id, bool) or not isinstance(raw_id, (int, str)) or not isinstance(text, str):
         raise RegistryError(f"{where}: question_id must be a number or a string, and text a string")
-    answer = Answer(str(raw_id), text.strip(), prompt=str(prompt), **kept)
+    answer = Answer(str(raw_id), text, prompt=str(prompt), **kept)  # blanks stay: they decide under `coin`
     if any(isinstance(kept[key], bool) or not isinstance(kept[key], kinds) for key, kinds in OWN.items()):
         raise RegistryError(f"{where}: metadata: located is the index of a task, score a number, failed says why")
     try:
@@ -214,7 +229,7 @@ def _answer(line: bytes, where: str) -> Answer:
 
 
 def _stated(path: Path) -> float:
-    found = re.search(r"Accuracy:\s*([\d.]+)\s*%", path.read_text(encoding="utf-8"))
+    found = re.search(rb"Accuracy:\s*(\d+(?:\.\d+)?)\s*%", path.read_bytes())
     if found is None:
         raise RegistryError(f"{path}: no line `Accuracy: xx.xx%`; correct or remove the file")
     return float(found[1])

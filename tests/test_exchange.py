@@ -49,8 +49,10 @@ def test_every_cell_is_a_folder_of_coins_two_files(theirs: Path, lesson: Lesson)
     assert list(line) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     assert line["question_id"] == "colours-test-0" and "<image>" not in str(line["prompt"])
     assert len({str(one["answer_id"]) for one in (line, *others)}) == len(others) + 1 == 6
-    accuracy = lesson.results.headline.matrix[1][0]
-    assert (theirs / "colours/sides/Result.text").read_text() == f"Samples: 6\nAccuracy: {accuracy:.2f}%\n"
+    accuracy = lesson.results.headline.beside["coin"][1][0]
+    assert (
+        theirs / "colours/sides/Result.text"
+    ).read_text() == f"Samples: 6\nAccuracy: {accuracy:.2f}%\nProtocol: coin\n"
 
 
 def test_the_same_run_is_exported_to_the_same_bytes(theirs: Path, lesson: Lesson, tmp_path: Path) -> None:
@@ -106,10 +108,32 @@ def test_cells_that_were_not_measured_may_lack_and_the_order_of_lines_does_not_c
     assert read_results(asked.run / "results.json") == results
 
 
+def test_blanks_around_an_answer_stay_as_they_decide_under_coin(theirs: Path, asked: Recipe) -> None:
+    path = theirs / "sides/sides/merge.jsonl"
+    lines = [line | {"text": f" {line['text']}\n"} for line in lines_of(path)]
+    write_lines(path, lines)
+    import_answers(theirs, asked, "theirs")
+    export_answers(open_examined(asked.run), asked.run / "again")
+    assert [line["text"] for line in lines_of(asked.run / "again/sides/sides/merge.jsonl")] == [
+        line["text"] for line in lines
+    ]
+
+
+@pytest.mark.parametrize("said", [b"Samples: 6\n", b"Accuracy: 1.2.3%", b"\xff\xfe"])
+def test_a_result_file_without_an_accuracy_is_an_error_and_nothing_is_written(
+    theirs: Path, asked: Recipe, said: bytes
+) -> None:
+    (theirs / "sides/sides/Result.text").write_bytes(said)
+    with pytest.raises(RegistryError, match=r"sides/sides/Result.text: no line `Accuracy: xx.xx%`"):
+        import_answers(theirs, asked, "theirs")
+    assert not asked.run.exists()
+
+
 def test_another_accuracy_in_their_result_file_is_told(theirs: Path, asked: Recipe, lesson: Lesson) -> None:
     (theirs / "sides/sides/Result.text").write_text("Samples: 6\nAccuracy: 12.34%\n")
     _, stated = import_answers(theirs, asked, "theirs")
-    assert Stated("sides", "sides", 12.34, lesson.results.headline.matrix[1][1] or 0.0) in stated
+    scored = lesson.results.headline.beside["coin"][1][1]
+    assert Stated("sides", "sides", 12.34, scored, "coin") in stated
 
 
 @pytest.mark.parametrize(

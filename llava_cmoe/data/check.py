@@ -82,7 +82,7 @@ class _Scan:
     rows: int = 0
     text_only: int = 0
     without_instruction: int = 0
-    doubled_ids: int = 0
+    doubled_ids: list[str] = field(default_factory=list)
     first: Read | None = None
     questions: list[tuple[Question, int, str]] = field(default_factory=list)
     pictures: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> the first row that shows it
@@ -101,7 +101,7 @@ class _Scan:
             rows=self.rows,
             text_only=self.text_only,
             images=len(self.pictures),
-            doubled_ids=self.doubled_ids,
+            doubled_ids=tuple(self.doubled_ids),
             without_instruction=self.without_instruction,
             problems=len(self.problems),
             published=self.published,
@@ -121,7 +121,8 @@ def _scan(shown: str, task: TaskSpec, published: RowCount | None, parsed: Parsed
             scan.first = scan.first or item
             scan.rows += 1
             scan.text_only += image is None
-            scan.doubled_ids += row_id in ids
+            if row_id in ids:
+                scan.doubled_ids.append(row_id)
             scan.without_instruction += not any((task.instruction or "") in text for text in asked)
             ids.add(row_id)
             if image is not None:

@@ -6,8 +6,7 @@ questions themselves, and a part of a dataset is a dataset.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,9 @@ from rich.table import Table
 from llava_cmoe.data.coin import Lost, Read
 from llava_cmoe.data.problems import Problem
 from llava_cmoe.data.tasks import RowCount, TaskSpec
+
+NUM_NAMED = 5
+"""Ids that a remark names, of however many it is about."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class FileCount:
         rows: usable rows.
         text_only: those of them without a picture.
         images: distinct pictures.
-        doubled_ids: rows whose id an earlier row has, too.
+        doubled_ids: ids of rows that an earlier row has, too.
         without_instruction: rows in which no question holds the task's instruction.
         problems: rows that cannot be used, and whatever is wrong with the file as a whole.
         published: how many rows its publisher says there are, where known.
@@ -39,7 +41,7 @@ class FileCount:
     rows: int
     text_only: int
     images: int
-    doubled_ids: int
+    doubled_ids: tuple[str, ...]
     without_instruction: int
     problems: int
     published: RowCount | None
@@ -99,7 +101,7 @@ def render(report: CheckReport) -> Table:
         table.add_column(heading, justify="right", overflow="fold")
     for count in report.files:
         style = "red" if count.problems else None if count.as_published else "yellow"
-        numbers = (count.text_only, count.images, count.doubled_ids, count.problems)
+        numbers = (count.text_only, count.images, len(count.doubled_ids), count.problems)
         published = _told(count.published)
         table.add_row(count.task, count.file, f"{count.rows:,}", published, *map("{:,}".format, numbers), style=style)
     table.caption = f"{len(report.problems)} problems, {len(report.overlaps)} evaluation rows also learned"
@@ -115,14 +117,23 @@ def remarks(report: CheckReport) -> Iterator[str]:
             yield f"{where} holds {count.rows:,} rows, published are {_told(count.published)}"
         if count.without_instruction:
             yield f"{where} holds {count.without_instruction:,} rows without the task's instruction"
-    overlapping = Counter(str(overlap.file) for overlap in report.overlaps)
-    for file, number in overlapping.items():
-        yield f"{file} asks {number:,} questions that are learned, which proves little"
+        if count.doubled_ids:
+            doubled = dict.fromkeys(count.doubled_ids)
+            yield f"{where} holds ids more than once: {_first(list(doubled))}"
+    overlapping: dict[str, list[str]] = {}
+    for overlap in report.overlaps:
+        overlapping.setdefault(str(overlap.file), []).append(str(overlap.row_id))
+    for file, ids in overlapping.items():
+        yield f"{file} asks {len(ids):,} questions that are learned, which proves little: {_first(ids)}"
     for lost in report.lost:
         yield f"{lost.file}, row {lost.index} (id {lost.row_id}): left out, {lost.image} is lost for good"
     for task in report.tasks:
         for note in task.notes:
             yield f"{task.name}: {note}"
+
+
+def _first(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:NUM_NAMED]) + (f" and {len(ids) - NUM_NAMED:,} more" if len(ids) > NUM_NAMED else "")
 
 
 def _told(published: RowCount | None) -> str:

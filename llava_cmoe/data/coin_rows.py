@@ -100,15 +100,19 @@ def eval_row(raw: Mapping[str, Any], row_id: str, pictures: PictureFolder, has_b
     }
 
 
+ROUNDING = 1e-3
+"""How far a coordinate may lie outside the picture: annotators' boxes are rounded to a hundredth of a pixel."""
+
+
 def box_of(text: str) -> list[float]:
-    """The four coordinates of "[x1, y1, x2, y2]", in [0, 1] and in order."""
+    """The four coordinates of "[x1, y1, x2, y2]", in [0, 1] but for rounding, and in order."""
     inner = text.strip()
     try:
         box = [float(part) for part in inner[1:-1].split(",")]
     except ValueError:
         box = []
     bracketed = inner.startswith("[") and inner.endswith("]")
-    if not bracketed or len(box) != 4 or not all(0 <= value <= 1 for value in box):
+    if not bracketed or len(box) != 4 or not all(-ROUNDING <= value <= 1 + ROUNDING for value in box):
         raise Unusable(f"malformed answer_bbox {text!r}; expected [x1, y1, x2, y2], each from 0 to 1")
     if box[0] > box[2] or box[1] > box[3]:
         raise Unusable(f"malformed answer_bbox {text!r}; x1 <= x2 and y1 <= y2 must hold")

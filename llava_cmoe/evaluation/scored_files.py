@@ -19,6 +19,7 @@ from llava_cmoe.evaluation.references import references_of
 from llava_cmoe.evaluation.released import RELEASED
 from llava_cmoe.evaluation.scorers import PROTOCOLS, get_scorer
 from llava_cmoe.files import write_atomically
+from llava_cmoe.fingerprints import fingerprint_file
 from llava_cmoe.settings import EvaluationSettings
 
 ProtocolName = Literal["strict", "coin"]
@@ -45,8 +46,10 @@ class FileScore(BaseModel):
     """Means of further numbers, as fractions of one (strict grounding: `iou`)."""
     answers: str
     """Name of the answers file."""
-    annotations: tuple[str, ...]
-    """Names of the official files that were read."""
+    answers_sha256: str
+    """Of its bytes."""
+    annotations: dict[str, str]
+    """The official files that were read, and the sha256 of each."""
     per_question: dict[str, float]
     """Question id to score in [0, 1]. Of a repeated question that counts more than once (coin) the last score; a
     question that the accuracy leaves out is absent."""
@@ -76,7 +79,8 @@ def score_file(task: str, annotations: Path, answers: Path, protocol: ProtocolNa
         num_samples=num_samples,
         detail=detail,
         answers=answers.name,
-        annotations=tuple(folder.read),
+        answers_sha256=fingerprint_file(answers),
+        annotations={name: fingerprint_file(annotations / name) for name in folder.read},
         per_question=per_question,
     )
 

@@ -11,7 +11,8 @@ import pytest
 
 from llava_cmoe.data.check import check_sequence
 from llava_cmoe.data.coin import read_eval, read_train
-from llava_cmoe.data.problems import DataError
+from llava_cmoe.data.coin_rows import box_of
+from llava_cmoe.data.problems import DataError, Unusable
 from llava_cmoe.data.tasks import COIN_FOLDERS, TaskSequence, TaskSpec
 
 Edit = Callable[[str, Callable[[list[dict[str, Any]]], object]], Path]
@@ -296,3 +297,9 @@ def test_annotations_of_a_task_that_has_none_are_refused(root: Path, sequence: T
     task = sequence.tasks[2].model_copy(update={"annotations": ("cl_dataset/TextVQA/answers.json",)})
     with pytest.raises(DataError, match="not for scorer grounding"):
         read_eval(root, task)
+
+
+def test_a_box_may_end_a_rounding_outside_the_picture():
+    assert box_of("[-0.0002, 0.1, 0.5, 1.00002]") == [-0.0002, 0.1, 0.5, 1.00002]
+    with pytest.raises(Unusable, match="each from 0 to 1"):
+        box_of("[0, 0.1, 0.5, 1.01]")

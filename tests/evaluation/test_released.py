@@ -31,7 +31,7 @@ def science(tmp_path: Path) -> Path:
 def test_scienceqa_is_measured_on_the_split_and_the_last_of_repeated_answers_stands(science: Path) -> None:
     score = coin("ScienceQA", science, ("0", "B"), ("0", "A"), ("1", "It's B."), ("9", None), ("unknown", "A"))
     assert outcome(score) == (1 / 3 * 100, 3, {"0": 1.0, "1": 0.0, "2": 0.0})
-    assert score.annotations == ("pid_splits.json", "problems.json")
+    assert list(score.annotations) == ["pid_splits.json", "problems.json"]
 
 
 def test_a_scienceqa_id_that_is_no_text_answers_nothing(science: Path) -> None:

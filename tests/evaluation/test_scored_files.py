@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from hashlib import sha256 as sha256_of
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +40,11 @@ def test_what_is_written(monkeypatch, capsys, folder: Path, protocol: str, accur
     document = json.loads(output.read_text())
     assert document.pop("per_question") == dict(zip(("a.jpg", "b.jpg", "c.jpg"), scores, strict=True))
     assert document.pop("accuracy") == pytest.approx(accuracy, abs=0.01)
+    sha256 = {name: sha256_of((folder / name).read_bytes()).hexdigest() for name in ("merge.jsonl", "val.json")}
+    assert document.pop("answers_sha256") == sha256.pop("merge.jsonl") and document.pop("annotations") == sha256
     assert document == {
         "task": "VizWiz", "protocol": protocol, "version": PROTOCOLS[protocol].version, "accuracy_unit": "percent",
-        "num_samples": 3, "detail": {}, "answers": "merge.jsonl", "annotations": ["val.json"],
+        "num_samples": 3, "detail": {}, "answers": "merge.jsonl",
     }  # fmt: skip
     assert capsys.readouterr().out == f"Samples: 3\nAccuracy: {accuracy:.2f}%\n"
     assert [path.name for path in output.parent.iterdir()] == ["out.json"]
@@ -102,4 +105,4 @@ def test_strict_grounding_adds_the_mean_overlap(tmp_path: Path) -> None:
 def test_strict_needs_no_file_that_only_the_released_script_reads(tmp_path: Path) -> None:
     write_rows(tmp_path, "test.json", {"1": "Yes"})
     score = score_file("GQA", tmp_path, write_answers(tmp_path / "m.jsonl", ("1", "yes")), "strict")
-    assert (score.accuracy, score.annotations) == (100.0, ("test.json",))
+    assert (score.accuracy, list(score.annotations)) == (100.0, ["test.json"])

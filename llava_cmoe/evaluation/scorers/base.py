@@ -9,6 +9,10 @@ from typing import Any
 
 from llava_cmoe.settings import EvaluationSettings
 
+LONGEST = 1000
+"""Characters of a number in an answer; one that a model did not bring to an end is no number (nor could Python read
+those of over 4300 digits)."""
+
 
 @dataclass(frozen=True)
 class Reference:

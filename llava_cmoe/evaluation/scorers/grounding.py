@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-from llava_cmoe.evaluation.scorers.base import Reference, Score
+from llava_cmoe.evaluation.scorers.base import LONGEST, Reference, Score
 
 NUMBER = re.compile(
     r"(?<![\w.+-])"  # not the tail of another number or word
@@ -42,10 +42,10 @@ def score(prediction: str, reference: Reference) -> Score:
 
 def extract_box(text: str) -> Box | None:
     """The box that the text gives: exactly four numbers, with any words and brackets around them; else None."""
-    numbers = [Fraction(number) for number in NUMBER.findall(text)]
-    if len(numbers) != 4:
+    numbers = NUMBER.findall(text)
+    if len(numbers) != 4 or max(map(len, numbers)) > LONGEST:
         return None
-    x1, y1, x2, y2 = numbers
+    x1, y1, x2, y2 = map(Fraction, numbers)
     return x1, y1, x2, y2
 
 

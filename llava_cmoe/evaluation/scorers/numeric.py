@@ -11,7 +11,7 @@ import re
 from fractions import Fraction
 
 from llava_cmoe.evaluation.scorers import short_answer
-from llava_cmoe.evaluation.scorers.base import Reference, Score
+from llava_cmoe.evaluation.scorers.base import LONGEST, Reference, Score
 
 TOLERANCE = Fraction(5, 100)
 
@@ -34,6 +34,6 @@ def score(prediction: str, reference: Reference) -> Score:
 
 
 def extract_number(text: str) -> Fraction | None:
-    """The one number in a text; None if there is none, or several."""
+    """The one number in a text; None if there is none, or several, or if it has no end."""
     found = NUMBER.findall(text.translate(CURRENCY))
-    return Fraction(found[0].replace(",", "")) if len(found) == 1 else None
+    return Fraction(found[0].replace(",", "")) if len(found) == 1 and len(found[0]) <= LONGEST else None

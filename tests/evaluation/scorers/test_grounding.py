@@ -44,6 +44,7 @@ def test_four_numbers_are_found_whatever_stands_around_them(text: str) -> None:
         "[0.1, 0.2, 0.5, 0.9_7]",
         "[0.1, 0.2, 0.5, 1e999999999]",
         "[0.1.2, 0.2, 0.5, 0.9]",
+        f"[0.1, 0.2, 0.5, 0.{'9' * 5000}]",
         "the left one",
     ],
 )
