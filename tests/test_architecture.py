@@ -32,7 +32,7 @@ ORDER = (
         "unseen",
         "demo",
     ),
-    *("studies", "throughput", "rescoring", "reproducing", "comparing", "exchange", "cli"),
+    *("studies", "throughput", "rescoring", "diversity", "reproducing", "comparing", "exchange", "cli"),
 )
 """Rooms and single files of the package; each imports only from those before it."""
 

@@ -26,6 +26,7 @@ from llava_cmoe.budget.estimate import Budget
 from llava_cmoe.calibration import Calibration
 from llava_cmoe.cli import main
 from llava_cmoe.data.pocket_root import make_pocket_root
+from llava_cmoe.diversity import Diversity
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.report.headline import Headline, headline_markdown
 from llava_cmoe.report.merges import MergeSummary, merges_markdown
@@ -149,7 +150,11 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             words = [*words[2:], "--dry-run"]
         case ["accelerate", "launch", "eval/evaluate.py" as script, *_]:
             words = words[2:]
-        case ["python", "eval/headline.py" | "eval/study.py" | "eval/merges.py" | "eval/score.py" as script, *_]:
+        case [
+            "python",
+            "eval/headline.py" | "eval/study.py" | "eval/merges.py" | "eval/diversity.py" | "eval/score.py" as script,
+            *_,
+        ]:
             words = words[1:]
         case ["python", "eval/speed.py" as script, *_]:
             elsewhere = {"cuda": "cpu", "llava-1.5-7b": "MODEL"}
@@ -280,6 +285,17 @@ def test_what_is_said_of_the_calibration_is_what_was_measured():
         assert f"`scope: {found.probe.scope}`, alpha {found.probe.alpha:g}" in said and len(found.sites) == 6
         slots = {state: 100 * fmean(fmean(one.use.values()) for one in tasks) for state, tasks in by_learned.items()}
         assert f"{slots[True]:.1f} % of the slots of a learned task, {slots[False]:.1f} % of a new one's" in said
+
+
+def test_what_is_said_of_clones_is_what_was_measured():
+    found = Diversity.model_validate_json((REPOSITORY / "eval/results/diversity.json").read_bytes())
+    _, *later = found.tasks.values()
+    said = " ".join(README.split("Clones stay alike:")[1].split("\n\n")[0].split())
+    for what, cosines in {
+        "a cosine of": [alike.among_new for alike in later],
+        "and of": [alike.to_origin for alike in later],
+    }.items():
+        assert f"{what} {min(cosines):.2f} to {max(cosines):.2f} " in said
 
 
 def test_the_words_are_the_glossary_and_the_code_uses_them():

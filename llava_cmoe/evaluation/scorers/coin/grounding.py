@@ -1,8 +1,9 @@
 """Grounding as released: brackets go, then the first and the last character, and what is left is four numbers or wrong.
 
 So "[0.1, 0.2, 0.5, 0.9]" is read as ".1, 0.2, 0.5, 0." and "[0, 0, 1, 1]" not at all; a blank, comma or stop at the end
-takes the cut for the last number, a blank before the bracket takes the first, and a leading minus is lost. Whatever `float` takes is a number ("nan", "0.3_7").
-Boxes are scaled to pixels before the overlap, which must exceed one half: at exactly one half, rounding decides.
+takes the cut for the last number, a blank before the bracket takes the first, and a leading minus is lost. Whatever
+`float` takes is a number ("nan", "0.3_7"). Boxes are scaled to pixels before the overlap, which must exceed one half:
+at exactly one half, rounding decides.
 """
 
 from __future__ import annotations
