@@ -16,13 +16,12 @@ from llava_cmoe.budget.course import Grown, TaskSize, expected_sites, grow, grow
 from llava_cmoe.budget.means import MeanSetting, settings_for
 from llava_cmoe.budget.memory import STRATEGIES, Load, Memory, backbone_bytes, memory_of
 from llava_cmoe.experts import ledger
+from llava_cmoe.experts.ledger import Size
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.preview import count_rows
 from llava_cmoe.sequence import sequence_of
 from llava_cmoe.settings import CmoeSettings, Recipe, RecipeError
-
-PRECISION_BYTES = {"bf16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -190,9 +189,9 @@ def _needs(recipe: Recipe, course: Course, sites: tuple[str, ...], length: int, 
         load = Load(
             backbone=backbone_bytes(frame),
             frozen=frame.num_parameters(),
-            pool=sum(size.trained.parameters for size in course.tasks[: max(0, len(tasks) - 1)]),
-            trained=ledger.trainable(learner.model).parameters,
-            compute_bytes=PRECISION_BYTES[training.precision],
+            pool=sum((size.trained for size in course.tasks[: max(0, len(tasks) - 1)]), start=Size()),
+            trained=ledger.trainable(learner.model),
+            optimizer=training.optimizer,
         )
         kept = activations(learner, training.model_copy(update={"batch_size": batch_size}), length)
         for strategy in STRATEGIES:

@@ -1,13 +1,15 @@
 """Bytes on one GPU, part by part, for each way to spread a training over several: DDP and DeepSpeed's ZeRO.
 
-    bytes a parameter       DDP                  ZeRO-1    ZeRO-2    ZeRO-3
-    frozen                  as loaded            c         c         c/n           c: 2 in bf16, 4 in float32
-    trained                 4                    c         c         c/n           n: GPUs
-    gradient                4, on n > 1 GPUs 8   c         c/n       c/n           (DDP sends copies)
-    optimizer               8                    16/n      16/n      16/n          float32: copy, gradient, AdamW's two
+    bytes of a parameter    DDP                  ZeRO-1    ZeRO-2    ZeRO-3
+    frozen                  w                    w         w         w/n           w: width it is held in
+    trained                 w                    4         4         4/n           n: GPUs
+    gradient                w, on n > 1 GPUs 2w  4         4/n       4/n           (DDP sends copies)
+    optimizer               m                    (8+m)/n   (8+m)/n   (8+m)/n       m: its two moments; ZeRO's copies
 
-Without DeepSpeed experts stay float32 and autocast computes in bf16; DeepSpeed turns the whole model into bf16 and
-keeps float32 copies of what it trains. Offloading moves the optimizer, and with ZeRO-3 all parameters, to the host.
+bf16 is autocast under every engine (`training/zero.py`), so nothing is cast: the backbone keeps `backbone.dtype`, what
+is trained float32. Experts in bfloat16 are DDP's alone (`training/processes.py`). ZeRO holds the weights once more, and
+the gradients while it steps, also where they are float32 already (measured, ZeRO-3 too: DeepSpeed 0.19).
+Offloading moves all but the weights to the host, with ZeRO-3 these as well.
 Beside all this: activations (`activations.py`), CUDA's context, fragmentation, and buckets that ZeRO sends.
 """
 
@@ -20,12 +22,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llava_cmoe.experts.ledger import Size
+
 FLOAT = 4
 """Bytes of a float32 number."""
 MAX_LIVE = 1_000_000_000
 """Parameters that ZeRO-3 holds gathered at a time, at most: `stage3_max_live_parameters`, DeepSpeed's default."""
 BLOCK, BLOCKS = 64, 256
 """Weights that share one of NF4's scales, and scales that share one of theirs (double quantization)."""
+MOMENTS = 256
+"""Values of an 8-bit moment that share a scale."""
 CODEBOOKS = FLOAT * (16 + 256 + 1)
 """Bytes that an NF4 linear keeps whatever its size: the 16 values of NF4, the 256 of its scales, their mean."""
 
@@ -56,16 +62,21 @@ class Load:
     Attributes:
         backbone: bytes of the frozen backbone by its quantization, `none` among them.
         frozen: its parameters.
-        pool: parameters of earlier tasks' experts and routers.
-        trained: parameters that this stage trains.
-        compute_bytes: of a number in DeepSpeed's arithmetic, 2 in bf16, 4 in float32.
+        pool: earlier tasks' experts and routers.
+        trained: what this stage trains.
+        optimizer: as in `training.optimizer`.
     """
 
     backbone: Mapping[str, int]
     frozen: int
-    pool: int
-    trained: int
-    compute_bytes: int
+    pool: Size
+    trained: Size
+    optimizer: str
+
+    @property
+    def mixed(self) -> bool:
+        """Whether experts are held in less than float32, beside their routers: no load for DeepSpeed."""
+        return self.trained.bytes < FLOAT * self.trained.parameters
 
 
 @dataclass(frozen=True)
@@ -73,11 +84,11 @@ class Memory:
     """Bytes of one process, on its GPU and on its host.
 
     Attributes:
-        backbone: by quantization; None where ZeRO-3 cannot split it.
+        backbone: by quantization; None where DeepSpeed cannot hold it, or not what is trained on it.
         pool: earlier tasks' experts and routers.
-        trained: what is trained, in the precision that computes.
-        gradients: of that.
-        optimizer: float32 copies and AdamW's two moments.
+        trained: the weights that are trained.
+        gradients: of these.
+        optimizer: moments, and ZeRO's copies of weights and gradients.
         gathered: parameters that ZeRO-3 holds whole at a time, at most.
         host: what is offloaded.
     """
@@ -100,34 +111,52 @@ class Memory:
 def memory_of(load: Load, strategy: Strategy, num_gpus: int) -> Memory:
     """Spread a load over GPUs; the formulas stand on top of this file."""
     if strategy.stage == 0:
-        copies = FLOAT * (2 if num_gpus > 1 else 1)
         return Memory(
             backbone=load.backbone,
-            pool=FLOAT * load.pool,
-            trained=FLOAT * load.trained,
-            gradients=copies * load.trained,
-            optimizer=2 * FLOAT * load.trained,
+            pool=load.pool.bytes,
+            trained=load.trained.bytes,
+            gradients=load.trained.bytes * (2 if num_gpus > 1 else 1),
+            optimizer=moments(load.trained, load.optimizer),
             gathered=0,
             host=0,
         )
-    wide, whole = load.compute_bytes, strategy.stage < 3
-    gradients = wide * load.trained if strategy.stage == 1 else math.ceil(wide * load.trained / num_gpus)
-    optimizer = math.ceil(4 * FLOAT * load.trained / num_gpus)
-    backbone, pool, trained = (
-        wide * count if whole else math.ceil(wide * count / num_gpus)
-        for count in (load.frozen, load.pool, load.trained)
-    )
-    # bitsandbytes holds its weights as whole numbers, and ZeRO-3 splits floating point ones only.
-    quantized = {name: size if whole else None for name, size in load.backbone.items()}
+    whole, share = load.trained.parameters, math.ceil(load.trained.parameters / num_gpus)
+    optimizer = 2 * FLOAT * share + moments(Size(share, FLOAT * share), load.optimizer)
+    gradients = FLOAT * (whole if strategy.stage == 1 else share)
     host = 0
+    if strategy.offload:  # ZeRO-2 has no second copy of the gradients there, but a third one of the weights
+        host, optimizer, gradients = optimizer + gradients, 0, 0
+    held: Mapping[str, int | None] = dict.fromkeys(load.backbone) if load.mixed else load.backbone
+    if strategy.stage < 3:
+        return Memory(held, load.pool.bytes, FLOAT * whole, gradients, optimizer, 0, host)
+    backbone, pool = (math.ceil(size / num_gpus) for size in (load.backbone["none"], load.pool.bytes))
+    trained = FLOAT * share
     if strategy.offload:
-        host, optimizer = optimizer + gradients, 0
-        gradients = 0
-        if not whole:
-            host += backbone + pool + trained
-            backbone = pool = trained = 0
-    gathered = 0 if whole else wide * min(MAX_LIVE, load.frozen + load.pool + load.trained)
-    return Memory(quantized | {"none": backbone}, pool, trained, gradients, optimizer, gathered, host)
+        host += backbone + pool + trained
+        backbone = pool = trained = 0
+    # bitsandbytes holds its weights as whole numbers, and ZeRO-3 splits floating point ones only.
+    held = dict.fromkeys(load.backbone) | {"none": None if load.mixed else backbone}
+    return Memory(held, pool, trained, gradients, optimizer, _gathered(load), host)
+
+
+def _gathered(load: Load) -> int:
+    """Bytes of the parameters that ZeRO-3 holds whole, which are as wide as all of the model is on average."""
+    count = load.frozen + load.pool.parameters + load.trained.parameters
+    size = load.backbone["none"] + load.pool.bytes + FLOAT * load.trained.parameters
+    return size if count <= MAX_LIVE else math.ceil(size * MAX_LIVE / count)
+
+
+def moments(trained: Size, optimizer: str) -> int:
+    """Bytes of AdamW's two moments.
+
+    PyTorch's are as wide as the parameters, bitsandbytes' are not: 32 bits, or 8 with a float32 scale for each block.
+    Paged ones count like others: they leave for the host only where a GPU's memory runs short.
+    """
+    if optimizer == "adamw":
+        return 2 * trained.bytes
+    if optimizer == "paged_adamw_32bit":
+        return 2 * FLOAT * trained.parameters
+    return 2 * (trained.parameters + FLOAT * math.ceil(trained.parameters / MOMENTS))
 
 
 def backbone_bytes(model: PreTrainedModel) -> dict[str, int]:

@@ -90,7 +90,7 @@ def _parts(budget: Budget) -> Table:
         memory = need.memory
         sizes = (memory.pool, memory.trained, memory.gradients, memory.optimizer, memory.gathered)
         kept = (need.activations.kept, need.activations.checkpointed, memory.host)
-        cells = map(_gb, (memory.backbone["none"] or 0, *sizes, *kept))
+        cells = map(_gb, (memory.backbone["none"], *sizes, *kept))
         counts = str(need.num_gpus), str(need.batch_size)
         table.add_row(need.stage, need.strategy, *counts, *cells, end_section=_ends(budget, need))
     return table
@@ -110,11 +110,11 @@ def _totals(budget: Budget) -> Table:
         for name in budget.backbone_bytes:
             states = need.memory.states(name)
             for kept in (need.activations.kept, need.activations.checkpointed):
-                cells.append(NOTHING if states is None else _gb(states + kept))
+                cells.append(_gb(None if states is None else states + kept))
         table.add_row(need.stage, need.strategy, str(need.num_gpus), *cells, end_section=_ends(budget, need))
     table.caption = (
         "On top: what an operation needs while it runs (some copies of the logits), CUDA's context, fragmentation and "
-        "ZeRO's buckets. ZeRO-3 does not split quantized weights."
+        "ZeRO's buckets. ZeRO-3 does not split quantized weights, and DeepSpeed holds no experts in bfloat16."
     )
     table.caption_justify = "left"
     return table
@@ -142,5 +142,5 @@ def _pair(first: object, last: object) -> str:
     return f"{first.parameters:,}, {last.parameters:,}"  # type: ignore[attr-defined]
 
 
-def _gb(size: int) -> str:
-    return f"{size / GB:,.2f}"
+def _gb(size: int | None) -> str:
+    return NOTHING if size is None else f"{size / GB:,.2f}"

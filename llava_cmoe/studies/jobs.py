@@ -1,8 +1,8 @@
 """Learns runs several at a time, each in a process of its own; what the runs are is `plan.py`'s.
 
 A process is the ordinary `llava-cmoe train`, so a run that was killed goes on as any run does. Its log is locked while
-it writes there: where a study was killed and its runs were not, the next study does not start them a second time. Runs
-that differ in the locator alone share what one of them learns, and wait for it (`relocating.py`).
+it writes there: where a study was killed and its runs were not, the next study waits for them. Runs that differ in the
+locator alone share what one of them learns, and wait for it (`relocating.py`), whoever learns it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import BinaryIO, Protocol
 
 import torch
 
@@ -38,6 +42,9 @@ class Watcher(Protocol):
     def moved(self, done: float, working: Sequence[str]) -> None:
         """So many runs are done, parts of runs counted, and these are at work."""
 
+    def elsewhere(self, name: str, log: Path) -> None:
+        """A run is waited for, as a process that this call did not start learns it and writes this log."""
+
     def ended(self, name: str, seconds: float, failure: str | None) -> None:
         """A run is finished, or `failure` says what became of it."""
 
@@ -46,7 +53,8 @@ class Watcher(Protocol):
 class _Working:
     run: PlannedRun
     place: Place
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | None
+    """None where another call's process learns the run; it takes a place, too, as it needs its share of the machine."""
     began: float
     log_start: int
 
@@ -69,7 +77,9 @@ def places(jobs: int | None, num_runs: int) -> list[Place]:
 
 
 def learn_all(runs: Sequence[PlannedRun], share: Sequence[Place], watcher: Watcher) -> list[PlannedRun]:
-    """Learn what is not finished yet; an interruption ends the processes of this call and no others.
+    """Learn what is not finished yet; Ctrl-C and SIGTERM end the processes of this call and no others.
+
+    SIGTERM is heeded in the main thread only, as Python lets no other one handle signals.
 
     Args:
         runs: in the order in which they start.
@@ -78,6 +88,9 @@ def learn_all(runs: Sequence[PlannedRun], share: Sequence[Place], watcher: Watch
 
     Returns:
         The runs that failed.
+
+    Raises:
+        SystemExit: SIGTERM came; it carries the status that a shell gives a command which died of it.
     """
     waiting = [run for run in runs if run.results() is None]
     free, working, failed = list(share), list[_Working](), list[PlannedRun]()
@@ -87,27 +100,30 @@ def learn_all(runs: Sequence[PlannedRun], share: Sequence[Place], watcher: Watch
             failed.append(run)
         watcher.ended(run.name, seconds, failure)
 
-    try:
-        while waiting or working:
-            while free and (ready := [run for run in waiting if not _waits(run, working, waiting)]):
-                run = ready[0]
-                waiting.remove(run)
-                started = _start(run, free[0])
-                if started is None:
-                    end(run, 0.0, f"another process is learning it, see {run.log}; wait for that one, or end it")
-                else:
-                    working.append(started)
-                    del free[0]
-            for job in [job for job in working if job.process.poll() is not None]:
-                working.remove(job)
-                free.append(job.place)
-                end(job.run, time.monotonic() - job.began, _failure(job))
-            num_done = len(runs) - len(waiting) - len(working)
-            watcher.moved(num_done + sum(map(_share_done, working)), [job.run.name for job in working])
-            if working:
-                time.sleep(POLL)
-    finally:
-        _stop([job.process for job in working])
+    with _noticing_sigterm() as noticed:
+        try:
+            while (waiting or working) and not noticed:
+                while free and (ready := [run for run in waiting if not _waits(run, working, waiting)]):
+                    run = ready[0]
+                    waiting.remove(run)
+                    if run.results() is not None:
+                        continue  # another process finished it since this call began
+                    working.append(_start(run, free.pop(0)))
+                    if working[-1].process is None:
+                        watcher.elsewhere(run.name, run.log)
+                for job in [job for job in working if _is_over(job)]:
+                    working.remove(job)
+                    free.append(job.place)
+                    if job.process is None and job.run.results() is None:
+                        waiting.insert(0, job.run)  # its process was stopped; it goes on here
+                    else:
+                        end(job.run, time.monotonic() - job.began, _failure(job))
+                num_done = len(runs) - len(waiting) - len(working)
+                watcher.moved(num_done + sum(map(_share_done, working)), [job.run.name for job in working])
+                if working:
+                    time.sleep(POLL)
+        finally:
+            _stop([job.process for job in working if job.process is not None])
     return failed
 
 
@@ -117,20 +133,36 @@ def command(run: PlannedRun) -> list[str]:
     return [sys.executable, "-m", "llava_cmoe.cli", "train", *run.words, *experts]
 
 
+@contextmanager
+def _noticing_sigterm() -> Iterator[Sequence[int]]:
+    """Note SIGTERM down instead of dying of it, and leave with its status at the end.
+
+    Raised by the handler, an exception could lose a process that is just being started, or break off the clean-up.
+    """
+    noticed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noticed
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: noticed.append(number))
+    try:
+        yield noticed
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if noticed:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
 def _waits(run: PlannedRun, working: Sequence[_Working], waiting: Sequence[PlannedRun]) -> bool:
     """Whether the run that learns a run's experts is not done yet; one that failed is not waited for."""
     return run.source is not None and any(run.source is other for other in (*waiting, *(job.run for job in working)))
 
 
-def _start(run: PlannedRun, place: Place) -> _Working | None:
-    """Start a run, or None where its log is locked."""
+def _start(run: PlannedRun, place: Place) -> _Working:
+    """Start a run, unless its log is locked: then another process learns it."""
     run.log.parent.mkdir(parents=True, exist_ok=True)
     with run.log.open("ab") as log:
-        try:
-            # The lock is the open file's, which the process inherits: it ends when the last one that writes there ends.
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
+        if not _lock(log):
+            return _Working(run, place, None, time.monotonic(), 0)
         log_start = log.tell()
         log.write(f"$ {shlex.join(command(run))}\n".encode())
         log.flush()
@@ -144,9 +176,30 @@ def _start(run: PlannedRun, place: Place) -> _Working | None:
     return _Working(run, place, process, time.monotonic(), log_start)
 
 
+def _lock(log: BinaryIO) -> bool:
+    """Lock a log unless another process has.
+
+    The lock is the open file's, which a process started with it inherits: it ends when the last one that writes there
+    ends.
+    """
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_over(job: _Working) -> bool:
+    """Whether the process has ended; another call's has once its log can be locked."""
+    if job.process is not None:
+        return job.process.poll() is not None
+    with job.run.log.open("ab") as log:
+        return _lock(log)
+
+
 def _failure(job: _Working) -> str | None:
     """The status and the end of the log of a process that failed."""
-    if job.process.returncode == 0:
+    if job.process is None or job.process.returncode == 0:
         return None
     with job.run.log.open("rb") as log:
         log.seek(job.log_start)

@@ -8,6 +8,7 @@ import pytest
 from test_cli import refused, type_in
 
 from llava_cmoe.budget.estimate import Budget
+from llava_cmoe.budget.memory import Memory
 
 REPOSITORY = Path(__file__).parents[2]
 POCKET = REPOSITORY / "train/recipes/pocket_cmoe.yaml"
@@ -47,6 +48,24 @@ def test_of_a_method_that_does_not_grow_every_task_costs_the_same(tmp_path: Path
     found = Budget.model_validate_json(out.read_bytes())
     assert {need.stage for need in found.needs} == {"every task"} and found.paper_settings == ()
     assert found.courses[0].mean == 32 * 6 * (4 * 2 * 224 + 3 * (224 + 640))
+
+
+def test_precisions_and_the_optimizer_of_the_recipe_enter(tmp_path: Path):
+    def last_task(*words: str) -> dict[str, Memory]:
+        assert type_in("plan", POCKET, *SHORT, *words, "--gpus", 1, "--json", tmp_path / "plan.json").exit_code == 0
+        needs = Budget.model_validate_json((tmp_path / "plan.json").read_bytes()).needs
+        return {need.strategy: need.memory for need in needs if need.stage == "last task"}
+
+    wide = last_task()
+    narrow = last_task("backbone.dtype=bfloat16", "method.experts.dtype=bfloat16", "training.optimizer=adamw_bnb_8bit")
+    for strategy, memory in wide.items():
+        assert (narrow[strategy].states("none") is None) == strategy.startswith("ZeRO")
+        assert memory.states("none") is not None
+    full, half = wide["none or DDP"], narrow["none or DDP"]
+    assert full.backbone["none"] == 2 * (half.backbone["none"] or 0)
+    for whole, part in ((full.pool, half.pool), (full.trained, half.trained), (full.gradients, half.gradients)):
+        assert whole / 2 < part < 0.51 * whole  # all but routers
+    assert (full.optimizer / full.trained, half.optimizer / full.trained) == (2, pytest.approx(65 / 128, abs=1e-5))
 
 
 def test_hours_are_all_samples_by_the_throughput(tmp_path: Path):

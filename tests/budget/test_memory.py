@@ -1,25 +1,38 @@
-"""Bytes by part: what a real step holds, what DeepSpeed estimates, what bitsandbytes packs."""
+"""Bytes by part: what real steps hold, alone and under DeepSpeed, what bitsandbytes packs, and the formulas."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
-from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from test_engines import started
 from torch import nn
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.backbones.outlines import outline
 from llava_cmoe.budget.activations import activations
 from llava_cmoe.budget.course import grow, on_paper
-from llava_cmoe.budget.memory import MAX_LIVE, STRATEGIES, Load, Memory, backbone_bytes, memory_of, nf4_bytes
+from llava_cmoe.budget.memory import MAX_LIVE, STRATEGIES, Load, Memory, backbone_bytes, memory_of, moments, nf4_bytes
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.experts import ledger
+from llava_cmoe.experts.ledger import Size
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.registry.restore import build_method
 from llava_cmoe.settings import BackboneSettings, Recipe
 
 STRATEGY = {strategy.name: strategy for strategy in STRATEGIES}
-LOAD = Load({"none": 2 * 7_000, "8bit": 7_000, "nf4": 4_000}, frozen=7_000, pool=800, trained=160, compute_bytes=2)
+LOAD = Load(
+    {"none": 2 * 7_000, "8bit": 7_000, "nf4": 4_000},
+    frozen=7_000,
+    pool=Size(800, 4 * 800),
+    trained=Size(160, 4 * 160),
+    optimizer="adamw",
+)
+NARROW = replace(LOAD, pool=Size(800, 2 * 700 + 4 * 100), trained=Size(160, 2 * 120 + 4 * 40))
+"""The same with experts in bfloat16, beside routers."""
 
 
 def pocket(attention: str, precision: str, also_in: tuple[str, ...] = ()) -> Recipe:
@@ -85,7 +98,7 @@ def test_a_real_step_of_the_pocket_backbone_holds_what_is_computed(
     assert isinstance(learner, Cmoe)
     grow(learner, [dict.fromkeys(learner.host.banks, 2)])
     frame = outline(recipe.backbone)
-    load = Load(backbone_bytes(frame), frame.num_parameters(), 0, ledger.trainable(learner.model).parameters, 4)
+    load = Load(backbone_bytes(frame), frame.num_parameters(), Size(), ledger.trainable(learner.model), "adamw")
     memory = memory_of(load, STRATEGY["none or DDP"], num_gpus=1)
     weights = ledger.size_of(method.model.parameters())
     assert (memory.backbone["none"], memory.pool) == (weights.bytes - ledger.size_of(trained).bytes, 0)
@@ -120,20 +133,97 @@ def test_checkpointing_keeps_what_enters_the_layers_and_one_layers_own():
     assert entering < found.checkpointed < found.kept / 2
 
 
+SEVERAL: dict[str, tuple[tuple[dict[str, Any], str, str, str], ...]] = {
+    "zero2": (
+        ({"name": "cmoe", "experts": {"rank": 8}}, "bfloat16", "bf16", "adamw"),
+        ({"name": "cmoe", "experts": {"rank": 8}}, "float32", "bf16", "paged_adamw_32bit"),
+        ({"name": "sequential_lora", "rank": 8}, "bfloat16", "float32", "adamw_bnb_8bit"),
+    ),
+    "zero3": (
+        ({"name": "cmoe", "experts": {"rank": 8}}, "bfloat16", "bf16", "paged_adamw_8bit"),
+        ({"name": "moelora", "rank": 16, "num_experts": 4}, "float32", "bf16", "adamw"),
+    ),
+}
+"""Method, precision of the frozen weights, of arithmetic, and optimizer, by engine."""
+
+
+@pytest.mark.parametrize(("engine", "strategy"), [("zero2", "ZeRO-2"), ("zero3", "ZeRO-3")])
+def test_a_real_engine_holds_what_is_computed(engine: str, strategy: str, tiny_backbone: Path):
+    recipes = [
+        Recipe.model_validate(
+            {
+                "run": "runs/x",
+                "backbone": {"path": str(tiny_backbone), "dtype": dtype},
+                "method": method,
+                "training": {"batch_size": 2, "precision": precision, "optimizer": optimizer},
+            }
+        )
+        for method, dtype, precision, optimizer in SEVERAL[engine]
+    ]
+    script = str(Path(__file__).with_name("engine_bytes.py"))
+    told = started(engine, [script, *(recipe.model_dump_json() for recipe in recipes)], num_processes=1)
+    assert told.returncode == 0, told.stderr[-4000:]
+    for recipe, held in zip(recipes, json.loads(told.stdout.splitlines()[-1]), strict=True):
+        learner, frame = on_paper(recipe), outline(recipe.backbone)
+        pool = Size()
+        if isinstance(learner, Cmoe):
+            everywhere = dict.fromkeys(learner.host.banks, 2)
+            grow(learner, [everywhere] * 2)
+            pool = ledger.added(learner.host.banks, 0).total
+        trained = ledger.trainable(learner.model)
+        load = Load(backbone_bytes(frame), frame.num_parameters(), pool, trained, recipe.training.optimizer)
+        memory = memory_of(load, STRATEGY[strategy], num_gpus=1)
+        assert held["frozen"] == (memory.backbone["none"] or 0) + memory.pool
+        assert (held["trained"], held["gradients"], held["widths"]) == (memory.trained, memory.gradients, [4])
+        assert held["optimizer"] == memory.optimizer
+
+
 @pytest.mark.parametrize("num_gpus", [1, 2, 8])
-def test_what_is_trained_takes_what_deepspeed_estimates(num_gpus: int):
-    load = Load({"none": 0, "8bit": 0, "nf4": 0}, frozen=0, pool=0, trained=1_600, compute_bytes=2)
-    memory = memory_of(load, STRATEGY["ZeRO-2"], num_gpus)
-    _, estimated = estimate_zero2_model_states_mem_needs(1_600, num_gpus, cpu_offload=False)
-    assert memory.states("none") == estimated
-    memory = memory_of(load, STRATEGY["ZeRO-2, offload"], num_gpus)
-    _, estimated = estimate_zero2_model_states_mem_needs(1_600, num_gpus, cpu_offload=True)
-    assert memory.states("none") == estimated
-    memory = memory_of(load, STRATEGY["ZeRO-3"], num_gpus)
-    _, estimated, _ = estimate_zero3_model_states_mem_needs(1_600, 0, num_gpus, cpu_offload=False)
-    # Of ZeRO-3 DeepSpeed counts one kind of gradient only; both exist while the optimizer steps.
-    assert memory.states("none") == estimated + memory.gradients + memory.gathered
-    assert memory.gathered == 2 * 1_600
+def test_zero_learns_in_float32_and_keeps_the_frozen_as_it_is(num_gpus: int):
+    load = LOAD
+    one, two, three = (memory_of(load, STRATEGY[f"ZeRO-{stage}"], num_gpus) for stage in (1, 2, 3))
+    share = 160 // num_gpus
+    for spread in (one, two):
+        assert spread.backbone == load.backbone
+        assert (spread.pool, spread.trained, spread.optimizer) == (load.pool.bytes, 4 * 160, 16 * share)
+    assert (one.gradients, two.gradients, three.gradients) == (4 * 160, 4 * share, 4 * share)
+    assert (three.trained, three.optimizer) == (4 * share, 16 * share)
+    assert three.pool == load.pool.bytes // num_gpus
+    assert three.backbone["none"] == 2 * 7_000 // num_gpus
+    assert three.gathered == 2 * 7_000 + load.pool.bytes + 4 * 160
+
+
+@pytest.mark.parametrize("name", [name for name, strategy in STRATEGY.items() if strategy.stage])
+def test_deepspeed_holds_no_experts_that_are_narrower_than_their_routers(name: str):
+    memory = memory_of(NARROW, STRATEGY[name], num_gpus=2)
+    assert {memory.states(quantization) for quantization in memory.backbone} == {None}
+
+
+def test_without_zero_all_is_as_wide_as_it_is_learned():
+    for load in (LOAD, NARROW):
+        alone = memory_of(load, STRATEGY["none or DDP"], num_gpus=1)
+        size = load.trained.bytes
+        assert (alone.trained, alone.gradients, alone.optimizer) == (size, size, 2 * size)
+        assert (alone.backbone, alone.pool) == (load.backbone, load.pool.bytes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw", torch.optim.AdamW),
+        ("adamw_bnb_8bit", bitsandbytes.optim.AdamW8bit),
+        ("paged_adamw_32bit", bitsandbytes.optim.AdamW32bit),
+    ],
+)
+def test_moments_take_what_the_optimizers_keep(name: str, make: type[torch.optim.Optimizer], dtype: torch.dtype):
+    weight = nn.Parameter(torch.ones(5, 1001, dtype=dtype))  # bitsandbytes keeps up to 4,096 values in 32 bits
+    weight.grad = torch.ones_like(weight)
+    optimizer = make([weight])
+    optimizer.step()
+    [state] = optimizer.state.values()
+    kept = [value for key, value in state.items() if torch.is_tensor(value) and key not in ("step", "qmap1", "qmap2")]
+    assert ledger.size_of(kept).bytes == moments(ledger.size_of([weight]), name)
 
 
 def test_nothing_vanishes_when_it_is_offloaded():
@@ -160,7 +250,7 @@ def test_spreading_further_never_takes_more_and_zero_3_refuses_quantized_weights
 def test_ddp_keeps_copies_of_the_gradients_and_zero_3_gathers_no_more_than_its_limit():
     alone, ddp = (memory_of(LOAD, STRATEGY["none or DDP"], num_gpus) for num_gpus in (1, 2))
     assert (ddp.gradients, ddp.optimizer) == (2 * alone.gradients, alone.optimizer)
-    large = Load({"none": 2 * 7 * MAX_LIVE}, 7 * MAX_LIVE, 0, 0, 2)
+    large = Load({"none": 2 * 7 * MAX_LIVE}, 7 * MAX_LIVE, Size(), Size(), "adamw")
     assert memory_of(large, STRATEGY["ZeRO-3"], 8).gathered == 2 * MAX_LIVE
 
 

@@ -3,9 +3,14 @@
 import fcntl
 import os
 import re
+import signal
 import subprocess
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 import tiny
@@ -18,6 +23,7 @@ from typer.testing import CliRunner
 from llava_cmoe.cli import app
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.report.studies import read_study, study_markdown
+from llava_cmoe.studies import jobs
 from llava_cmoe.studies.jobs import learn_all, places
 from llava_cmoe.studies.plan import PlannedRun, plan_studies
 
@@ -26,14 +32,21 @@ GOOD = {"everywhere": ["method.probe.scope=all"], "nowhere": ["method.probe.scop
 
 
 class Notes:
-    """Writes down what it is told; `interrupt` is Ctrl-C once a run is at work."""
+    """Writes down what it is told; `interrupt` is Ctrl-C once a run is at work, `meanwhile` comes at the third look."""
 
-    def __init__(self, interrupt: bool = False) -> None:
-        self.interrupt, self.ends = interrupt, list[tuple[str, str | None]]()
+    def __init__(self, interrupt: bool = False, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self.interrupt, self.meanwhile = interrupt, meanwhile
+        self.looks, self.others, self.ends = list[list[str]](), list[str](), list[tuple[str, str | None]]()
 
     def moved(self, done: float, working: Sequence[str]) -> None:
         if self.interrupt and working:
             raise KeyboardInterrupt
+        self.looks.append(list(working))
+        if len(self.looks) == 3:
+            self.meanwhile()
+
+    def elsewhere(self, name: str, log: Path) -> None:
+        self.others.append(name)
 
     def ended(self, name: str, seconds: float, failure: str | None) -> None:
         self.ends.append((name, failure))
@@ -56,6 +69,16 @@ def type_in(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
 
 
+def is_free(run: PlannedRun) -> bool:
+    """Whether whoever wrote a run's log has ended."""
+    with run.log.open("ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 def runs_of(study: Path) -> tuple[PlannedRun, ...]:
     [plan] = plan_studies([study], Path("runs/studies"))
     return plan.runs
@@ -64,8 +87,7 @@ def runs_of(study: Path) -> tuple[PlannedRun, ...]:
 def test_a_study_survives_a_failing_run_and_an_interruption_and_is_then_only_read(study: Path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         learn_all(runs_of(study), places(1, 1), Notes(interrupt=True))
-    with runs_of(study)[0].log.open("ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # whoever wrote there has ended
+    assert is_free(runs_of(study)[0])
 
     result = type_in("study", write(study, {"broken": ["backbone.path=no/such/model"]} | GOOD), "--jobs", 2)
     assert result.exit_code == 1, result.output
@@ -95,15 +117,122 @@ def test_a_study_survives_a_failing_run_and_an_interruption_and_is_then_only_rea
     assert (FOLDER / "table.md").read_text() in result.output and (FOLDER / "last.png").stat().st_size > 0
 
 
-def test_a_run_that_another_process_learns_is_not_started_a_second_time(study: Path, monkeypatch):
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a run was started a second time"))
-    run, notes = runs_of(study)[0], Notes()
-    run.log.parent.mkdir(parents=True)
-    with run.log.open("ab") as log:
+@pytest.fixture
+def results(lesson_of) -> str:
+    """The results.json of a finished run."""
+    text: str = lesson_of("cmoe").results.model_dump_json()
+    return text
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of the runs that were started, in whose place a process ends at once."""
+    commands, popen = list[list[str]](), subprocess.Popen
+
+    def start(command: list[str], **rest: Any) -> subprocess.Popen[bytes]:
+        commands.append(command)
+        return popen(["true"], **rest)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(jobs, "POLL", 0.01)
+    return commands
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_that_another_process_learns_is_waited_for_also_by_those_that_take_over_its_experts(
+    study: Path, results: str, started: list[list[str]], finished: bool
+):
+    vae, gaussian = runs_of(write(study, {"vae": [], "gaussian": ["method.locator.kind=gaussian"]}))
+    vae.recipe.run.mkdir(parents=True)
+    with vae.log.open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        assert learn_all([run], places(1, 1), notes) == [run]
-    [(name, failure)] = notes.ends
-    assert name == "where/everywhere_0" and "another process is learning it" in str(failure)
+
+        def end() -> None:
+            assert not started
+            if finished:
+                (vae.recipe.run / "results.json").write_text(results)
+            log.close()
+
+        notes = Notes(meanwhile=end)
+        assert learn_all([vae, gaussian], places(2, 2), notes) == []
+    assert notes.others == [vae.name] and notes.ends == [(vae.name, None), (gaussian.name, None)]
+    assert notes.looks[:3] == [[vae.name]] * 3
+    own = [jobs.command(gaussian)] if finished else [jobs.command(vae), jobs.command(gaussian)]
+    assert started == own and ("--experts" in started[-1]) == finished
+
+
+def test_a_run_that_another_process_learns_takes_a_place_and_one_finished_meanwhile_is_only_read(
+    study: Path, results: str, started: list[list[str]]
+):
+    first, second = runs_of(study)
+    second.recipe.run.mkdir(parents=True)
+    with first.log.open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+
+        def end() -> None:
+            assert not started
+            (second.recipe.run / "results.json").write_text(results)
+            log.close()
+
+        assert learn_all([first, second], places(1, 2), Notes(meanwhile=end)) == []
+    assert started == [jobs.command(first)]
+
+
+def test_sigterm_ends_the_processes_even_one_that_is_just_being_started(study: Path, monkeypatch):
+    children, popen = list[subprocess.Popen[bytes]](), subprocess.Popen
+
+    def start(_: list[str], **rest: Any) -> subprocess.Popen[bytes]:
+        children.append(popen(["sleep", "60"], **rest))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return children[-1]
+
+    def not_heeded(*_: object) -> None:
+        pytest.fail("SIGTERM would have killed the study")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    before = signal.signal(signal.SIGTERM, not_heeded)
+    try:
+        result = type_in("study", study, "--jobs", 2)
+        assert signal.getsignal(signal.SIGTERM) is not_heeded
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        ended = [child.poll() for child in children]
+        for child in children:
+            child.kill()
+    assert result.exit_code == 128 + signal.SIGTERM and "failed" not in result.output
+    assert len(ended) == 2 and set(ended) == {-signal.SIGTERM}
+
+
+def test_runs_are_learned_in_a_thread_too_where_no_signal_can_be_handled(study: Path, started: list[list[str]]):
+    failed, notes = list[list[PlannedRun]](), Notes()
+    thread = Thread(target=lambda: failed.append(learn_all(runs_of(study), places(2, 2), notes)))
+    thread.start()
+    thread.join()
+    assert failed == [[]] and len(notes.ends) == len(started) == 2
+
+
+SLEEPING_STUDY = """
+from llava_cmoe.cli import app
+from llava_cmoe.studies import jobs
+jobs.command = lambda run: ["sh", "-c", "echo process $$; exec sleep 60"]
+app(["study", "study.yaml"])
+"""
+
+
+def test_after_a_kill_the_same_study_waits_for_the_run_that_was_left_at_work(study: Path, monkeypatch):
+    [run] = runs_of(write(study, {"only": []}))
+    killed = subprocess.Popen([sys.executable, "-c", SLEEPING_STUDY])
+    while not (run.log.exists() and (left := re.search(r"^process (\d+)\n", run.log.read_text(), re.MULTILINE))):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    assert not is_free(run)
+    monkeypatch.setattr(jobs, "command", lambda _: ["true"])
+    notes = Notes(meanwhile=lambda: os.kill(int(left[1]), signal.SIGKILL))
+    assert learn_all([run], places(1, 1), notes) == []
+    assert notes.others == [run.name] and notes.ends == [(run.name, None)]
+    assert run.log.read_text().endswith("$ true\n")
 
 
 def test_finished_runs_that_cannot_stand_in_one_table_are_refused_by_name(study: Path, lesson_of):
