@@ -33,7 +33,7 @@ def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None,
         recipe: of the new run.
         source: folder of the run that has the experts; it may have learned a part of the sequence.
         progress: told what is being done.
-        anyway: go on with another recipe or number of processes than began the new run.
+        anyway: go on with another recipe, data, backbone or number of processes than began the new run.
 
     Raises:
         RecipeError: the method does not locate, or the recipes differ in more than the locator and the evaluation.
@@ -67,7 +67,7 @@ def take_over(run: Run, source: Registry, progress: Progress, anyway: bool = Fal
     """Commit all that the source learned with locators of this run, and copy the answers that have none."""
     check_lengths(run)
     if run.processes.is_main_process:
-        run.registry.open_run(run.recipe, run.processes.num_processes, anyway)
+        run.registry.open_run(run.recipe, run.processes.num_processes, anyway, run.sources)
     run.processes.wait_for_everyone()
     num_taken = len(run.registry.records())
     for index, record in enumerate(source.records()):

@@ -39,11 +39,11 @@ from llava_cmoe.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
 from llava_cmoe.provenance import Call, effective_batch, hardware, revision, tell
 from llava_cmoe.records import Growth, Learned, StageReport
-from llava_cmoe.registry.manifest import RegistryError, recipe_facts
+from llava_cmoe.registry.manifest import RegistryError, Sources, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
-from llava_cmoe.registry.store import Registry, differ
+from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import DataSettings, EvaluationSettings, Recipe
-from llava_cmoe.training.processes import check_engine_spreads, processes
+from llava_cmoe.training.processes import check_engine_holds, processes
 from llava_cmoe.training.stage import train_stage
 from llava_cmoe.training.trackers import trackers_of
 from llava_cmoe.versions import versions
@@ -72,21 +72,25 @@ class Run:
         """What is learned in one go, in order."""
         return self.method.stages(self.sequence.names)
 
+    @property
+    def sources(self) -> Sources:
+        """What it learns from, and on, by content."""
+        return Sources(data_files=self.data_files, backbone_fingerprint=self.backbone.fingerprint)
+
 
 def learn(recipe: Recipe, progress: Progress = lambda *_: None, anyway: bool = False) -> Results:
     """Learn the whole sequence, or go on where it was interrupted; every process of a launch calls this.
 
     Args:
-        recipe: of the run; one that was begun goes on with the recipe, the data and the processes it was begun with.
+        recipe: of the run; one that was begun goes on with the recipe, data, backbone and processes it was begun with.
         progress: told what is done.
         anyway: go on with others, and only warn.
     """
     trackers_of(recipe.training)  # raises for one that is not installed
     run = open_run(recipe, writer=True)
     check_lengths(run)  # before the recipe is written down, so that its limit can still be raised
-    check_data(run, anyway)
     if run.processes.is_main_process:
-        run.registry.open_run(recipe, run.processes.num_processes, anyway)
+        run.registry.open_run(recipe, run.processes.num_processes, anyway, run.sources)
     run.processes.wait_for_everyone()
     return walk(run, run.stages, progress)
 
@@ -190,7 +194,7 @@ def open_run(recipe: Recipe, writer: bool = False) -> Run:
     files = fingerprints_of(recipe.data)
     if not reads_images(recipe.backbone):
         refuse_pictures(root, sequence.tasks)
-    check_engine_spreads(recipe.backbone.quantization)
+    check_engine_holds(recipe)
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
     return Run(
@@ -250,20 +254,13 @@ def leave(rows: Dataset, count: int | None, seed: int) -> Dataset:
     return rows.shuffle(seed=seed).select(list(range(kept, len(rows))))
 
 
-def check_data(run: Run, anyway: bool = False) -> None:
-    """Stop if a stage was learned from other data than is there now: one run is one sequence, asked the same questions.
+def check_data(run: Run) -> None:
+    """Stop if a run was begun with other data than is there now: one run is one sequence, asked the same questions.
 
     Raises:
-        RegistryError: names the stage and both fingerprints.
+        RegistryError: the data, or the backbone, are others; names what differs.
     """
-    for record in run.registry.records():
-        if record.data_fingerprint != run.data_fingerprint:
-            differ(
-                f"{run.recipe.run}: {record.name} was learned from other data than {run.recipe.data.root} holds now "
-                f"(fingerprint {record.data_fingerprint[:12]}, now {run.data_fingerprint[:12]}); "
-                "bring those files back, learn the new ones in a run folder of their own, or go on with --anyway",
-                anyway,
-            )
+    run.registry.check_sources(run.recipe, run.sources)
 
 
 def check_lengths(run: Run) -> None:
@@ -318,7 +315,8 @@ def feature_store(run: Run) -> FeatureStore | None:
 
 def teacher(run: Run, data: StageData, at: Callable[[str, int, int], None], logs: Path | None = None) -> Teach:
     """What a method trains with: the run's training settings, one Trainer per call; reports nothing without `logs`."""
-    made_from = hashlib.sha256(json.dumps([recipe_facts(run.recipe), run.data_fingerprint]).encode()).hexdigest()
+    origin = [recipe_facts(run.recipe), run.data_fingerprint, run.backbone.fingerprint]
+    made_from = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
 
     def teach(
         samples: torch.utils.data.Dataset[dict[str, Tensor]], learning: Learning, *, label: str, **changes: float | None

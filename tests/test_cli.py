@@ -212,8 +212,13 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(written, tiny_data, tiny
     changed.write_text(changed.read_text() + " ")
     for command in (("train", path), ("eval", tmp_path / "run")):
         told = refused(*command)
-        assert "colours was learned from other data" in told and str(root) in told
-        assert json.loads((learned / "record.json").read_text())["data_fingerprint"][:12] in told
+        assert "begun with other data" in told and str(root) in told
+        assert "Instructions_Original/colours/test.json" in told and "train.json" not in told
+    begun = tmp_path / "run" / "run.json"
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"sources": None}))  # as before they were written down
+    told = refused("eval", tmp_path / "run")
+    assert "colours was learned from other data" in told and str(root) in told
+    assert json.loads((learned / "record.json").read_text())["data_fingerprint"][:12] in told
     picture = next((root / "cl_dataset" / "colours").rglob("*.png"))
     asked = type_in("chat", tmp_path / "run", "--image", picture, "--prompt", "Which colour?")
     assert asked.exit_code == 0, asked.output  # it reads no rows
@@ -427,7 +432,7 @@ def test_answers_go_out_and_come_in(run, lesson, written, tmp_path):
     words = ("answers", "import", tmp_path / "out", "--recipe", written(lesson.recipe), "--run", tmp_path / "in")
     result = type_in(*words, "--method", "theirs")
     assert result.exit_code == 0, result.output
-    assert "sides after sides: Result.text says 1.50, scored here" in result.output
+    assert "sides after sides: Result.text says 1.50, scored here by coin: " in result.output
     assert read_results(tmp_path / "in/results.json").headline == lesson.results.headline
     assert "holds files already" in refused(*words)
 

@@ -31,6 +31,12 @@ LIMIT = 300
 """Seconds after which a launch counts as hanging; it takes some 15 on two cores."""
 
 Make = Callable[..., Recipe]
+Case = tuple[str, tuple[str, ...]]
+"""A method and overrides of its recipe."""
+HALF = ("training.batch_size=2",)
+"""Of two processes each takes half of what one takes in a step."""
+LONGER: Case = ("cmoe", ("training.epochs=2",))
+"""8 steps a stage, so that a checkpoint after 5 lies within."""
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +71,49 @@ def alone(make: Make) -> Callable[..., Recipe]:
     return learned
 
 
+@pytest.fixture(scope="module")
+def together(make: Make) -> Callable[[str], dict[Case, Recipe]]:
+    """What two processes have learned under an engine, by method and overrides; each engine once."""
+
+    @cache
+    def learned(engine: str) -> dict[Case, Recipe]:
+        cases: list[Case] = [LONGER, ("sequential_lora", ()), ("moelora", ())]
+        if engine == "zero3":  # a process's few tokens cannot choose all experts: who waits for one that is not used?
+            cases.append(("cmoe", ("method.experts.num_first=4", "method.experts.top_k=1")))
+        if engine == "zero2":
+            cases.append(("cmoe", ("backbone.quantization=nf4",)))
+        recipes = {(method, words): make(method, *HALF, *words) for method, words in cases}
+        launch(engine, list(recipes.values()))
+        return recipes
+
+    return learned
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_learn_what_one_does(make: Make, alone: Callable[..., Recipe], engine: str):
-    cases: list[tuple[str, tuple[str, ...]]] = [("cmoe", ()), ("sequential_lora", ()), ("moelora", ())]
-    if engine == "zero3":  # the few tokens of a process cannot choose all experts: who waits for one that is not used?
-        cases.append(("cmoe", ("method.experts.num_first=4", "method.experts.top_k=1")))
-    if engine == "zero2":
-        cases.append(("cmoe", ("backbone.quantization=nf4",)))
-    together = [make(method, "training.batch_size=2", *overrides) for method, overrides in cases]
-    launch(engine, together)
-    for (method, overrides), recipe in zip(cases, together, strict=True):
+def test_two_processes_learn_what_one_does(
+    alone: Callable[..., Recipe], together: Callable[[str], dict[Case, Recipe]], engine: str
+):
+    for (method, overrides), recipe in together(engine).items():
         assert_same(alone(method, *overrides), recipe)
         assert read_results(recipe.run / "results.json").processes == 2
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+def test_a_run_whose_one_process_was_killed_ends_like_one_that_was_not(
+    make: Make, together: Callable[[str], dict[Case, Recipe]], engine: str
+):
+    method, overrides = LONGER
+    killed = make(method, *HALF, *overrides, "training.checkpoint_steps=5")
+    steps = 8 + 1 + 6  # the first stage, probing, and beyond the checkpoint of the second one, which grew the pool
+    launch(engine, [killed], fatal={"rank": "1", "call": steps + 1})
+    assert [path.name for path in (killed.run / "tasks").iterdir()] == ["01_colours"]
+    stage = killed.run / "trainer/02_sides/training"
+    assert [path.parent.name for path in stage.glob("*/complete.json")] == ["checkpoint-5"]
+    launch(engine, [killed])
+    whole = together(engine)[LONGER]
+    ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (whole, killed)]
+    assert ends[0] == ends[1]  # of every tensor and loss, through the chain of records
+    assert not list((killed.run / "trainer").iterdir())
 
 
 def test_accumulated_batches_are_one_batch_and_features_are_kept_once(
@@ -102,20 +139,6 @@ def test_bf16_keeps_experts_and_routers_in_float32(make: Make):
             torch.testing.assert_close(left[group], right[group], rtol=0, atol=5e-3)  # some five steps
 
 
-def test_a_run_whose_one_process_was_killed_ends_like_one_that_was_not(make: Make):
-    settings = ("training.batch_size=1", "training.checkpoint_steps=5", "data.tasks=[colours, sides]")  # 8 steps each
-    whole, killed = (make("cmoe", *settings) for _ in range(2))
-    launch("zero3", [whole])
-    launch("zero3", [killed], fatal={"rank": "1", "call": 8})  # between two checkpoints of the first stage
-    stage = killed.run / "trainer/01_colours/training"
-    assert not list((killed.run / "tasks").iterdir())
-    assert [path.parent.name for path in stage.glob("*/complete.json")] == ["checkpoint-5"]
-    launch("zero3", [killed])
-    ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (whole, killed)]
-    assert ends[0] == ends[1]  # of every tensor and loss, through the chain of records
-    assert not list((killed.run / "trainer").iterdir())
-
-
 def test_another_number_of_processes_is_an_error_that_names_the_way_on(alone: Callable[..., Recipe]):
     recipe = alone("sequential_lora")
     told = launch("ddp", [recipe], fails=True)
@@ -127,9 +150,15 @@ def test_an_engine_that_the_launch_turns_off_is_an_error(make: Make):
     assert "turns DeepSpeed off; leave use_cpu out" in told
 
 
-def test_quantized_weights_cannot_be_spread(make: Make):
-    told = launch("zero3", [make("cmoe", "backbone.quantization=nf4")], fails=True)
-    assert "ZeRO-3 cannot spread weights in nf4" in told
+@pytest.mark.parametrize(
+    ("engine", "setting", "complaint"),
+    [
+        ("zero3", "backbone.quantization=nf4", "ZeRO-3 cannot spread weights in nf4"),
+        ("zero2", "method.experts.dtype=bfloat16", "experts are in bfloat16, routers in float32"),
+    ],
+)
+def test_what_an_engine_cannot_hold_is_an_error(make: Make, engine: str, setting: str, complaint: str):
+    assert complaint in launch(engine, [make("cmoe", setting)], fails=True)
 
 
 def test_eight_stages_leave_no_engine_and_no_memory_behind(tiny_backbone: Path):

@@ -13,11 +13,12 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import Lesson, files_of
 
 from llava_cmoe import sequence
 from llava_cmoe.evaluation.log import comparable, read_results
+from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
 from llava_cmoe.versions import versions
@@ -116,6 +117,38 @@ def test_the_seed_decides_the_run_and_nothing_else_does(lesson: Lesson, recipe_i
     sequence.learn(other)
     left, right = (load_file(run / "tasks/01_colours/experts.safetensors") for run in (lesson.recipe.run, other.run))
     assert left.keys() == right.keys() and not any(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_first_stage_that_was_killed_goes_on_only_with_the_data_it_began_with(
+    recipe_in: Make, tiny_data: Path, tmp_path: Path
+):
+    root = Path(shutil.copytree(tiny_data, tmp_path / "root"))
+    recipe = recipe_in("killed", "sequential_lora", f"data.root={root}")
+    killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 4)
+    changed = root / "Instructions_Original/sides/train.json"  # of a task that is still to come
+    changed.write_text(changed.read_text() + " ")
+    with pytest.raises(RegistryError, match=r"other data .*: Instructions_Original/sides/train\.json; .*--anyway"):
+        sequence.learn(recipe)
+    assert not list((recipe.run / "tasks").iterdir())
+
+
+def test_a_first_stage_that_was_killed_never_goes_on_with_weights_of_another_backbone(
+    recipe_in: Make, tiny_backbone: Path, tmp_path: Path
+):
+    folder = Path(shutil.copytree(tiny_backbone, tmp_path / "backbone"))
+    words = ("sequential_lora", f"backbone.path={folder}", "training.checkpoint_steps=5")
+    killed, whole = recipe_in("killed", *words), recipe_in("whole", *words)
+    killed_at(killed, "llava_cmoe.training.stage", "StageTrainer.training_step", 6)
+    assert list(killed.run.glob("trainer/01_colours/training/checkpoint-5/complete.json"))
+    weights = load_file(folder / "model.safetensors")
+    weights = {name: 1.1 * value for name, value in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RegistryError, match=r"another backbone than .*backbone is now .*--anyway"):
+        sequence.learn(killed)
+    for recipe in (killed, whole):
+        sequence.learn(recipe, anyway=recipe is killed)
+    ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (killed, whole)]
+    assert ends[0] == ends[1]  # the checkpoint of the old weights was not gone on with
 
 
 def test_a_run_goes_on_after_its_last_task_was_taken_back(lesson: Lesson, recipe_in: Make):

@@ -65,7 +65,7 @@ def train(
     ] = None,
     anyway: Annotated[
         bool,
-        typer.Option("--anyway", help="Go on with another recipe, data or number of processes than began the run."),
+        typer.Option("--anyway", help="Go on with another recipe, data, backbone or process count than began the run."),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained.")] = False,
 ) -> None:

@@ -184,6 +184,6 @@ def import_command(
     show(console, [results])
     for one in stated:
         if abs(one.stated - one.scored) > 0.01:
-            line = f"{one.task} after {one.after}: Result.text says {one.stated:.2f}, {one.protocol} {one.scored:.2f}"
-            console.print(line, highlight=False)
+            said = f"Result.text says {one.stated:.2f}, scored here by {one.protocol}: {one.scored:.2f}"
+            console.print(f"{one.task} after {one.after}: {said}", highlight=False)
     console.print(f"In {run}: answers/, results.json", highlight=False, soft_wrap=True)

@@ -21,7 +21,10 @@ class RegistryError(RuntimeError):
 
 
 class Manifest(BaseModel):
-    """A JSON file of the registry: frozen, unknown keys are errors, `format` grows with every change of the schema."""
+    """A JSON file of the registry: frozen, unknown keys are errors.
+
+    A key that comes to be has a default, for files that are older; `format` grows with any other change of the schema.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -97,13 +100,26 @@ class TaskRecord(Manifest):
         return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
+class Sources(BaseModel):
+    """What a run learns from, and on, by content."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data_files: dict[str, str]
+    """sha256 of every data file, by its name in the data root."""
+    backbone_fingerprint: str
+    """sha256 over the frozen backbone's files."""
+
+
 class RunRecord(Manifest):
-    """`run.json`: what began the run, written before anything is learned; only `--anyway` ever changes it."""
+    """`run.json`: what began the run, written before anything is learned; only `--anyway` changes what it says."""
 
     recipe: dict[str, Any]
     """The recipe, as `recipe_facts` gives it."""
     processes: int = 1
     """Processes that learn it: with their number the batch of a step changes."""
+    sources: Sources | None = None
+    """The data and the backbone; null where nothing was trained yet, or by a program that did not write them down."""
 
 
 def recipe_facts(recipe: Recipe) -> dict[str, Any]:

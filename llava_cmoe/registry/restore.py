@@ -40,11 +40,7 @@ def restore_method(recipe: Recipe, backbone: Backbone, registry: Registry, stage
 def restore_stage(method: Method, registry: Registry, index: int, backbone: Backbone) -> None:
     """Put the next stage back, verified against its record."""
     record = registry.records()[index]
-    if record.backbone_fingerprint != backbone.fingerprint:
-        raise RegistryError(
-            f"{registry.run}: {record.name} was learned on another backbone "
-            f"({record.backbone_fingerprint[:12]}, this one is {backbone.fingerprint[:12]}); set backbone.path to it"
-        )
+    registry.check_backbone(record, backbone.fingerprint)
     quantization = record.settings["backbone"].get("quantization", "none")  # a run older than the setting has no key
     if quantization != backbone.quantization:
         raise RegistryError(

@@ -1,6 +1,6 @@
 """The registry of a run: one directory per learned task, written beside, renamed into place, never changed again.
 
-    runs/NAME/run.json                      the recipe that began the run
+    runs/NAME/run.json                      recipe, data and backbone that began the run, by content
     runs/NAME/tasks/03_imagenet/            experts.safetensors  routers.safetensors  locator.safetensors  record.json
 
 The rename is the commit: before it the task is not learned, after it all of it is. Nothing outside a task's directory
@@ -22,13 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llava_cmoe.files import write_atomically
-from llava_cmoe.fingerprints import fingerprint_file
+from llava_cmoe.fingerprints import fingerprint_all, fingerprint_file
 from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry.manifest import (
     FileRecord,
     RegistryError,
     RunRecord,
+    Sources,
     TaskRecord,
     differing_keys,
     plain_facts,
@@ -55,30 +56,38 @@ class Registry:
                 that looking at a run (evaluation, chat) never disturbs the training that is going on in it.
         """
         self.run = run
-        self._tasks = run / "tasks"
+        self._run_file, self._tasks = run / "run.json", run / "tasks"
         self._writer = writer
         if writer and self._tasks.is_dir():
             for leftover in self._tasks.glob(f".*{PARTIAL}"):
                 logger.warning("removing %s, left by a commit that was killed", leftover)
                 shutil.rmtree(leftover)
 
-    def open_run(self, recipe: Recipe, processes: int = 1, anyway: bool = False) -> None:
+    def open_run(
+        self, recipe: Recipe, processes: int = 1, anyway: bool = False, sources: Sources | None = None
+    ) -> None:
         """Begin a run with a recipe, or go on with the one that began it.
 
         Args:
             recipe: what is learned, and how.
             processes: that learn it.
-            anyway: go on with another recipe or number of processes, which `run.json` holds from then on.
+            anyway: go on with others than began the run, which `run.json` holds from then on.
+            sources: data and backbone; those that `run.json` holds, if any, stay where absent.
 
         Raises:
             RegistryError: the run was begun, or a task learned, with others; names what differs and both values.
         """
         self.check_recipe(recipe, processes, anyway)
-        path, record = self.run / "run.json", RunRecord(recipe=recipe_facts(recipe), processes=processes)
-        if not path.exists() or RunRecord.read(path) != record:
+        if sources is not None:
+            self.check_sources(recipe, sources, anyway)
+        begun = self._begun()
+        if sources is None and begun is not None:
+            sources = begun.sources
+        record = RunRecord(recipe=recipe_facts(recipe), processes=processes, sources=sources)
+        if begun != record:
             self._check_writer()
             self._tasks.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, record.to_json().encode())
+            write_atomically(self._run_file, record.to_json().encode())
             _sync(self.run)
 
     def check_recipe(self, recipe: Recipe, processes: int = 1, anyway: bool = False) -> None:
@@ -88,8 +97,8 @@ class Registry:
             RegistryError: the run was begun, or a task learned, with another recipe, or the run on another number of
                 processes; names what differs and both values.
         """
-        facts, path = recipe_facts(recipe), self.run / "run.json"
-        begun = RunRecord.read(path) if path.exists() else RunRecord(recipe=facts, processes=processes)
+        facts, path = recipe_facts(recipe), self._run_file
+        begun = self._begun() or RunRecord(recipe=facts, processes=processes)
         learned = {str(self._folder(record.index, record.name)): record.settings for record in self.records()}
         for source, earlier in ({str(path): begun.recipe} | learned).items():
             resolved = recipe_facts(self._resolve(earlier, source))  # a key that is younger than the run: its default
@@ -107,14 +116,58 @@ class Registry:
                 anyway,
             )
 
+    def check_sources(self, recipe: Recipe, sources: Sources, anyway: bool = False) -> None:
+        """Stop, or with `anyway` only warn, unless data and backbone are those that a run was begun with.
+
+        What is learned already never comes back on another backbone: that is an error with `anyway`, too.
+
+        Args:
+            recipe: says where they lie.
+            sources: what is there now.
+            anyway: only warn.
+
+        Raises:
+            RegistryError: the run was begun, or a task learned, with others; names the files, or both fingerprints.
+        """
+        path, begun, root = self._run_file, self._begun(), recipe.data.root
+        now, backbone = fingerprint_all(sources.data_files), sources.backbone_fingerprint
+        began = sources if begun is None or begun.sources is None else begun.sources
+        remedy = "bring those files back, learn the new ones in a run folder of their own, or go on with --anyway"
+        if changed := ", ".join(sorted({name for name, _ in began.data_files.items() ^ sources.data_files.items()})):
+            differ(f"{path}: this run was begun with other data than {root} holds now: {changed}; {remedy}", anyway)
+        for record in self.records():
+            self.check_backbone(record, backbone)
+            if record.data_fingerprint != now:
+                differ(
+                    f"{self.run}: {record.name} was learned from other data than {root} holds now "
+                    f"(fingerprint {record.data_fingerprint[:12]}, now {now[:12]}); {remedy}",
+                    anyway,
+                )
+        if began.backbone_fingerprint != backbone:
+            differ(
+                f"{path}: this run was begun on another backbone than {recipe.backbone.path} is now "
+                f"(fingerprint {began.backbone_fingerprint[:12]}, now {backbone[:12]}); {remedy}",
+                anyway,
+            )
+
+    def check_backbone(self, record: TaskRecord, fingerprint: str) -> None:
+        """Stop unless a task was learned on the backbone of this fingerprint."""
+        if record.backbone_fingerprint != fingerprint:
+            raise RegistryError(
+                f"{self.run}: {record.name} was learned on another backbone "
+                f"({record.backbone_fingerprint[:12]}, this one is {fingerprint[:12]}); set backbone.path to it"
+            )
+
     def recipe(self) -> Recipe:
         """The recipe that began the run, with the folder where the run lies now as its output directory.
 
         Raises:
             RegistryError: no run was begun here.
         """
-        path = self.run / "run.json"
-        return self._resolve(RunRecord.read(path).recipe, source=str(path))
+        return self._resolve(RunRecord.read(self._run_file).recipe, source=str(self._run_file))
+
+    def _begun(self) -> RunRecord | None:
+        return RunRecord.read(self._run_file) if self._run_file.exists() else None
 
     def _resolve(self, settings: dict[str, Any], source: str) -> Recipe:
         return parse_recipe(settings | {"run": str(self.run)}, source)
@@ -148,7 +201,7 @@ class Registry:
             raise RegistryError(f"{self._tasks}: task {index} cannot be committed, the next one is {len(done)}")
         final = self._folder(index, name)
         partial = self._tasks / f".{final.name}{PARTIAL}"
-        settings = RunRecord.read(self.run / "run.json").recipe
+        settings = RunRecord.read(self._run_file).recipe
         facts = plain_facts(learned.facts)
 
         partial.mkdir(parents=True)

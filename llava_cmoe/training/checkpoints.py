@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 
 from llava_cmoe.files import write_atomically
 
@@ -59,12 +61,18 @@ class CheckpointTrainer(Trainer):
     def resume(self, folder: Path, made_from: str) -> None:
         """Train, from the last complete checkpoint in a folder that the same recipe, processes and engine left.
 
+        A stage that keeps checkpoints itself begins with removing all others from the folder.
+
         Args:
             folder: of the stage's checkpoints.
             made_from: whatever decides what is learned, as one string.
         """
-        origin = {**self._origin(), "made_from": made_from}
+        origin, processes = {**self._origin(), "made_from": made_from}, PartialState()
         self.add_callback(_Complete(origin))
+        # One that keeps none may be looking on (a calibration) while the folder's owner learns.
+        if self.args.save_strategy != SaveStrategy.NO and processes.is_main_process:
+            remove_others(folder, origin)
+        processes.wait_for_everyone()
         checkpoint = last_complete(folder, origin)
         # DeepSpeed loads strictly; what is frozen is in the model, and not missing in the checkpoint.
         frozen = {name for name, value in self.model.named_parameters() if not value.requires_grad}
@@ -96,16 +104,28 @@ class _Complete(TrainerCallback):
 
 
 def last_complete(folder: Path, origin: dict[str, Any]) -> Path | None:
-    """The newest complete checkpoint, if it was left by the same recipe, number of processes and engine."""
-    complete = {int(path.parent.name.rpartition("-")[2]): path for path in folder.glob(f"checkpoint-*/{COMPLETE}")}
-    if not complete:
-        return None
-    path = complete[max(complete)]
-    left = json.loads(path.read_text())
-    if left != origin:
-        logger.warning("%s was left by %s, this is %s: the stage is learned from its start", path.parent, left, origin)
-        return None
-    return path.parent
+    """The newest of the complete checkpoints that were left by the same recipe, number of processes and engine."""
+    complete = [path for path in folder.glob("checkpoint-*") if _origin_of(path) == origin]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def remove_others(folder: Path, origin: dict[str, Any]) -> None:
+    """Remove all checkpoints but the one to go on from: the Trainer keeps two, and would count them."""
+    kept = last_complete(folder, origin)
+    for path in folder.glob("checkpoint-*"):
+        if path != kept:
+            left = _origin_of(path)
+            if left not in (None, origin):
+                logger.warning("removing %s, which was left by %s: this is %s", path, left, origin)
+            (path / COMPLETE).unlink(missing_ok=True)  # first: half of it must not look complete
+            shutil.rmtree(path)
+
+
+def _origin_of(checkpoint: Path) -> dict[str, Any] | None:
+    """What left a checkpoint; None for one that was not finished."""
+    path = checkpoint / COMPLETE
+    left: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
+    return left
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

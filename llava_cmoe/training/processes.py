@@ -12,6 +12,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
+from llava_cmoe.settings import CmoeSettings, Recipe
+
 
 class LaunchError(RuntimeError):
     """A launch that did not start what its configuration asks for; the message names the reason and the fix."""
@@ -42,14 +44,23 @@ def deepspeed_asked() -> bool:
     return bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
 
 
-def check_engine_spreads(quantization: str) -> None:
-    """Stop before a quantized backbone is loaded for an engine that would have to spread its weights.
+def check_engine_holds(recipe: Recipe) -> None:
+    """Stop before a backbone is loaded for an engine that could not hold it, or what is learned on it.
 
     Raises:
-        LaunchError: ZeRO-3 on weights in 8 or 4 bits.
+        LaunchError: ZeRO-3 on weights in 8 or 4 bits, or experts in bfloat16 under DeepSpeed.
     """
-    if deepspeed_asked() and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and quantization != "none":
+    if not deepspeed_asked():
+        return
+    quantization, method = recipe.backbone.quantization, recipe.method
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and quantization != "none":
         raise LaunchError(
             f"ZeRO-3 cannot spread weights in {quantization}: bitsandbytes packs them; choose zero_configs/zero2.yaml, "
             "or backbone.quantization: none"
+        )
+    # ZeRO-1 and 2 would make them float32 in silence, ZeRO-3 stops with an assertion (DeepSpeed 0.19).
+    if isinstance(method, CmoeSettings) and method.experts.dtype != "float32":
+        raise LaunchError(
+            f"DeepSpeed learns in one precision; experts are in {method.experts.dtype}, routers in float32: choose "
+            "zero_configs/ddp.yaml, or method.experts.dtype: float32"
         )

@@ -117,7 +117,7 @@ def train_stage(
         seed: of the rows' order and of dropout.
         folder: where its checkpoints are, if any are kept.
         progress: told after every optimizer step.
-        made_from: fingerprint of recipe and data; a checkpoint that was made from others is left alone.
+        made_from: fingerprint of recipe, data and backbone; only a checkpoint made from the same is gone on from.
         workers: processes that encode rows.
         logs: folder for TensorBoard's files; without it nothing is reported to any tracker.
     """

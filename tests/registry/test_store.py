@@ -8,10 +8,11 @@ import sys
 import pytest
 import torch
 
+from llava_cmoe.fingerprints import fingerprint_all
 from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry import store
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.manifest import RegistryError, Sources
 from llava_cmoe.registry.store import Registry
 
 NAMES = ("scienceqa", "textvqa", "imagenet")
@@ -327,6 +328,59 @@ def test_a_run_goes_on_after_a_setting_with_a_default_has_come_to_be(tmp_path):
     other = recipe_for(tmp_path, method={"name": "cmoe", "probe": {"alpha": 1.0}})
     with pytest.raises(RegistryError, match=r"method.probe.alpha \(was 0.25, now 1.0\)"):
         Registry(tmp_path, writer=True).open_run(other)
+
+
+def test_a_run_goes_on_only_with_the_data_and_the_backbone_it_began_with(tmp_path, caplog):
+    registry, recipe = Registry(tmp_path, writer=True), recipe_for(tmp_path)
+    began = Sources(data_files={"a/train.json": "1" * 64, "a/test.json": "2" * 64}, backbone_fingerprint="3" * 64)
+    registry.open_run(recipe, sources=began)
+    registry.open_run(recipe, sources=began)
+    registry.open_run(recipe)  # whoever knows none takes none away
+    before = content(tmp_path)
+    other_data = {"data_files": {"a/train.json": "4" * 64, "b/test.json": "2" * 64}}
+    other_backbone = {"backbone_fingerprint": "5" * 64}
+    for change, told in (
+        (other_data, "run.json: .* other data than .*: a/test.json, a/train.json, b/test.json; .*--anyway"),
+        (other_backbone, "run.json: .* another backbone .* 333333333333, now 555555555555.*--anyway"),
+    ):
+        now = began.model_copy(update=change)
+        with pytest.raises(RegistryError, match=told):
+            registry.open_run(recipe, sources=now)
+        assert content(tmp_path) == before
+    registry.open_run(recipe, anyway=True, sources=now)
+    assert "another backbone" in caplog.text
+    registry.open_run(recipe, sources=now)
+    with pytest.raises(RegistryError, match="another backbone"):
+        registry.open_run(recipe, sources=began)
+
+
+def test_what_is_learned_stays_on_its_backbone_whatever_is_said(tmp_path):
+    registry, recipe = Registry(tmp_path, writer=True), recipe_for(tmp_path)
+    began = Sources(data_files={"a/train.json": "1" * 64}, backbone_fingerprint="base")
+    registry.open_run(recipe, sources=began)
+    fingerprint = fingerprint_all(began.data_files)
+    registry.commit(
+        0, NAMES[0], learned(0), data_fingerprint=fingerprint, backbone_fingerprint="base", seconds={"train": 1.0}
+    )
+    before = content(tmp_path)
+    for anyway in (False, True):
+        with pytest.raises(RegistryError, match="scienceqa was learned on another backbone .* set backbone.path to it"):
+            registry.open_run(recipe, anyway=anyway, sources=began.model_copy(update={"backbone_fingerprint": "other"}))
+    assert content(tmp_path) == before
+
+
+def test_a_run_that_is_older_than_sources_goes_on_and_takes_them_down(tmp_path):
+    registry, recipe = begun(tmp_path, 1), recipe_for(tmp_path)
+    path = tmp_path / "run.json"
+    document = json.loads(path.read_text())
+    del document["sources"]
+    path.write_text(json.dumps(document))
+    record = content(tmp_path / "tasks")
+    with pytest.raises(RegistryError, match=r"scienceqa was learned from other data .*fingerprint data0, now"):
+        registry.open_run(recipe, sources=Sources(data_files={}, backbone_fingerprint="base"))
+    registry.open_run(recipe, anyway=True, sources=Sources(data_files={}, backbone_fingerprint="base"))
+    assert json.loads(path.read_text())["sources"] == {"backbone_fingerprint": "base", "data_files": {}}
+    assert content(tmp_path / "tasks") == record
 
 
 def test_a_moved_run_goes_on_with_the_recipe_that_began_it(tmp_path):

@@ -1,7 +1,8 @@
 """A stage trains what requires gradients, the same from the same seed, with the method's terms in the loss."""
 
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -156,27 +157,55 @@ def test_terms_are_read_after_forward_and_the_context_lasts_through_backward(
     assert seen == ["open 12", "forward", "term", "backward", "close"]
 
 
+def batches(
+    model: LlavaForConditionalGeneration, folder: Path, made_from: str, killed_at: int = 0, **settings: Any
+) -> tuple[int, Tensor]:
+    """Train a copy of the model for 18 steps, checkpoints every 5; how many batches it took, and what was learned.
+
+    It is interrupted at the `killed_at`-th batch, from 1.
+    """
+    student, learned = deepcopy(model), []
+
+    @contextmanager
+    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
+        learned.append(batch)
+        if len(learned) == killed_at:
+            raise KeyboardInterrupt
+        yield float
+
+    given = TrainingSettings(**{"batch_size": 2, "epochs": 3, "checkpoint_steps": 5, **settings})
+    with suppress(KeyboardInterrupt) if killed_at else nullcontext():
+        train_stage(student, Rows(), learning, given, pad_token_id=0, seed=0, folder=folder, made_from=made_from)
+    return len(learned), student.get_parameter(TRAINED).detach()
+
+
 def test_only_a_checkpoint_of_the_same_recipe_and_data_is_gone_on_with(
     student: LlavaForConditionalGeneration, tmp_path: Path
 ):
-    def batches(made_from: str) -> int:
-        learned = []
+    assert batches(student, tmp_path, "one")[0] == 18
+    assert batches(student, tmp_path, "one")[0] == 0  # its last step left a checkpoint
+    assert batches(student, tmp_path, "another")[0] == 18
 
-        @contextmanager
-        def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
-            learned.append(batch)
-            yield float
 
-        settings = TrainingSettings(batch_size=2, checkpoint_steps=5)
-        train_stage(
-            deepcopy(student), Rows(), learning, settings, pad_token_id=0, seed=0, folder=tmp_path, made_from=made_from
-        )
-        return len(learned)
+def test_checkpoints_of_another_origin_are_removed_however_far_they_are(
+    student: LlavaForConditionalGeneration, tmp_path: Path
+):
+    def there() -> set[str]:
+        return {path.name for path in tmp_path.glob("checkpoint-*")}
 
-    whole = batches("one")
-    assert whole > 5
-    assert batches("one") == 0  # its last step left a checkpoint
-    assert batches("another") == whole
+    _, whole = batches(student, tmp_path / "elsewhere", "one")
+    batches(student, tmp_path, "another", killed_at=12)
+    for step, further in ((5, 300), (10, 400)):
+        (tmp_path / f"checkpoint-{step}").rename(tmp_path / f"checkpoint-{further}")
+    shutil.copytree(tmp_path / "checkpoint-400", tmp_path / "checkpoint-500", ignore=lambda *_: ["complete.json"])
+    assert batches(student, tmp_path, "one", checkpoint_steps=None)[0] == 18
+    assert there() == {"checkpoint-300", "checkpoint-400", "checkpoint-500"}  # it keeps none and may only look on
+    assert batches(student, tmp_path, "one", killed_at=3)[0] == 3
+    assert not there()
+    assert batches(student, tmp_path, "one", killed_at=12)[0] == 12
+    assert there() == {"checkpoint-5", "checkpoint-10"}
+    left, learned = batches(student, tmp_path, "one")
+    assert left == 18 - 10 and torch.equal(learned, whole)
 
 
 def test_accumulated_batches_are_one_large_batch(student: LlavaForConditionalGeneration, tmp_path: Path):
