@@ -287,6 +287,18 @@ def test_what_is_said_of_the_calibration_is_what_was_measured():
         assert f"{slots[True]:.1f} % of the slots of a learned task, {slots[False]:.1f} % of a new one's" in said
 
 
+def test_what_is_said_of_free_locating_is_what_was_measured():
+    said = " ".join(README.split("Free locating (")[1].split("\n\n")[0].split())
+    speed = json.loads((REPOSITORY / "eval/results/speed.json").read_text())
+    assert speed["llm_layers"] == 6 and speed["first_layer"] == speed["locator"]["layer"] == 3
+    for route in ("free", "twice"):
+        assert f" {speed['ratio_to_oracle'][route]:.3f} times" in said
+    [free] = Headline.model_validate_json((REPOSITORY / "eval/results/pocket_free.json").read_bytes()).methods
+    assert speed["run"] == free.results[0]["run"] and free.recipe["method"]["experts"]["first_layer"] == 3
+    numbers = free.numbers
+    assert f"*last* is {numbers['last'].mean:.1f}, oracle − located {numbers['oracle_minus_located'].mean:.1f} " in said
+
+
 def test_what_is_said_of_clones_is_what_was_measured():
     found = Diversity.model_validate_json((REPOSITORY / "eval/results/diversity.json").read_bytes())
     _, *later = found.tasks.values()
