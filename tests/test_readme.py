@@ -31,6 +31,7 @@ from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.report.headline import Headline, headline_markdown
 from llava_cmoe.report.merges import MergeSummary, merges_markdown
 from llava_cmoe.report.studies import read_study, study_markdown
+from llava_cmoe.unseen import UnseenResults
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -285,6 +286,22 @@ def test_what_is_said_of_the_calibration_is_what_was_measured():
         assert f"`scope: {found.probe.scope}`, alpha {found.probe.alpha:g}" in said and len(found.sites) == 6
         slots = {state: 100 * fmean(fmean(one.use.values()) for one in tasks) for state, tasks in by_learned.items()}
         assert f"{slots[True]:.1f} % of the slots of a learned task, {slots[False]:.1f} % of a new one's" in said
+
+
+def test_what_is_said_of_the_ninth_task_is_what_was_measured():
+    said = " ".join(README.split("A ninth task")[1].split("\n\n")[0].split())
+    calibrated, by_hand = (
+        UnseenResults.model_validate_json((REPOSITORY / f"eval/results/{name}.json").read_bytes())
+        for name in ("unseen_calibrated", "unseen")
+    )
+    assert calibrated.recipe["method"]["locator"]["unseen_threshold"] is None
+    [found], [set_by_hand] = calibrated.unseen.values(), by_hand.unseen.values()
+    assert f"{found.rows} questions" in said and f"leave {found.to_base:.1f} % of them" in said
+    assert found.located == found.base_alone and f"answers {found.located:.1f} % right with or without" in said
+    assert f"{calibrated.false_alarm_rate:.1f} % of the learned tasks' own" in said
+    threshold = by_hand.recipe["method"]["locator"]["unseen_threshold"]
+    told = f"threshold, {threshold}, was set by hand after a look at such scores: {set_by_hand.to_base:.1f} % and"
+    assert f"{told} {by_hand.false_alarm_rate:.1f} % " in said
 
 
 def test_what_is_said_of_free_locating_is_what_was_measured():
