@@ -33,6 +33,7 @@ from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.provenance.versions import versions
 from llava_cmoe.recipes import parse_settings
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_method
@@ -40,7 +41,6 @@ from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import sequence_of
 from llava_cmoe.settings import BackboneSettings, Recipe, TrainingSettings
 from llava_cmoe.throughput import Load, measure_training
-from llava_cmoe.versions import versions
 
 Batch = dict[str, Tensor]
 Answering = Callable[[], AbstractContextManager[object]]

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.evaluation.log import Results
-from llava_cmoe.files import write_atomically
+from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.recipes import load_recipe, shipped
 from llava_cmoe.report.figures import draw_matrices
 from llava_cmoe.sequence import learn

@@ -29,12 +29,12 @@ from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.redundancy import Redundancy, Step, stand_ins_of
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.provenance.versions import versions
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.merges import BeforeAfter, MergeRecord, Merges
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.sequence import Progress, Run, check_data, leave, open_run
 from llava_cmoe.settings import Recipe, RecipeError
-from llava_cmoe.versions import versions
 
 BATCH = 32
 """Samples per forward pass while losses are measured."""

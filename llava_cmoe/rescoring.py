@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llava_cmoe.evaluation.log import Results, RunFacts, read_results, write_results
 from llava_cmoe.evaluation.runner import Exam, aggregate
-from llava_cmoe.fingerprints import fingerprint_all
+from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.recipes import parse_settings
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.sequence import exam_of, fingerprints_of

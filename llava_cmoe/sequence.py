@@ -35,9 +35,10 @@ from llava_cmoe.evaluation.generate import Candidate, Questions
 from llava_cmoe.evaluation.log import Results, RunFacts, Subset, write_results
 from llava_cmoe.evaluation.runner import Exam, aggregate, answered, encode_questions, evaluate_after, forget_answers
 from llava_cmoe.evaluation.subset import STRATA, stratified
-from llava_cmoe.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.methods.base import Learning, Method, Stage, StageData, Teach
-from llava_cmoe.provenance import Call, effective_batch, hardware, revision, tell
+from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_each
+from llava_cmoe.provenance.invocations import Call, effective_batch, hardware, revision, tell
+from llava_cmoe.provenance.versions import versions
 from llava_cmoe.records import Growth, Learned, StageReport
 from llava_cmoe.registry.manifest import RegistryError, Sources, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
@@ -46,7 +47,6 @@ from llava_cmoe.settings import DataSettings, EvaluationSettings, Recipe
 from llava_cmoe.training.processes import check_engine_holds, processes
 from llava_cmoe.training.stage import train_stage
 from llava_cmoe.training.trackers import trackers_of
-from llava_cmoe.versions import versions
 
 Progress = Callable[[str, str, int, int], None]
 """Called with where the run is (`3/8 imagenet`), what it does (`training`), how much is done, how much there is."""

@@ -35,9 +35,9 @@ from llava_cmoe.experts.surgery import uninstall
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.sequential_lora import SequentialLora
+from llava_cmoe.provenance.versions import versions
 from llava_cmoe.settings import BackboneSettings, CmoeSettings, RecipeError, SequentialLoraSettings, TrainingSettings
 from llava_cmoe.training.stage import train_stage
-from llava_cmoe.versions import versions
 
 WARMUP = 2
 """Steps that are not measured: they choose kernels and allocate."""

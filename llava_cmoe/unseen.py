@@ -28,9 +28,9 @@ from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_b
 from llava_cmoe.evaluation.log import Answer, RunFacts
 from llava_cmoe.evaluation.runner import encode_questions, score_answers
 from llava_cmoe.evaluation.scorers import PROTOCOLS, Scorer, get_scorer
-from llava_cmoe.fingerprints import fingerprint_files
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method
+from llava_cmoe.provenance.fingerprints import fingerprint_files
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.registry.store import Registry

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from llava_cmoe.data.encoding import PromptRows
-from llava_cmoe.files import write_atomically
+from llava_cmoe.provenance.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from llava_cmoe.backbones.processors import processor_in
 from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
 from llava_cmoe.backbones.sites import ffn_sites, linear_sites, name_sites
 from llava_cmoe.data.conversation import Processor
-from llava_cmoe.fingerprints import fingerprint_files
+from llava_cmoe.provenance.fingerprints import fingerprint_files
 from llava_cmoe.settings import BackboneSettings, RecipeError, SiteSettings
 
 FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")

@@ -22,7 +22,7 @@ from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrin
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry
-from llava_cmoe.fingerprints import fingerprint_file
+from llava_cmoe.provenance.fingerprints import fingerprint_file
 
 SMALL, LARGE = 64, 1024
 """Sides of squares, in pixels, that become equally many tokens only if all do."""

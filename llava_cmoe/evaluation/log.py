@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_cmoe.evaluation.bootstrap import Interval
-from llava_cmoe.files import write_atomically
+from llava_cmoe.provenance.files import write_atomically
 
 Row = tuple[float | None, ...]
 

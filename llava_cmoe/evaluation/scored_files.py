@@ -18,8 +18,8 @@ from llava_cmoe.evaluation.official import Annotations, Line, ScoringError, blam
 from llava_cmoe.evaluation.references import references_of
 from llava_cmoe.evaluation.released import RELEASED
 from llava_cmoe.evaluation.scorers import PROTOCOLS, get_scorer
-from llava_cmoe.files import write_atomically
-from llava_cmoe.fingerprints import fingerprint_file
+from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.provenance.fingerprints import fingerprint_file
 from llava_cmoe.settings import EvaluationSettings
 
 ProtocolName = Literal["strict", "coin"]

@@ -21,8 +21,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava_cmoe.files import write_atomically
-from llava_cmoe.fingerprints import fingerprint_all, fingerprint_file
+from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_file
+from llava_cmoe.provenance.versions import versions
 from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry.manifest import (
@@ -36,7 +37,6 @@ from llava_cmoe.registry.manifest import (
     recipe_facts,
 )
 from llava_cmoe.settings import Recipe
-from llava_cmoe.versions import versions
 
 logger = logging.getLogger(__name__)
 

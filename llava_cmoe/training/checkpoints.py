@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from llava_cmoe.files import write_atomically
+from llava_cmoe.provenance.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

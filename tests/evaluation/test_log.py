@@ -19,7 +19,7 @@ from llava_cmoe.evaluation.log import (
     write_results,
 )
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
-from llava_cmoe.versions import versions
+from llava_cmoe.provenance.versions import versions
 
 # A busy machine is no failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_cmoe.fingerprints import fingerprint_file, fingerprint_files
+from llava_cmoe.provenance.fingerprints import fingerprint_file, fingerprint_files
 from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.registry.manifest import differing_keys, plain_facts, recipe_facts
 

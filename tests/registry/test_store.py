@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from llava_cmoe.fingerprints import fingerprint_all
+from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry import store

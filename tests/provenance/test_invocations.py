@@ -6,9 +6,10 @@ from pathlib import Path
 
 from tiny import BATCH, Lesson
 
-from llava_cmoe import provenance, sequence
-from llava_cmoe.fingerprints import fingerprint_file
-from llava_cmoe.provenance import Manifest
+from llava_cmoe import sequence
+from llava_cmoe.provenance import invocations as provenance
+from llava_cmoe.provenance.fingerprints import fingerprint_file
+from llava_cmoe.provenance.invocations import Manifest
 
 
 def manifest_of(run: Path) -> Manifest:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_cmoe import versions
+from llava_cmoe.provenance import versions
 
 
 def test_versions_name_what_is_installed():

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from llava_cmoe.files import write_atomically
-from llava_cmoe.fingerprints import fingerprint_file
+from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.provenance.fingerprints import fingerprint_file
 from llava_cmoe.settings import TrainingSettings
 
 MANIFEST = "manifest.json"
