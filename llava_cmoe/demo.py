@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.evaluation.log import Results
+from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.recipes import load_recipe, shipped
 from llava_cmoe.report.figures import draw_matrices

@@ -28,13 +28,13 @@ from transformers import (
 )
 
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.backbones.pocket import POCKET_DIR
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.surgery import uninstall
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.sequential_lora import SequentialLora
+from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.settings import BackboneSettings, CmoeSettings, RecipeError, SequentialLoraSettings, TrainingSettings
 from llava_cmoe.training.stage import train_stage

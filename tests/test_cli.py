@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from llava_cmoe import sequence
 from llava_cmoe.cli import app, main
-from llava_cmoe.data import pocket_root
 from llava_cmoe.evaluation.log import comparable, read_results
+from llava_cmoe.pocket import root as pocket_root
 from llava_cmoe.settings import Recipe
 
 REPOSITORY = Path(__file__).parent.parent

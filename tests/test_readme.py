@@ -25,9 +25,9 @@ from tiny import Lesson
 from llava_cmoe.budget.estimate import Budget
 from llava_cmoe.calibration import Calibration
 from llava_cmoe.cli import main
-from llava_cmoe.data.pocket_root import make_pocket_root
 from llava_cmoe.diversity import Diversity
 from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, headline_markdown
 from llava_cmoe.report.merges import MergeSummary, merges_markdown
 from llava_cmoe.report.studies import read_study, study_markdown

@@ -33,11 +33,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone
-from llava_cmoe.backbones.pocket import IMAGE_SIZE, PATCH_SIZE, build_model, build_processor
-from llava_cmoe.backbones.pocket_abilities import PADDING, examine
-from llava_cmoe.data import pocket_captions as captions
-from llava_cmoe.data import pocket_world as world
 from llava_cmoe.data.images import pad_to_square
+from llava_cmoe.pocket import captions as captions
+from llava_cmoe.pocket import world as world
+from llava_cmoe.pocket.abilities import PADDING, examine
+from llava_cmoe.pocket.backbone import IMAGE_SIZE, PATCH_SIZE, build_model, build_processor
 from llava_cmoe.settings import BackboneSettings
 
 NUM_IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2

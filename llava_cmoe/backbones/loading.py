@@ -16,11 +16,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from llava_cmoe.backbones.kinds import auto_model, empty_model, sees, writes
-from llava_cmoe.backbones.pocket import POCKET_DIR
 from llava_cmoe.backbones.processors import processor_in
 from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
 from llava_cmoe.backbones.sites import ffn_sites, linear_sites, name_sites
 from llava_cmoe.data.conversation import Processor
+from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.provenance.fingerprints import fingerprint_files
 from llava_cmoe.settings import BackboneSettings, RecipeError, SiteSettings
 

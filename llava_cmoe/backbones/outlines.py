@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.kinds import empty_model
 from llava_cmoe.backbones.loading import BackboneError, read_config
-from llava_cmoe.backbones.pocket import POCKET_DIR
 from llava_cmoe.backbones.sites import name_sites
+from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.settings import BackboneSettings
 
 KNOWN = {"llava-hf/llava-1.5-7b-hf": Path(__file__).parent / "known_configs" / "llava-1.5-7b-hf"}

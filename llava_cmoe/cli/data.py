@@ -25,7 +25,7 @@ def make_pocket(
     test_rows: Annotated[int, typer.Option(help="Evaluation rows per task, none of which is trained on.", min=1)] = 300,
 ) -> None:
     """Render the pocket sequence: eight small tasks in the folder layout, file format and answer formats of CoIN."""
-    from llava_cmoe.data.pocket_root import make_pocket_root
+    from llava_cmoe.pocket.root import make_pocket_root
     from llava_cmoe.report.progress import ProgressLine
 
     console = Console()

@@ -77,7 +77,7 @@ def train(
 
     On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
     """
-    from llava_cmoe.data.pocket_root import make_pocket_root
+    from llava_cmoe.pocket.root import make_pocket_root
     from llava_cmoe.preview import preview, render
     from llava_cmoe.relocating import relocate
     from llava_cmoe.report.progress import ProgressLine

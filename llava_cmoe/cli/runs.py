@@ -134,9 +134,9 @@ def unseen(
 
     The task that ships asks for what the pocket backbone was pretrained on; it is rendered first where it is missing.
     """
-    from llava_cmoe.data.pocket import UNSEEN
-    from llava_cmoe.data.pocket_root import make_pocket_root
     from llava_cmoe.data.sequences import load_sequence
+    from llava_cmoe.pocket.root import make_pocket_root
+    from llava_cmoe.pocket.tasks import UNSEEN
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.unseen import check_unseen, measure_unseen, render

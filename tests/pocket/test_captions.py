@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_cmoe.data import pocket_world as world
-from llava_cmoe.data.pocket import LETTER, LOCATE, SHORT
-from llava_cmoe.data.pocket_captions import article, caption, opening, plural, relation, spoken
-from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
+from llava_cmoe.pocket import world as world
+from llava_cmoe.pocket.captions import article, caption, opening, plural, relation, spoken
+from llava_cmoe.pocket.drawings import OBJECTS, SHAPES
+from llava_cmoe.pocket.tasks import LETTER, LOCATE, SHORT
 
 FLAWS = ("clear", "blurred", "dark", "cut", "unreadable")
 INSTRUCTIONS = tuple(text.strip().lower().rstrip(".:") for text in (SHORT, LETTER, LOCATE))

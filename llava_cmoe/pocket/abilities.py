@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from llava_cmoe.data import pocket_captions as captions
-from llava_cmoe.data import pocket_world as world
 from llava_cmoe.data.images import pad_to_square
+from llava_cmoe.pocket import captions as captions
+from llava_cmoe.pocket import world as world
 
 PADDING = (122, 116, 104)
 """The image processor's mean colour, with which LLaVA pads."""

@@ -20,11 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_cmoe.data import pocket_world as world
-from llava_cmoe.data.pocket_captions import plural
-from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
+from llava_cmoe.pocket import world as world
+from llava_cmoe.pocket.captions import plural
+from llava_cmoe.pocket.drawings import OBJECTS, SHAPES
 
-POCKET_DIR = Path(__file__).parent / "pocket_weights"
+POCKET_DIR = Path(__file__).parent / "weights"
 IMAGE_SIZE, PATCH_SIZE = 84, 12
 SPECIAL_TOKENS = ("<unk>", "<pad>", "<s>", "</s>", "<image>")
 WORDS = """

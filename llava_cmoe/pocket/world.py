@@ -12,7 +12,7 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES, Polygon
+from llava_cmoe.pocket.drawings import OBJECTS, SHAPES, Polygon
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),

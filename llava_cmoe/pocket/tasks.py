@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from llava_cmoe.data import pocket_world as world
-from llava_cmoe.data.pocket_captions import View, article, caption, plural, relation, spoken
-from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
 from llava_cmoe.data.rows import MARKER
+from llava_cmoe.pocket import world as world
+from llava_cmoe.pocket.captions import View, article, caption, plural, relation, spoken
+from llava_cmoe.pocket.drawings import OBJECTS, SHAPES
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.backbones.pocket import POCKET_DIR, build_model, build_processor
-from llava_cmoe.backbones.pocket_abilities import examine, iou
+from llava_cmoe.pocket.abilities import examine, iou
+from llava_cmoe.pocket.backbone import POCKET_DIR, build_model, build_processor
 from llava_cmoe.settings import BackboneSettings
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from random import Random
 
-from llava_cmoe.data.pocket_drawings import OBJECTS, SHAPES
-from llava_cmoe.data.pocket_world import (
+from llava_cmoe.pocket.drawings import OBJECTS, SHAPES
+from llava_cmoe.pocket.world import (
     AUTHORS,
     CATEGORIES,
     COLOURS,

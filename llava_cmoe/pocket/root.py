@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from llava_cmoe.data.pocket import make_pocket
 from llava_cmoe.data.problems import DataError, Problem
+from llava_cmoe.pocket.tasks import make_pocket
 
 Progress = Callable[[str, int, int], None]
 """Called with the task, its rows done, and its rows in all."""

@@ -13,15 +13,15 @@ import pytest
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from llava_cmoe.backbones.pocket import build_tokenizer
-from llava_cmoe.data import pocket_world as world
 from llava_cmoe.data.check import check_sequence
 from llava_cmoe.data.coin import read_eval, read_train
 from llava_cmoe.data.images import pad_to_square
-from llava_cmoe.data.pocket import LETTER, LOCATE, SHORT, TASKS, Draw, PocketTask, make_pocket
-from llava_cmoe.data.pocket_captions import caption, spoken
-from llava_cmoe.data.pocket_drawings import OBJECTS
 from llava_cmoe.data.sequences import load_sequence
+from llava_cmoe.pocket import world as world
+from llava_cmoe.pocket.backbone import build_tokenizer
+from llava_cmoe.pocket.captions import caption, spoken
+from llava_cmoe.pocket.drawings import OBJECTS
+from llava_cmoe.pocket.tasks import LETTER, LOCATE, SHORT, TASKS, Draw, PocketTask, make_pocket
 
 COIN_ORDER = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VizWiz", "Grounding", "VQAv2", "OCRVQA")
 NUM_TRAIN, NUM_TEST = 24, 8
@@ -228,7 +228,7 @@ def test_the_backbones_tokenizer_knows_every_word_of_tasks_and_captions(tokenize
 
 def test_a_sequence_that_runs_out_of_new_rows_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "llava_cmoe.data.pocket.TASKS", (PocketTask("Same", lambda rng: Draw(None, [("?", "a")]), ("a", "b")),)
+        "llava_cmoe.pocket.tasks.TASKS", (PocketTask("Same", lambda rng: Draw(None, [("?", "a")]), ("a", "b")),)
     )
     with pytest.raises(ValueError, match="Same: no new row after 1000 draws; ask for fewer rows than 2"):
         make_pocket(tmp_path, train_rows=2, test_rows=1)

@@ -1,0 +1,1 @@
+"""The pocket sequence, eight small rendered tasks, and the small backbone that ships with the package."""
