@@ -14,10 +14,10 @@ from typing import Annotated
 import typer
 
 from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.merging.store import Merges
+from llava_cmoe.merging.summary import MergeSummary, merges_markdown, summarise_merges, write_merges_into
 from llava_cmoe.registry.manifest import RegistryError
-from llava_cmoe.registry.merges import Merges
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.report.merges import MergeSummary, merges_markdown, summarise_merges, write_merges_into
 
 
 def main(

@@ -27,9 +27,9 @@ from llava_cmoe.calibration import Calibration
 from llava_cmoe.cli import main
 from llava_cmoe.diversity import Diversity
 from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.merging.summary import MergeSummary, merges_markdown
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, headline_markdown
-from llava_cmoe.report.merges import MergeSummary, merges_markdown
 from llava_cmoe.report.studies import read_study, study_markdown
 from llava_cmoe.unseen import UnseenResults
 
@@ -39,7 +39,7 @@ SUMMARY = "eval/results/pocket.json"
 UNFINISHED = "*The headline runs are not finished: no number is stated before they are.*"
 WHOLE_FOLDERS = (
     *("tests/", "eval/results/"),
-    *("llava_cmoe/backbones/pocket_weights/", "llava_cmoe/backbones/known_configs/"),
+    *("llava_cmoe/pocket/weights/", "llava_cmoe/backbones/known_configs/"),
 )
 """One line of the tree stands for all of each."""
 

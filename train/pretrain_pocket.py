@@ -293,7 +293,7 @@ def main(
                     )
             if (step + 1) % 250 == 0:
                 save(out / "checkpoint", step + 1, model, optimizer)
-    finished, processor = out / "pocket_weights", build_processor()
+    finished, processor = out / "weights", build_processor()
     model.half().save_pretrained(finished)  # type: ignore[no-untyped-call]
     processor.save_pretrained(finished)
     report(load_backbone(BackboneSettings(path=str(finished))), out, seed)

@@ -104,7 +104,7 @@ def merge(
     What was learned stays as it is: the merge is an entry of its own in RUN/merges, and deleting it takes it back. It
     is checked on training rows that the run did not learn, so the run needs a data.train_rows below their number.
     """
-    from llava_cmoe.merging import merge_run, render
+    from llava_cmoe.merging.search import merge_run, render
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
 

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from llava_cmoe.backbones.sites import Site
 from llava_cmoe.experts.plan import RouteContext
 from llava_cmoe.experts.routers import Gate, Routers, linear_init
-from llava_cmoe.experts.stand_ins import StandIns
+from llava_cmoe.merging.merge_map import StandIns
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ Where the tensors lie and whether they are intact is `store.py`'s; what they mea
 from __future__ import annotations
 
 from llava_cmoe.backbones.loading import Backbone
-from llava_cmoe.experts.stand_ins import StandIns
+from llava_cmoe.merging.merge_map import StandIns
+from llava_cmoe.merging.store import Merges
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.registry.manifest import RegistryError
-from llava_cmoe.registry.merges import Merges
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
 

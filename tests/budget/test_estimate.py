@@ -78,7 +78,7 @@ def test_hours_are_all_samples_by_the_throughput(tmp_path: Path):
 
 
 def test_a_folder_with_nothing_but_a_config_is_enough(tmp_path: Path):
-    config = REPOSITORY / "llava_cmoe/backbones/pocket_weights/config.json"
+    config = REPOSITORY / "llava_cmoe/pocket/weights/config.json"
     (tmp_path / "config.json").write_text(config.read_text())
     recipe = REPOSITORY / "train/recipes/pocket_sequential_lora.yaml"
     assert type_in("plan", recipe, *SHORT, f"backbone.path={tmp_path}").exit_code == 0

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from llava_cmoe.evaluation.log import Results
-from llava_cmoe.registry.merges import MergeRecord
+from llava_cmoe.merging.store import MergeRecord
 from llava_cmoe.report.summary import Shared, Summarised, check_comparable, write_between
 from llava_cmoe.report.tables import markdown, number
 

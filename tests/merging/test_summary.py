@@ -10,9 +10,9 @@ import pytest
 from tiny import Lesson
 
 from llava_cmoe.evaluation.log import read_results
-from llava_cmoe.merging import merge_run
-from llava_cmoe.registry.merges import BeforeAfter, MergeRecord
-from llava_cmoe.report.merges import MergeSummary, merges_markdown, summarise_merges
+from llava_cmoe.merging.search import merge_run
+from llava_cmoe.merging.store import BeforeAfter, MergeRecord
+from llava_cmoe.merging.summary import MergeSummary, merges_markdown, summarise_merges
 from llava_cmoe.report.summary import markers
 
 SCRIPT = Path(__file__).parents[2] / "eval/merges.py"

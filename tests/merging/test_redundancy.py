@@ -12,9 +12,9 @@ from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.backbones.sites import ffn_sites
 from llava_cmoe.experts.plan import RoutePlan
-from llava_cmoe.experts.redundancy import Redundancy, stand_ins_of
-from llava_cmoe.experts.stand_ins import StandIns
 from llava_cmoe.experts.surgery import ExpertHost, install
+from llava_cmoe.merging.merge_map import StandIns
+from llava_cmoe.merging.redundancy import Redundancy, stand_ins_of
 
 TOKENS = torch.arange(4, 20).view(2, 8)
 MASK = torch.ones(2, 8, dtype=torch.bool)
@@ -109,7 +109,7 @@ def test_what_is_lost_is_what_joining_or_dropping_changes(
     tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, monkeypatch: pytest.MonkeyPatch, tokens: int
 ):
     """Of one linear that reads the same either way: the FFN's first; however many tokens are held at a time."""
-    monkeypatch.setattr("llava_cmoe.experts.redundancy.TOKENS", tokens)
+    monkeypatch.setattr("llava_cmoe.merging.redundancy.TOKENS", tokens)
     site, bank = next(iter(host.banks.items()))
     stack = bank.stacks["gate_proj"]
     seen: list[tuple[Tensor, Tensor, Tensor]] = []

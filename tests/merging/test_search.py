@@ -12,9 +12,9 @@ from tiny import Lesson, files_of
 
 from llava_cmoe import merging
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.experts.redundancy import Redundancy
-from llava_cmoe.merging import losses, merge_run, merged, open_subject
-from llava_cmoe.registry.merges import Merges
+from llava_cmoe.merging.redundancy import Redundancy
+from llava_cmoe.merging.search import losses, merge_run, merged, open_subject
+from llava_cmoe.merging.store import Merges
 from llava_cmoe.registry.restore import restore_merge, restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import draw, leave

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llava_cmoe.experts.bank import StackedExperts
-from llava_cmoe.experts.stand_ins import StandIns
 from llava_cmoe.experts.surgery import ExpertHost
+from llava_cmoe.merging.merge_map import StandIns
 
 EPSILON = 1e-6
 """Least share of a stand-in in its mean: an expert that takes all of it leaves the ratio of the two finite."""

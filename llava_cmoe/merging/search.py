@@ -27,11 +27,11 @@ from llava_cmoe.evaluation.generate import Candidate
 from llava_cmoe.evaluation.runner import Exam, encode_questions, evaluate_after, score_after
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
-from llava_cmoe.experts.redundancy import Redundancy, Step, stand_ins_of
+from llava_cmoe.merging.redundancy import Redundancy, Step, stand_ins_of
+from llava_cmoe.merging.store import BeforeAfter, MergeRecord, Merges
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.registry.manifest import RegistryError
-from llava_cmoe.registry.merges import BeforeAfter, MergeRecord, Merges
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.sequence import Progress, Run, check_data, leave, open_run
 from llava_cmoe.settings import Recipe, RecipeError
