@@ -22,12 +22,12 @@ from official_files import write_answers
 from original import write_parts
 from tiny import Lesson
 
-from llava_cmoe.budget.estimate import Budget
 from llava_cmoe.calibration import Calibration
 from llava_cmoe.cli import main
 from llava_cmoe.diversity import Diversity
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.merging.summary import MergeSummary, merges_markdown
+from llava_cmoe.planning.estimate import Budget
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, headline_markdown
 from llava_cmoe.report.studies import read_study, study_markdown

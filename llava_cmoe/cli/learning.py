@@ -77,8 +77,8 @@ def train(
 
     On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
     """
+    from llava_cmoe.planning.dry_run import preview, render
     from llava_cmoe.pocket.root import make_pocket_root
-    from llava_cmoe.preview import preview, render
     from llava_cmoe.relocating import relocate
     from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.sequence import lacks_pocket, learn
@@ -138,8 +138,8 @@ def plan(
 
     Needs the backbone's config.json alone; llava-hf/llava-1.5-7b-hf is known here, so no network is needed for it.
     """
-    from llava_cmoe.budget.estimate import budget
-    from llava_cmoe.budget.tables import render
+    from llava_cmoe.planning.estimate import budget
+    from llava_cmoe.planning.tables import render
 
     computed = budget(
         load_recipe(recipe, overrides or ()),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_cli import refused, type_in
 
-from llava_cmoe.budget.estimate import Budget
-from llava_cmoe.budget.memory import Memory
+from llava_cmoe.planning.estimate import Budget
+from llava_cmoe.planning.memory import Memory
 
 REPOSITORY = Path(__file__).parents[2]
 POCKET = REPOSITORY / "train/recipes/pocket_cmoe.yaml"

@@ -7,10 +7,10 @@ import pytest
 from safetensors import safe_open
 from tiny import Lesson
 
-from llava_cmoe.budget.course import expected_sites, growth_of, locator_size, on_paper, task_sizes
-from llava_cmoe.budget.means import PAPER_MEAN, settings_for
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.planning.growth_schedule import expected_sites, growth_of, locator_size, on_paper, task_sizes
+from llava_cmoe.planning.matching_settings import PAPER_MEAN, settings_for
 from llava_cmoe.recipes import load_recipe, shipped
 from llava_cmoe.settings import CmoeSettings, ExpertSettings, LocatorSettings, ProbeSettings, Recipe
 

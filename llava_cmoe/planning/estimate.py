@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from llava_cmoe.backbones.outlines import outline
-from llava_cmoe.budget.activations import Activations, activations
-from llava_cmoe.budget.course import Grown, TaskSize, expected_sites, grow, growth_of, on_paper, task_sizes
-from llava_cmoe.budget.means import MeanSetting, settings_for
-from llava_cmoe.budget.memory import STRATEGIES, Load, Memory, backbone_bytes, memory_of
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.preview import count_rows
+from llava_cmoe.planning.activations import Activations, activations
+from llava_cmoe.planning.dry_run import count_rows
+from llava_cmoe.planning.growth_schedule import Grown, TaskSize, expected_sites, grow, growth_of, on_paper, task_sizes
+from llava_cmoe.planning.matching_settings import MeanSetting, settings_for
+from llava_cmoe.planning.memory import STRATEGIES, Load, Memory, backbone_bytes, memory_of
 from llava_cmoe.sequence import sequence_of
 from llava_cmoe.settings import CmoeSettings, Recipe, RecipeError
 

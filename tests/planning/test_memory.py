@@ -13,13 +13,13 @@ from torch import nn
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.backbones.outlines import outline
-from llava_cmoe.budget.activations import activations
-from llava_cmoe.budget.course import grow, on_paper
-from llava_cmoe.budget.memory import MAX_LIVE, STRATEGIES, Load, Memory, backbone_bytes, memory_of, moments, nf4_bytes
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.planning.activations import activations
+from llava_cmoe.planning.growth_schedule import grow, on_paper
+from llava_cmoe.planning.memory import MAX_LIVE, STRATEGIES, Load, Memory, backbone_bytes, memory_of, moments, nf4_bytes
 from llava_cmoe.registry.restore import build_method
 from llava_cmoe.settings import BackboneSettings, Recipe
 

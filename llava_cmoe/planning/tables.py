@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from llava_cmoe.budget.estimate import Budget, Need
+from llava_cmoe.planning.estimate import Budget, Need
 
 GB = 1e9
 NOTHING = "–"
