@@ -2,7 +2,7 @@
 
     python eval/diversity.py runs/headline/cmoe_0 --out eval/results/diversity.json
 
-What is compared is `llava_cmoe/diversity.py`'s.
+What is compared is `llava_cmoe/analyses/expert_similarity.py`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from llava_cmoe.diversity import measure_diversity, render
+from llava_cmoe.analyses.expert_similarity import measure_diversity, render
 from llava_cmoe.registry.manifest import RegistryError
 
 

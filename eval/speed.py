@@ -9,7 +9,7 @@ to the locator's layer). One process measures all three in turn, the first of ea
 the machine does meets all alike. A prefill is one forward pass over a left-padded batch of all tasks, as `generate`
 begins; decoding is the same on every route.
 
-Without a run: tokens a second and memory of learning and reading made-up rows (`llava_cmoe/throughput.py`).
+Without a run: tokens a second and memory of learning and reading made-up rows (`llava_cmoe/analyses/throughput.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 import typer
 from torch import Tensor
 
+from llava_cmoe.analyses.throughput import Load, measure_training
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.data.coin import read_eval
 from llava_cmoe.data.collator import Collator
@@ -40,7 +41,6 @@ from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import sequence_of
 from llava_cmoe.settings import BackboneSettings, Recipe, TrainingSettings
-from llava_cmoe.throughput import Load, measure_training
 
 Batch = dict[str, Tensor]
 Answering = Callable[[], AbstractContextManager[object]]

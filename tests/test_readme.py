@@ -22,16 +22,16 @@ from official_files import write_answers
 from original import write_parts
 from tiny import Lesson
 
-from llava_cmoe.calibration import Calibration
+from llava_cmoe.analyses.expert_similarity import Diversity
+from llava_cmoe.analyses.probe_report import Calibration
+from llava_cmoe.analyses.unseen import UnseenResults
 from llava_cmoe.cli import main
-from llava_cmoe.diversity import Diversity
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.merging.summary import MergeSummary, merges_markdown
 from llava_cmoe.planning.estimate import Budget
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, headline_markdown
 from llava_cmoe.report.studies import read_study, study_markdown
-from llava_cmoe.unseen import UnseenResults
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / "README.md").read_text()

@@ -77,9 +77,9 @@ def train(
 
     On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
     """
+    from llava_cmoe.analyses.refit_locator import relocate
     from llava_cmoe.planning.dry_run import preview, render
     from llava_cmoe.pocket.root import make_pocket_root
-    from llava_cmoe.relocating import relocate
     from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.sequence import lacks_pocket, learn
     from llava_cmoe.training.processes import processes

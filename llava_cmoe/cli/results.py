@@ -118,8 +118,8 @@ def reproduce(
 
     Leaves with status 1 if anything does. A repetition that was stopped goes on with the same command.
     """
+    from llava_cmoe.analyses.reproduction import reproduce
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.reproducing import reproduce
 
     console, again = Console(), to or run.with_name(f"{run.name}_again")
     with ProgressLine(console) as bar:

@@ -75,7 +75,7 @@ def probe(
 
     Shows how much of a probe's use comes from the settings: compare method.probe.balance_weight=0, for example.
     """
-    from llava_cmoe.calibration import probe_tasks, render
+    from llava_cmoe.analyses.probe_report import probe_tasks, render
     from llava_cmoe.recipes import override
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
@@ -134,12 +134,12 @@ def unseen(
 
     The task that ships asks for what the pocket backbone was pretrained on; it is rendered first where it is missing.
     """
+    from llava_cmoe.analyses.unseen import check_unseen, measure_unseen, render
     from llava_cmoe.data.sequences import load_sequence
     from llava_cmoe.pocket.root import make_pocket_root
     from llava_cmoe.pocket.tasks import UNSEEN
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.report.progress import ProgressLine
-    from llava_cmoe.unseen import check_unseen, measure_unseen, render
 
     recipe, tasks = Registry(run).recipe(), load_sequence(sequence)
     check_unseen(recipe, tasks)

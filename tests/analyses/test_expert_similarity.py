@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import Lesson
 from torch.nn.functional import cosine_similarity
 
-from llava_cmoe.diversity import cosines, measure_diversity, render
+from llava_cmoe.analyses.expert_similarity import cosines, measure_diversity, render
 from llava_cmoe.registry.manifest import RegistryError
 
 

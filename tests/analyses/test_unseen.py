@@ -10,11 +10,11 @@ from test_cli import refused, type_in
 from tiny import Lesson, files_of
 
 from llava_cmoe import sequence, unseen
+from llava_cmoe.analyses.unseen import UnseenResults, measure_unseen
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.evaluation.log import Answer
 from llava_cmoe.pocket import root as pocket_root
 from llava_cmoe.settings import EvaluationSettings, Recipe
-from llava_cmoe.unseen import UnseenResults, measure_unseen
 
 ROWS = 4
 

@@ -7,7 +7,7 @@ import pytest
 from test_cli import refused, type_in
 from tiny import Lesson, files_of
 
-from llava_cmoe.calibration import Calibration, Probed, probe_tasks, render
+from llava_cmoe.analyses.probe_report import Calibration, Probed, probe_tasks, render
 from llava_cmoe.records import Growth
 
 
