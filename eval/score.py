@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from llava_cmoe.evaluation.official import ROWS, ScoringError
-from llava_cmoe.evaluation.scored_files import ProtocolName, score_file, write_score
+from llava_cmoe.evaluation.official.files import ROWS, ScoringError
+from llava_cmoe.evaluation.official.score_file import ProtocolName, score_file, write_score
 
 
 def main(

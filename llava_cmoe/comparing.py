@@ -13,11 +13,11 @@ import numpy as np
 
 from llava_cmoe.evaluation.bootstrap import DESCRIPTION, Floats, interval, p_value, resampled_means
 from llava_cmoe.evaluation.log import Results
+from llava_cmoe.evaluation.rescoring import open_examined, results_of
 from llava_cmoe.evaluation.runner import score_cell
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.report.comparison import Comparison, Difference, published_columns, run_column, warnings_of
 from llava_cmoe.report.published import published
-from llava_cmoe.rescoring import open_examined, results_of
 
 Scores = Mapping[str, Mapping[str, float]]
 """Task to question id to score, after the last task."""

@@ -16,10 +16,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from llava_cmoe.evaluation.log import RunFacts
+from llava_cmoe.evaluation.rescoring import results_of
 from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.report.tables import NOTHING, markdown
-from llava_cmoe.rescoring import results_of
 
 
 class Likeness(BaseModel):

@@ -28,9 +28,9 @@ def rescore(run: Folder, root: Root = None) -> None:
 
     For answers or scoring rules that changed. Where nothing did, the file keeps its bytes.
     """
+    from llava_cmoe.evaluation.rescoring import open_examined, rescore
     from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.report.tables import number
-    from llava_cmoe.rescoring import open_examined, rescore
 
     console = Console()
     with ProgressLine(console) as bar:
@@ -87,8 +87,8 @@ def report(
 
     Writes matrix.png (accuracy), and for methods that have it confusion.png (locator) and growth.png (experts added).
     """
+    from llava_cmoe.evaluation.rescoring import results_of
     from llava_cmoe.report.figures import draw_confusion, draw_growth, draw_matrices
-    from llava_cmoe.rescoring import results_of
 
     found = [results_of(run) for run in runs]
     folder, console = out or runs[0], Console()
@@ -148,8 +148,8 @@ def export_command(
 
     STAGE is the task learned last.
     """
-    from llava_cmoe.exchange import export_answers
-    from llava_cmoe.rescoring import open_examined
+    from llava_cmoe.evaluation.official.exchange import export_answers
+    from llava_cmoe.evaluation.rescoring import open_examined
 
     examined, console = open_examined(run, root), Console()
     written = export_answers(examined, to, route)
@@ -175,7 +175,7 @@ def import_command(
 
     RUN can then be reported, compared and scored again like a run of one's own.
     """
-    from llava_cmoe.exchange import import_answers
+    from llava_cmoe.evaluation.official.exchange import import_answers
     from llava_cmoe.report.progress import ProgressLine
 
     asked, console = load_recipe(recipe, [*(overrides or ()), f"run={run}"]), Console()

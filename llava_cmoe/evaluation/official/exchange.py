@@ -23,10 +23,10 @@ from llava_cmoe.data.coin import raw_ids
 from llava_cmoe.data.rows import MARKER
 from llava_cmoe.evaluation.generate import RouteName
 from llava_cmoe.evaluation.log import Answer, Results, RunFacts, read_answers, write_answers, write_results
+from llava_cmoe.evaluation.rescoring import Examined
 from llava_cmoe.evaluation.runner import Exam, aggregate
 from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.registry.manifest import RegistryError, recipe_facts
-from llava_cmoe.rescoring import Examined
 from llava_cmoe.sequence import exam_of, fingerprints_of
 from llava_cmoe.settings import Recipe
 

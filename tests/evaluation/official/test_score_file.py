@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from official_files import write_answers, write_json, write_rows
 
-from llava_cmoe.evaluation.official import ScoringError
-from llava_cmoe.evaluation.scored_files import score_file
+from llava_cmoe.evaluation.official.files import ScoringError
+from llava_cmoe.evaluation.official.score_file import score_file
 from llava_cmoe.evaluation.scorers import PROTOCOLS
 
 SCRIPT = Path(__file__).parents[2] / "eval/score.py"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llava_cmoe.data.coin_rows import box_of, row_id_of
-from llava_cmoe.evaluation.official import Annotations, blamed
+from llava_cmoe.evaluation.official.files import Annotations, blamed
 from llava_cmoe.evaluation.scorers.base import Reference
 
 FIX = "take the official file"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_cmoe.evaluation.official import Annotations, Line, blamed
+from llava_cmoe.evaluation.official.files import Annotations, Line, blamed
 from llava_cmoe.evaluation.scorers.coin import gqa, grounding, imagenet, ocrvqa, one_answer, scienceqa, textvqa
 
 Judged = Iterator[tuple[object, float]]

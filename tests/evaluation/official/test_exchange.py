@@ -10,9 +10,9 @@ from tiny import Lesson
 
 from llava_cmoe.comparing import compare
 from llava_cmoe.evaluation.log import read_results
-from llava_cmoe.exchange import Stated, export_answers, import_answers
+from llava_cmoe.evaluation.official.exchange import Stated, export_answers, import_answers
+from llava_cmoe.evaluation.rescoring import open_examined, rescore
 from llava_cmoe.registry.manifest import RegistryError
-from llava_cmoe.rescoring import open_examined, rescore
 from llava_cmoe.settings import Recipe
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from official_files import write_answers, write_json
 
-from llava_cmoe.evaluation.official import Annotations, ScoringError, blamed, read_lines, task_named
+from llava_cmoe.evaluation.official.files import Annotations, ScoringError, blamed, read_lines, task_named
 
 
 @pytest.mark.parametrize("name", ["ScienceQA", "scienceqa", "SCIENCEQA"])

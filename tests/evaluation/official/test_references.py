@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from official_files import write_json, write_rows
 
-from llava_cmoe.evaluation.official import Annotations, ScoringError
-from llava_cmoe.evaluation.references import references_of
+from llava_cmoe.evaluation.official.files import Annotations, ScoringError
+from llava_cmoe.evaluation.official.references import references_of
 from llava_cmoe.evaluation.scorers import Reference
 
 

@@ -14,9 +14,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from llava_cmoe.evaluation.joining import score_by_id
-from llava_cmoe.evaluation.official import Annotations, Line, ScoringError, blamed, read_lines, task_named
-from llava_cmoe.evaluation.references import references_of
-from llava_cmoe.evaluation.released import RELEASED
+from llava_cmoe.evaluation.official.files import Annotations, Line, ScoringError, blamed, read_lines, task_named
+from llava_cmoe.evaluation.official.references import references_of
+from llava_cmoe.evaluation.official.released_scripts import RELEASED
 from llava_cmoe.evaluation.scorers import PROTOCOLS, get_scorer
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_file
