@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from llava_cmoe.analyses.expert_similarity import measure_diversity, render
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 
 
 def main(

@@ -16,7 +16,7 @@ import typer
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.merging.store import Merges
 from llava_cmoe.merging.summary import MergeSummary, merges_markdown, summarise_merges, write_merges_into
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 
 

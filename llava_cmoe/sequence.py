@@ -28,7 +28,7 @@ from llava_cmoe.backbones.loading import Backbone, load_backbone, reads_images
 from llava_cmoe.data.coin import read_eval, read_train, refuse_pictures
 from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows, SampleRows
-from llava_cmoe.data.places import files_of, train_file
+from llava_cmoe.data.paths import files_of, train_file
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Questions
@@ -40,8 +40,8 @@ from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.provenance.invocations import Call, effective_batch, hardware, revision, tell
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.records import Growth, Learned, StageReport
-from llava_cmoe.registry.manifest import RegistryError, Sources, recipe_facts
 from llava_cmoe.registry.restore import build_method, restore_stage
+from llava_cmoe.registry.schema import RegistryError, Sources, recipe_facts
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import DataSettings, EvaluationSettings, Recipe
 from llava_cmoe.training.processes import check_engine_holds, processes

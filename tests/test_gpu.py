@@ -16,7 +16,7 @@ import tiny
 from tiny import Lesson
 
 from llava_cmoe.evaluation.log import read_answers
-from llava_cmoe.registry.manifest import TaskRecord
+from llava_cmoe.registry.schema import TaskRecord
 from llava_cmoe.registry.store import Registry
 
 TESTS = Path(__file__).parent

@@ -19,7 +19,7 @@ from tiny import Lesson, files_of
 from llava_cmoe import sequence
 from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.provenance.versions import versions
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
 

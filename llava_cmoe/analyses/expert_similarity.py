@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llava_cmoe.evaluation.log import RunFacts
 from llava_cmoe.evaluation.rescoring import results_of
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.report.tables import NOTHING, markdown
 

@@ -17,8 +17,8 @@ from llava_cmoe.evaluation.log import RunFacts
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.probing import probe_use
 from llava_cmoe.records import Growth
-from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_stage
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.figures import site_label
 from llava_cmoe.sequence import Progress, check_data, facts_of_run, open_run, stage_data, teacher
 from llava_cmoe.settings import ProbeSettings, Recipe, RecipeError

@@ -14,8 +14,8 @@ from llava_cmoe.evaluation.log import Results, read_answers, write_answers
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import installed
 from llava_cmoe.records import Learned
-from llava_cmoe.registry.manifest import RegistryError, TaskRecord, differing_keys, recipe_facts
 from llava_cmoe.registry.restore import restore_stage
+from llava_cmoe.registry.schema import RegistryError, TaskRecord, differing_keys, recipe_facts
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import Clock, Progress, Run, check_lengths, learn, open_run, stage_data
 from llava_cmoe.settings import Recipe, RecipeError

@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_cmoe.evaluation.log import Results, comparable, read_answers, read_results
 from llava_cmoe.evaluation.rescoring import results_of
-from llava_cmoe.registry.manifest import RegistryError, differing_keys
+from llava_cmoe.registry.schema import RegistryError, differing_keys
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import Progress, learn
 

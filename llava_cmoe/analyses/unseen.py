@@ -22,7 +22,7 @@ from llava_cmoe.backbones.loading import reads_images
 from llava_cmoe.data.coin import read_eval, refuse_pictures
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
-from llava_cmoe.data.places import files_of
+from llava_cmoe.data.paths import files_of
 from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch
 from llava_cmoe.evaluation.log import Answer, RunFacts
@@ -31,8 +31,8 @@ from llava_cmoe.evaluation.scorers import PROTOCOLS, Scorer, get_scorer
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method
 from llava_cmoe.provenance.fingerprints import fingerprint_files
-from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_stage
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.report.tables import NOTHING, number
 from llava_cmoe.sequence import Progress, Run, check_data, facts_of_run, open_run, sequence_of

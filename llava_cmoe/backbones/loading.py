@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from llava_cmoe.backbones.kinds import auto_model, empty_model, sees, writes
+from llava_cmoe.backbones.model_types import auto_model, empty_model, sees, writes
 from llava_cmoe.backbones.processors import processor_in
 from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
 from llava_cmoe.backbones.sites import ffn_sites, linear_sites, name_sites

@@ -16,7 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from llava_cmoe.backbones.kinds import sees
+from llava_cmoe.backbones.model_types import sees
 from llava_cmoe.data.conversation import Processor, tokenizer_of
 
 VIDEOS = "video_processor"

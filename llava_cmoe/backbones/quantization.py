@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
-from llava_cmoe.backbones.kinds import empty_model
+from llava_cmoe.backbones.model_types import empty_model
 from llava_cmoe.settings import BackboneSettings
 
 NOISE = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")

@@ -36,7 +36,7 @@ def plainly() -> Iterator[None]:
 
     from llava_cmoe.backbones.loading import BackboneError
     from llava_cmoe.data.problems import DataError
-    from llava_cmoe.registry.manifest import RegistryError
+    from llava_cmoe.registry.schema import RegistryError
     from llava_cmoe.training.processes import LaunchError
 
     disable_progress_bar()  # type: ignore[no-untyped-call]

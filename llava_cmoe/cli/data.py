@@ -25,8 +25,8 @@ def make_pocket(
     test_rows: Annotated[int, typer.Option(help="Evaluation rows per task, none of which is trained on.", min=1)] = 300,
 ) -> None:
     """Render the pocket sequence: eight small tasks in the folder layout, file format and answer formats of CoIN."""
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.pocket.root import make_pocket_root
-    from llava_cmoe.report.progress import ProgressLine
 
     console = Console()
     with ProgressLine(console) as line:
@@ -56,9 +56,9 @@ def check(
     Samples that are too long are found by `train`, which knows the limit, before it begins.
     """
     from llava_cmoe.backbones.loading import load_processor
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.data.check import check_sequence
     from llava_cmoe.data.sequences import load_sequence
-    from llava_cmoe.report.progress import ProgressLine
 
     console, tasks, processor = Console(), load_sequence(sequence), load_processor(backbone)
     scorers = unknown_scorers(tasks)

@@ -25,8 +25,8 @@ def demo(
 
     Takes about ten minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
     """
-    from llava_cmoe.demo import DemoSize, run_demo
-    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.cli.pocket_demo import DemoSize, run_demo
+    from llava_cmoe.cli.progress import ProgressLine
 
     size, console = DemoSize(), Console()
     about = (
@@ -78,9 +78,9 @@ def train(
     On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
     """
     from llava_cmoe.analyses.refit_locator import relocate
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.planning.dry_run import preview, render
     from llava_cmoe.pocket.root import make_pocket_root
-    from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.sequence import lacks_pocket, learn
     from llava_cmoe.training.processes import processes
 
@@ -193,7 +193,7 @@ def study(
 
     Writes study.json, table.md and last.png into runs/studies/NAME once all runs of that study are finished.
     """
-    from llava_cmoe.report.progress import ProgressLine, StudyLine
+    from llava_cmoe.cli.progress import ProgressLine, StudyLine
     from llava_cmoe.studies.plan import plan_studies, render
     from llava_cmoe.studies.runner import render_missing, run_studies
 

@@ -28,8 +28,8 @@ def rescore(run: Folder, root: Root = None) -> None:
 
     For answers or scoring rules that changed. Where nothing did, the file keeps its bytes.
     """
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.evaluation.rescoring import open_examined, rescore
-    from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.report.tables import number
 
     console = Console()
@@ -58,9 +58,9 @@ def compare(
 
     Tests draw questions anew, not training seeds: a sure difference between two runs may be one between two seeds.
     """
-    from llava_cmoe.comparing import compare
     from llava_cmoe.report.comparison import comparison_markdown, comparison_tables
     from llava_cmoe.report.figures import draw_comparison
+    from llava_cmoe.report.paired_tests import compare
 
     console, found = Console(), compare(runs, published, root)
     for table in comparison_tables(found):
@@ -119,7 +119,7 @@ def reproduce(
     Leaves with status 1 if anything does. A repetition that was stopped goes on with the same command.
     """
     from llava_cmoe.analyses.reproduction import reproduce
-    from llava_cmoe.report.progress import ProgressLine
+    from llava_cmoe.cli.progress import ProgressLine
 
     console, again = Console(), to or run.with_name(f"{run.name}_again")
     with ProgressLine(console) as bar:
@@ -175,8 +175,8 @@ def import_command(
 
     RUN can then be reported, compared and scored again like a run of one's own.
     """
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.evaluation.official.exchange import import_answers
-    from llava_cmoe.report.progress import ProgressLine
 
     asked, console = load_recipe(recipe, [*(overrides or ()), f"run={run}"]), Console()
     with ProgressLine(console) as bar:

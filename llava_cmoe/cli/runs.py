@@ -39,8 +39,8 @@ def evaluate(
 
     Routes: located, the run finds out which task a question belongs to; oracle, it is told; random, any learned task.
     """
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.registry.store import Registry
-    from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.sequence import evaluate_run, subset_folder
     from llava_cmoe.training.processes import processes
 
@@ -76,9 +76,9 @@ def probe(
     Shows how much of a probe's use comes from the settings: compare method.probe.balance_weight=0, for example.
     """
     from llava_cmoe.analyses.probe_report import probe_tasks, render
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.recipes import override
     from llava_cmoe.registry.store import Registry
-    from llava_cmoe.report.progress import ProgressLine
     from llava_cmoe.training.processes import processes
 
     recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))
@@ -104,9 +104,9 @@ def merge(
     What was learned stays as it is: the merge is an entry of its own in RUN/merges, and deleting it takes it back. It
     is checked on training rows that the run did not learn, so the run needs a data.train_rows below their number.
     """
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.merging.search import merge_run, render
     from llava_cmoe.registry.store import Registry
-    from llava_cmoe.report.progress import ProgressLine
 
     console = Console()
     with ProgressLine(console) as line:
@@ -135,11 +135,11 @@ def unseen(
     The task that ships asks for what the pocket backbone was pretrained on; it is rendered first where it is missing.
     """
     from llava_cmoe.analyses.unseen import check_unseen, measure_unseen, render
+    from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.data.sequences import load_sequence
     from llava_cmoe.pocket.root import make_pocket_root
     from llava_cmoe.pocket.tasks import UNSEEN
     from llava_cmoe.registry.store import Registry
-    from llava_cmoe.report.progress import ProgressLine
 
     recipe, tasks = Registry(run).recipe(), load_sequence(sequence)
     check_unseen(recipe, tasks)

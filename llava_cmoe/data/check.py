@@ -16,7 +16,7 @@ from pathlib import Path
 from llava_cmoe.data.check_report import CheckReport, FileCount
 from llava_cmoe.data.coin import Lost, Parsed, Read, parse_eval, parse_train
 from llava_cmoe.data.images import find_broken
-from llava_cmoe.data.places import eval_file, folders_in_use, train_file
+from llava_cmoe.data.paths import eval_file, folders_in_use, train_file
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER
 from llava_cmoe.data.tasks import Published, RowCount, TaskSequence, TaskSpec

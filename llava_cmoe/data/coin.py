@@ -18,8 +18,8 @@ from datasets import Dataset
 
 from llava_cmoe.data.annotations import Annotations, read_annotations
 from llava_cmoe.data.coin_rows import eval_row, kind_of, row_id_of, train_row
+from llava_cmoe.data.paths import annotations_file, eval_file, eval_images, train_file, train_images
 from llava_cmoe.data.picture_folder import PictureFolder
-from llava_cmoe.data.places import annotations_file, eval_file, eval_images, train_file, train_images
 from llava_cmoe.data.problems import DataError, LostForGood, Problem, Unusable
 from llava_cmoe.data.rows import EVAL_FEATURES, TRAIN_FEATURES, EvalRow, TrainRow
 from llava_cmoe.data.tasks import TaskSpec

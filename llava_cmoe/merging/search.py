@@ -31,8 +31,8 @@ from llava_cmoe.merging.redundancy import Redundancy, Step, stand_ins_of
 from llava_cmoe.merging.store import BeforeAfter, MergeRecord, Merges
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import versions
-from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_stage
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.sequence import Progress, Run, check_data, leave, open_run
 from llava_cmoe.settings import Recipe, RecipeError
 

@@ -13,7 +13,7 @@ import re
 import shutil
 from pathlib import Path
 
-from llava_cmoe.registry.manifest import Manifest, RegistryError
+from llava_cmoe.registry.schema import Manifest, RegistryError
 from llava_cmoe.registry.store import Registry
 
 FILE = "merge.json"

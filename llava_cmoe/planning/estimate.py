@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_cmoe.backbones.outlines import outline
+from llava_cmoe.backbones.meta_model import outline
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
 from llava_cmoe.methods.base import Method

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from transformers import ProcessorMixin
 
-from llava_cmoe.backbones.outlines import outline
+from llava_cmoe.backbones.meta_model import outline
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
 from llava_cmoe.locators import LOCATORS

@@ -11,7 +11,7 @@ from llava_cmoe.merging.store import Merges
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
 

@@ -26,7 +26,7 @@ from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_file
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
-from llava_cmoe.registry.manifest import (
+from llava_cmoe.registry.schema import (
     FileRecord,
     RegistryError,
     RunRecord,

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from llava_cmoe.evaluation.log import Results, Subset
-from llava_cmoe.registry.manifest import differing_keys
+from llava_cmoe.registry.schema import differing_keys
 from llava_cmoe.report.tables import NOTHING, markdown, number
 
 

@@ -22,13 +22,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from llava_cmoe.analyses.refit_locator import expert_settings
-from llava_cmoe.data.places import files_of
+from llava_cmoe.data.paths import files_of
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.tasks import TaskSpec
 from llava_cmoe.evaluation.log import Results, read_results
 from llava_cmoe.evaluation.scorers import get_scorer
 from llava_cmoe.recipes import load_recipe, parse_settings, read_yaml, shipped
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import lacks_pocket, sequence_of
 from llava_cmoe.settings import Recipe, RecipeError, Settings

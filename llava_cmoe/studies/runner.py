@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from llava_cmoe.pocket.root import make_pocket_root
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.figures import draw_study
 from llava_cmoe.report.studies import StudySummary, study_markdown, summarise_study
 from llava_cmoe.sequence import lacks_pocket

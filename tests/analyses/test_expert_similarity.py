@@ -10,7 +10,7 @@ from tiny import Lesson
 from torch.nn.functional import cosine_similarity
 
 from llava_cmoe.analyses.expert_similarity import cosines, measure_diversity, render
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 
 
 def test_the_cosine_is_that_of_the_matrices_that_experts_add_over_all_linears():

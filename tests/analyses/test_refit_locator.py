@@ -12,7 +12,7 @@ from tiny import Lesson, files_of
 from llava_cmoe import relocating, sequence
 from llava_cmoe.analyses.refit_locator import relocate
 from llava_cmoe.evaluation.log import read_results
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings import Recipe
 

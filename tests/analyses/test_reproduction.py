@@ -9,7 +9,7 @@ import pytest
 from tiny import Lesson
 
 from llava_cmoe.analyses.reproduction import differences, reproduce
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 
 
 def test_a_run_is_reproduced(lesson_of: Callable[..., Lesson], tmp_path: Path):

@@ -12,7 +12,7 @@ from tiny import Lesson
 from llava_cmoe import sequence
 from llava_cmoe.evaluation.log import read_answers, read_results, write_answers
 from llava_cmoe.evaluation.rescoring import Change, open_examined, rescore
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 
 
 @pytest.fixture

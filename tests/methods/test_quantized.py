@@ -11,8 +11,8 @@ from tiny import Lesson, backbone_weights
 
 from llava_cmoe import sequence
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import restore_method
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 
 LEARNED = [("cmoe", "nf4"), ("sequential_lora", "nf4"), ("moelora", "nf4"), ("cmoe", "8bit")]

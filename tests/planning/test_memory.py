@@ -12,7 +12,7 @@ from test_engines import started
 from torch import nn
 
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.backbones.outlines import outline
+from llava_cmoe.backbones.meta_model import outline
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size

@@ -7,7 +7,7 @@ from random import Random
 from llava_cmoe.data.check import check_sequence
 from llava_cmoe.data.coin import read_eval
 from llava_cmoe.data.conversation import split
-from llava_cmoe.data.places import eval_file
+from llava_cmoe.data.paths import eval_file
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.pocket.backbone import build_processor
 from llava_cmoe.pocket.tasks import TASKS, UNSEEN, make_pocket

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny import Lesson
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone
-from llava_cmoe.registry.manifest import RegistryError
 from llava_cmoe.registry.restore import build_method, restore_method
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 
 

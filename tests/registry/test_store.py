@@ -12,7 +12,7 @@ from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry import store
-from llava_cmoe.registry.manifest import RegistryError, Sources
+from llava_cmoe.registry.schema import RegistryError, Sources
 from llava_cmoe.registry.store import Registry
 
 NAMES = ("scienceqa", "textvqa", "imagenet")

@@ -26,7 +26,7 @@ from llava_cmoe.evaluation.log import Answer, Results, RunFacts, read_answers, w
 from llava_cmoe.evaluation.rescoring import Examined
 from llava_cmoe.evaluation.runner import Exam, aggregate
 from llava_cmoe.provenance.fingerprints import fingerprint_all
-from llava_cmoe.registry.manifest import RegistryError, recipe_facts
+from llava_cmoe.registry.schema import RegistryError, recipe_facts
 from llava_cmoe.sequence import exam_of, fingerprints_of
 from llava_cmoe.settings import Recipe
 

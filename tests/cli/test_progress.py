@@ -2,7 +2,7 @@ import io
 
 from rich.console import Console
 
-from llava_cmoe.report.progress import ProgressLine, StudyLine, clock
+from llava_cmoe.cli.progress import ProgressLine, StudyLine, clock
 
 
 def shown(terminal: bool, broken: bool = False) -> str:

@@ -12,8 +12,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import PreTrainedModel
 
-from llava_cmoe.backbones.kinds import empty_model
 from llava_cmoe.backbones.loading import BackboneError, read_config
+from llava_cmoe.backbones.model_types import empty_model
 from llava_cmoe.backbones.sites import name_sites
 from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.settings import BackboneSettings

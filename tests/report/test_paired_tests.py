@@ -10,11 +10,11 @@ import pytest
 from pytest import approx
 from tiny import Lesson
 
-from llava_cmoe.comparing import compare, paired_differences
 from llava_cmoe.evaluation.log import read_results
-from llava_cmoe.registry.manifest import RegistryError
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.comparison import comparison_markdown
 from llava_cmoe.report.figures import draw_comparison
+from llava_cmoe.report.paired_tests import compare, paired_differences
 from llava_cmoe.settings import RecipeError
 
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tiny import files_of
 
-from llava_cmoe import demo
+from llava_cmoe.cli import pocket_demo as demo
 from llava_cmoe.recipes import load_recipe, read_yaml, shipped
 
 
