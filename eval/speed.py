@@ -35,12 +35,14 @@ from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import versions
-from llava_cmoe.recipes import parse_settings
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import sequence_of
-from llava_cmoe.settings import BackboneSettings, Recipe, TrainingSettings
+from llava_cmoe.settings.backbone import BackboneSettings
+from llava_cmoe.settings.recipes import parse_settings
+from llava_cmoe.settings.run import Recipe
+from llava_cmoe.settings.training import TrainingSettings
 
 Batch = dict[str, Tensor]
 Answering = Callable[[], AbstractContextManager[object]]

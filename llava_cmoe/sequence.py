@@ -43,7 +43,9 @@ from llava_cmoe.records import Growth, Learned, StageReport
 from llava_cmoe.registry.restore import build_method, restore_stage
 from llava_cmoe.registry.schema import RegistryError, Sources, recipe_facts
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import DataSettings, EvaluationSettings, Recipe
+from llava_cmoe.settings.data import DataSettings
+from llava_cmoe.settings.evaluation import EvaluationSettings
+from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.processes import check_engine_holds, processes
 from llava_cmoe.training.stage import train_stage
 from llava_cmoe.training.trackers import trackers_of

@@ -12,7 +12,9 @@ from deepspeed import DeepSpeedEngine
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.methods.sequential_lora import SequentialLora
-from llava_cmoe.settings import BackboneSettings, SequentialLoraSettings, TrainingSettings
+from llava_cmoe.settings.backbone import BackboneSettings
+from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
+from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training.processes import processes
 from llava_cmoe.training.stage import train_stage
 

@@ -1,7 +1,7 @@
 """One answer through the table of scorers, as a task of one question."""
 
 from llava_cmoe.evaluation.scorers import Reference, TaskScore, get_scorer
-from llava_cmoe.settings import EvaluationSettings
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 
 def judge(name: str, text: str, reference: Reference, protocol: str = "strict") -> TaskScore:

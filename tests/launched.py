@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from llava_cmoe.methods import cmoe
-from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.sequence import learn
+from llava_cmoe.settings.recipes import parse_recipe
 
 
 def learn_from(document: dict[str, Any]) -> None:

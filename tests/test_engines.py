@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 from llava_cmoe import sequence
 from llava_cmoe.evaluation.log import read_results
-from llava_cmoe.recipes import shipped
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.recipes import shipped
+from llava_cmoe.settings.run import Recipe
 
 TESTS = Path(__file__).parent
 TASKS = ("colours", "sides", "counts")

@@ -32,7 +32,7 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.surgery import install, uninstall
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import RecipeError
+from llava_cmoe.settings.base import RecipeError
 
 FAMILIES = [*families.WITH_IMAGES]
 SITES = {"layers": "transformer.h", "ffn": "mlp", "ffn_linears": ["fc_in", "fc_out"]}

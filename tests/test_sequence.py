@@ -21,7 +21,7 @@ from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 Make = Callable[..., Recipe]
 

@@ -21,8 +21,8 @@ from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.methods.base import Method
-from llava_cmoe.recipes import load_recipe
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.recipes import load_recipe
+from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.stage import StageTrainer
 
 TASKS = ("colours", "sides")

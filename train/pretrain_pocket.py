@@ -38,7 +38,7 @@ from llava_cmoe.pocket import captions as captions
 from llava_cmoe.pocket import world as world
 from llava_cmoe.pocket.abilities import PADDING, examine
 from llava_cmoe.pocket.backbone import IMAGE_SIZE, PATCH_SIZE, build_model, build_processor
-from llava_cmoe.settings import BackboneSettings
+from llava_cmoe.settings.backbone import BackboneSettings
 
 NUM_IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 FLAWS = ("clear", "clear", "clear", "blurred", "dark", "cut", "unreadable")

@@ -21,7 +21,9 @@ from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.figures import site_label
 from llava_cmoe.sequence import Progress, check_data, facts_of_run, open_run, stage_data, teacher
-from llava_cmoe.settings import ProbeSettings, Recipe, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.methods.cmoe import ProbeSettings
+from llava_cmoe.settings.run import Recipe
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.registry.schema import RegistryError, TaskRecord, differing_keys, recipe_facts
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import Clock, Progress, Run, check_lengths, learn, open_run, stage_data
-from llava_cmoe.settings import Recipe, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.run import Recipe
 
 UNLOCATED = ("oracle", "random")
 """Routes whose answers no locator had a hand in."""

@@ -36,7 +36,11 @@ from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.provenance.versions import versions
-from llava_cmoe.settings import BackboneSettings, CmoeSettings, RecipeError, SequentialLoraSettings, TrainingSettings
+from llava_cmoe.settings.backbone import BackboneSettings
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.methods.cmoe import CmoeSettings
+from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
+from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training.stage import train_stage
 
 WARMUP = 2

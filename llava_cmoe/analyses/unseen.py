@@ -36,7 +36,8 @@ from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.report.tables import NOTHING, number
 from llava_cmoe.sequence import Progress, Run, check_data, facts_of_run, open_run, sequence_of
-from llava_cmoe.settings import Recipe, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.run import Recipe
 
 BASE = -1
 """The base model among the indices of tasks."""

@@ -22,7 +22,8 @@ from llava_cmoe.backbones.sites import ffn_sites, linear_sites, name_sites
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.provenance.fingerprints import fingerprint_files
-from llava_cmoe.settings import BackboneSettings, RecipeError, SiteSettings
+from llava_cmoe.settings.backbone import BackboneSettings, SiteSettings
+from llava_cmoe.settings.base import RecipeError
 
 FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 """What defines a backbone: configuration, tokenizer, chat template, weights. Pickled weights are never read."""

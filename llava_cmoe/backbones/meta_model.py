@@ -16,7 +16,7 @@ from llava_cmoe.backbones.loading import BackboneError, read_config
 from llava_cmoe.backbones.model_types import empty_model
 from llava_cmoe.backbones.sites import name_sites
 from llava_cmoe.pocket.backbone import POCKET_DIR
-from llava_cmoe.settings import BackboneSettings
+from llava_cmoe.settings.backbone import BackboneSettings
 
 KNOWN = {"llava-hf/llava-1.5-7b-hf": Path(__file__).parent / "known_configs" / "llava-1.5-7b-hf"}
 """Names on the Hub to folders here that hold their config.json: CLIP ViT-L/14 at 336 pixels and a LLaMA of 7B."""

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from llava_cmoe.backbones.model_types import empty_model
-from llava_cmoe.settings import BackboneSettings
+from llava_cmoe.settings.backbone import BackboneSettings
 
 NOISE = ("bitsandbytes.autograd._functions", "bitsandbytes.backends.cpu.ops")
 """Loggers that warn at every product of 8-bit linears, and of a kernel that is not used here."""

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
-from llava_cmoe.settings import RecipeError, SiteSettings
+from llava_cmoe.settings.backbone import SiteSettings
+from llava_cmoe.settings.base import RecipeError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llava_cmoe.settings import EvaluationSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 if TYPE_CHECKING:
     from llava_cmoe.data.check_report import CheckReport

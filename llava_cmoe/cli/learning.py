@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from llava_cmoe.cli.console import plainly, show
-from llava_cmoe.recipes import load_recipe
+from llava_cmoe.settings.recipes import load_recipe
 
 app = typer.Typer()
 

@@ -16,10 +16,11 @@ from pydantic import TypeAdapter
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.provenance.files import write_atomically
-from llava_cmoe.recipes import load_recipe, shipped
 from llava_cmoe.report.figures import draw_matrices
 from llava_cmoe.sequence import learn
-from llava_cmoe.settings import EvaluationSettings, Recipe
+from llava_cmoe.settings.evaluation import EvaluationSettings
+from llava_cmoe.settings.recipes import load_recipe, shipped
+from llava_cmoe.settings.run import Recipe
 
 Progress = Callable[[str, str, int, int], None]
 BOTH = TypeAdapter(dict[str, Results])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from llava_cmoe.cli.console import NUM_LISTED, plainly, show
-from llava_cmoe.recipes import load_recipe
+from llava_cmoe.settings.recipes import load_recipe
 
 app = typer.Typer()
 answers_app = typer.Typer(help="Give answers to other toolkits, or score theirs.", no_args_is_help=True)

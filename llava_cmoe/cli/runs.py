@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 from llava_cmoe.cli.console import plainly, show
-from llava_cmoe.recipes import parse_settings
-from llava_cmoe.settings import EvaluationSettings
+from llava_cmoe.settings.evaluation import EvaluationSettings
+from llava_cmoe.settings.recipes import parse_settings
 
 app = typer.Typer()
 
@@ -77,8 +77,8 @@ def probe(
     """
     from llava_cmoe.analyses.probe_report import probe_tasks, render
     from llava_cmoe.cli.progress import ProgressLine
-    from llava_cmoe.recipes import override
     from llava_cmoe.registry.store import Registry
+    from llava_cmoe.settings.recipes import override
     from llava_cmoe.training.processes import processes
 
     recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))

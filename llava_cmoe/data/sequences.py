@@ -16,8 +16,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from llava_cmoe.data.tasks import Source, TaskSequence, TaskSpec
-from llava_cmoe.recipes import nearest, parse_settings, read_yaml, shipped
-from llava_cmoe.settings import RecipeError, Settings
+from llava_cmoe.settings.base import RecipeError, Settings
+from llava_cmoe.settings.recipes import nearest, parse_settings, read_yaml, shipped
 
 
 class SequenceFile(Settings):

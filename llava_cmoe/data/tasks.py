@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from llava_cmoe.recipes import nearest, parse_settings
-from llava_cmoe.settings import RecipeError, Settings
+from llava_cmoe.settings.base import RecipeError, Settings
+from llava_cmoe.settings.recipes import nearest, parse_settings
 
 Geometry = Literal["pad", "crop"]
 """How a picture becomes square: padded on the centre (all of it is seen), or cropped to its centre."""

@@ -13,10 +13,11 @@ from pathlib import Path
 from llava_cmoe.evaluation.log import Results, RunFacts, read_results, write_results
 from llava_cmoe.evaluation.runner import Exam, aggregate
 from llava_cmoe.provenance.fingerprints import fingerprint_all
-from llava_cmoe.recipes import parse_settings
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.sequence import exam_of, fingerprints_of
-from llava_cmoe.settings import DataSettings, EvaluationSettings
+from llava_cmoe.settings.data import DataSettings
+from llava_cmoe.settings.evaluation import EvaluationSettings
+from llava_cmoe.settings.recipes import parse_settings
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from llava_cmoe.evaluation.log import (
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
 from llava_cmoe.evaluation.scorers import PROTOCOLS, Reference, Scorer, TaskScore, get_scorer
 from llava_cmoe.evaluation.scorers.base import mean
-from llava_cmoe.settings import EvaluationSettings
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 Measured = TypeVar("Measured")
 BASE = "base"

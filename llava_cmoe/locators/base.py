@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from llava_cmoe.records import Located, Mixture
-from llava_cmoe.settings import LocatorSettings
+from llava_cmoe.settings.locators import LocatorSettings
 
 UNSEEN_QUANTILE, UNSEEN_FLOOR = 0.99, 3.0
 """A task rejects what scores worse than this quantile of its own held-out scores, but nothing below this many std."""

@@ -34,7 +34,8 @@ from llava_cmoe.provenance.versions import versions
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.sequence import Progress, Run, check_data, leave, open_run
-from llava_cmoe.settings import Recipe, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.run import Recipe
 
 BATCH = 32
 """Samples per forward pass while losses are measured."""

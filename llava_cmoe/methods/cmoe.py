@@ -46,7 +46,8 @@ from llava_cmoe.locators import LOCATORS
 from llava_cmoe.methods.base import Batch, ExtraLoss, LateVerdict, Learning, Method, StageData, Teach, Tensors
 from llava_cmoe.methods.probing import Start, probe
 from llava_cmoe.records import Growth, Learned, Located, Mixture
-from llava_cmoe.settings import CmoeSettings, ExpertSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.methods.cmoe import CmoeSettings, ExpertSettings
 
 FEATURE_BATCH = 64
 """Prompts per forward pass when a task's features are read for its locator."""

@@ -21,7 +21,7 @@ from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import install
 from llava_cmoe.methods.base import Batch, ExtraLoss, Method, StageData, Tensors
 from llava_cmoe.records import Growth, Learned, Mixture
-from llava_cmoe.settings import MoeLoraSettings
+from llava_cmoe.settings.methods.moelora import MoeLoraSettings
 
 
 class MoeLora(Method):

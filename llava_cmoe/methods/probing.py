@@ -29,7 +29,7 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.surgery import ExpertHost
 from llava_cmoe.methods.base import Learning, StageData, Teach
 from llava_cmoe.records import Growth
-from llava_cmoe.settings import ProbeSettings
+from llava_cmoe.settings.methods.cmoe import ProbeSettings
 
 COUNT_BATCH = 32
 """Samples per forward pass while counting; counts are sums, so it changes nothing but memory."""

@@ -13,7 +13,7 @@ from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.base import Method, StageData, Tensors
 from llava_cmoe.records import Growth, Learned
-from llava_cmoe.settings import SequentialLoraSettings
+from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
 
 
 class SequentialLora(Method):

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.methods.base import Method, Stage, StageData, Tensors
 from llava_cmoe.records import Growth, Learned
-from llava_cmoe.settings import ZeroShotSettings
+from llava_cmoe.settings.methods.zero_shot import ZeroShotSettings
 
 
 class ZeroShot(Method):

@@ -20,7 +20,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_cmoe.experts.bank import ExpertBank
 from llava_cmoe.methods.base import Method
-from llava_cmoe.settings import RecipeError, TrainingSettings
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.training import TrainingSettings
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from llava_cmoe.records import StageReport
 from llava_cmoe.registry.restore import build_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import draw, sequence_of
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 
 @dataclass(frozen=True)

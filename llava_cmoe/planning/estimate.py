@@ -21,7 +21,9 @@ from llava_cmoe.planning.growth_schedule import Grown, TaskSize, expected_sites,
 from llava_cmoe.planning.matching_settings import MeanSetting, settings_for
 from llava_cmoe.planning.memory import STRATEGIES, Load, Memory, backbone_bytes, memory_of
 from llava_cmoe.sequence import sequence_of
-from llava_cmoe.settings import CmoeSettings, Recipe, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.methods.cmoe import CmoeSettings
+from llava_cmoe.settings.run import Recipe
 
 
 @dataclass(frozen=True)

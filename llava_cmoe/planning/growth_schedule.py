@@ -20,7 +20,9 @@ from llava_cmoe.locators import LOCATORS
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.settings import CmoeSettings, LocatorSettings, ProbeSettings, Recipe
+from llava_cmoe.settings.locators import LocatorSettings
+from llava_cmoe.settings.methods.cmoe import CmoeSettings, ProbeSettings
+from llava_cmoe.settings.run import Recipe
 
 Grown = Mapping[str, int]
 """Site name to the number of experts that a task adds there; a site that does not grow is absent."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from llava_cmoe.experts.bank import ExpertBank
-from llava_cmoe.settings import CmoeSettings
+from llava_cmoe.settings.methods.cmoe import CmoeSettings
 
 PAPER_MEAN = 43_960_000
 """Mean of the parameters that LLaVA-CMoE trains per task of CoIN (arXiv 2503.21227)."""

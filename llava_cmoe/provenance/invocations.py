@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_file
-from llava_cmoe.settings import TrainingSettings
+from llava_cmoe.settings.training import TrainingSettings
 
 MANIFEST = "manifest.json"
 

@@ -13,7 +13,7 @@ from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 
 def build_method(recipe: Recipe, backbone: Backbone) -> Method:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 
 class RegistryError(RuntimeError):

@@ -24,7 +24,6 @@ from torch import Tensor
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_file
 from llava_cmoe.provenance.versions import versions
-from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry.schema import (
     FileRecord,
@@ -36,7 +35,8 @@ from llava_cmoe.registry.schema import (
     plain_facts,
     recipe_facts,
 )
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.recipes import parse_recipe
+from llava_cmoe.settings.run import Recipe
 
 logger = logging.getLogger(__name__)
 

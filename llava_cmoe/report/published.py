@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from llava_cmoe.evaluation.metrics import DEFINITIONS, Matrix, all_metrics
-from llava_cmoe.recipes import nearest, parse_settings, read_yaml
-from llava_cmoe.settings import RecipeError, Settings
+from llava_cmoe.settings.base import RecipeError, Settings
+from llava_cmoe.settings.recipes import nearest, parse_settings, read_yaml
 
 FILE = Path(__file__).with_name("published_results.yaml")
 

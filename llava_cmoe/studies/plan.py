@@ -27,11 +27,12 @@ from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.tasks import TaskSpec
 from llava_cmoe.evaluation.log import Results, read_results
 from llava_cmoe.evaluation.scorers import get_scorer
-from llava_cmoe.recipes import load_recipe, parse_settings, read_yaml, shipped
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import lacks_pocket, sequence_of
-from llava_cmoe.settings import Recipe, RecipeError, Settings
+from llava_cmoe.settings.base import RecipeError, Settings
+from llava_cmoe.settings.recipes import load_recipe, parse_settings, read_yaml, shipped
+from llava_cmoe.settings.run import Recipe
 
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 """What can name a folder everywhere."""

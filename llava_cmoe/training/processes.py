@@ -12,7 +12,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from llava_cmoe.settings import CmoeSettings, Recipe
+from llava_cmoe.settings.methods.cmoe import CmoeSettings
+from llava_cmoe.settings.run import Recipe
 
 
 class LaunchError(RuntimeError):

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState, Trainin
 from llava_cmoe.data.collator import Collator, silenced
 from llava_cmoe.methods.base import ExtraLoss, Learning
 from llava_cmoe.records import StageReport
-from llava_cmoe.settings import TrainingSettings
+from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training.checkpoints import CheckpointTrainer
 from llava_cmoe.training.order import LikeRows, kinds_of
 from llava_cmoe.training.processes import deepspeed_asked, processes

@@ -11,7 +11,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback, get_available_reporting_integrations
 
-from llava_cmoe.settings import RecipeError, TrainingSettings
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.training import TrainingSettings
 
 
 def trackers_of(settings: TrainingSettings) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from llava_cmoe.analyses.refit_locator import relocate
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 OTHER = ("method.locator.kind=prototype", "method.locator.feature=mean")
 

@@ -11,7 +11,10 @@ from llava_cmoe.analyses import throughput
 from llava_cmoe.analyses.throughput import Load, MadeUpRows, config_of, measure_training, random_model
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.settings import BackboneSettings, CmoeSettings, RecipeError, TrainingSettings
+from llava_cmoe.settings.backbone import BackboneSettings
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.methods.cmoe import CmoeSettings
+from llava_cmoe.settings.training import TrainingSettings
 
 LOAD = Load(batch_size=2, tokens=5, experts=3, repetitions=2)
 

@@ -14,7 +14,8 @@ from llava_cmoe.analyses.unseen import UnseenResults, measure_unseen
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.evaluation.log import Answer
 from llava_cmoe.pocket import root as pocket_root
-from llava_cmoe.settings import EvaluationSettings, Recipe
+from llava_cmoe.settings.evaluation import EvaluationSettings
+from llava_cmoe.settings.run import Recipe
 
 ROWS = 4
 

@@ -21,7 +21,7 @@ from transformers import (
 from llava_cmoe.backbones.conversion import convert
 from llava_cmoe.backbones.loading import Backbone, load_backbone
 from llava_cmoe.data.conversation import encode_prompt, encode_sample, split
-from llava_cmoe.settings import BackboneSettings
+from llava_cmoe.settings.backbone import BackboneSettings
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -14,7 +14,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from llava_cmoe.backbones import loading
 from llava_cmoe.backbones.loading import BackboneError, load_backbone, reads_images
 from llava_cmoe.data.conversation import encode_sample
-from llava_cmoe.settings import BackboneSettings, SiteSettings
+from llava_cmoe.settings.backbone import BackboneSettings, SiteSettings
 
 
 @pytest.fixture

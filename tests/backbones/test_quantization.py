@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.backbones.sites import linear_sites
-from llava_cmoe.settings import BackboneSettings
+from llava_cmoe.settings.backbone import BackboneSettings
 
 BYTES = {"8bit": 1, "nf4": 0.5}
 

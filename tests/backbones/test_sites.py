@@ -15,7 +15,8 @@ from llava_cmoe.backbones.sites import (
     projector_sites,
     vision_sites,
 )
-from llava_cmoe.settings import RecipeError, SiteSettings
+from llava_cmoe.settings.backbone import SiteSettings
+from llava_cmoe.settings.base import RecipeError
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from llava_cmoe import sequence
 from llava_cmoe.cli import app, main
 from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.pocket import root as pocket_root
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 REPOSITORY = Path(__file__).parent.parent
 COMMANDS = {

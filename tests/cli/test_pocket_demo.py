@@ -7,7 +7,7 @@ import yaml
 from tiny import files_of
 
 from llava_cmoe.cli import pocket_demo as demo
-from llava_cmoe.recipes import load_recipe, read_yaml, shipped
+from llava_cmoe.settings.recipes import load_recipe, read_yaml, shipped
 
 
 def test_a_killed_demo_goes_on_and_a_finished_one_is_only_read(tiny_backbone: Path, tmp_path: Path, monkeypatch):

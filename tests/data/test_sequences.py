@@ -8,8 +8,8 @@ import yaml
 
 from llava_cmoe.data.sequences import SequenceFile, load_sequence
 from llava_cmoe.data.tasks import TaskSequence
-from llava_cmoe.recipes import known_keys, shipped
-from llava_cmoe.settings import RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.recipes import known_keys, shipped
 
 COIN_ORDER = ("scienceqa", "textvqa", "imagenet", "gqa", "vizwiz", "grounding", "vqav2", "ocrvqa")
 

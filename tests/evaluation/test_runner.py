@@ -30,7 +30,8 @@ from llava_cmoe.evaluation.runner import (
 from llava_cmoe.evaluation.scorers import TaskScore, get_scorer
 from llava_cmoe.methods.base import Method
 from llava_cmoe.records import Located
-from llava_cmoe.settings import EvaluationSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 SEQUENCE = TaskSequence(
     name="three",

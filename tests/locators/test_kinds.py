@@ -11,8 +11,9 @@ from llava_cmoe.locators import LOCATORS
 from llava_cmoe.locators.base import Locator, nearest_task, nearest_tasks
 from llava_cmoe.locators.gaussian import VARIANCE_FLOOR, shrunk_covariance
 from llava_cmoe.locators.prototype import PrototypeLocator
-from llava_cmoe.recipes import parse_settings
-from llava_cmoe.settings import LocatorSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.locators import LocatorSettings
+from llava_cmoe.settings.recipes import parse_settings
 
 WIDTH, NUM_TASKS = 24, 3
 KINDS = (*((kind, "reconstruction") for kind in LOCATORS), ("vae", "elbo"))

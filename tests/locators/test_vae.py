@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 
 from llava_cmoe.locators.base import nearest_task
 from llava_cmoe.locators.vae import ProbabilisticTaskLocator
-from llava_cmoe.settings import LocatorSettings
+from llava_cmoe.settings.locators import LocatorSettings
 
 WIDTH, RANK, NUM_TASKS = 32, 6, 3
 SETTINGS = LocatorSettings(hidden=48, latent=8, epochs=60)

@@ -18,7 +18,7 @@ from llava_cmoe.merging.store import Merges
 from llava_cmoe.registry.restore import restore_merge, restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import draw, leave
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 HELD_OUT = "data.train_rows=18"
 

@@ -23,7 +23,8 @@ from llava_cmoe.methods.probing import count, mean_tokens, probe
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import stage_data
-from llava_cmoe.settings import ProbeSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.methods.cmoe import ProbeSettings
 
 VISION, PROJECTOR = "model.vision_tower.encoder.layers.0.mlp", "model.multi_modal_projector"
 LLM = tuple(f"model.language_model.layers.{layer}.mlp" for layer in range(2))

@@ -20,7 +20,7 @@ from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.records import Located
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import RecipeError
+from llava_cmoe.settings.base import RecipeError
 
 ABOVE = "model.language_model.layers.1.mlp"
 """The only site of two layers that may hold experts here."""

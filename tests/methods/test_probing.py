@@ -20,7 +20,7 @@ from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods import probing
 from llava_cmoe.methods.base import StageData
 from llava_cmoe.methods.probing import chosen_of, count, mean_tokens, origin, probe, probe_use, thresholds_of
-from llava_cmoe.settings import ProbeSettings
+from llava_cmoe.settings.methods.cmoe import ProbeSettings
 
 TOP_K = 2
 

@@ -18,7 +18,7 @@ from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.experts.ledger import size_of
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.registry.restore import build_method
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.processes import processes
 from llava_cmoe.training.stage import train_stage
 

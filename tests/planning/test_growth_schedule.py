@@ -11,8 +11,10 @@ from llava_cmoe.experts import ledger
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.planning.growth_schedule import expected_sites, growth_of, locator_size, on_paper, task_sizes
 from llava_cmoe.planning.matching_settings import PAPER_MEAN, settings_for
-from llava_cmoe.recipes import load_recipe, shipped
-from llava_cmoe.settings import CmoeSettings, ExpertSettings, LocatorSettings, ProbeSettings, Recipe
+from llava_cmoe.settings.locators import LocatorSettings
+from llava_cmoe.settings.methods.cmoe import CmoeSettings, ExpertSettings, ProbeSettings
+from llava_cmoe.settings.recipes import load_recipe, shipped
+from llava_cmoe.settings.run import Recipe
 
 LAYERS, WIDTH, INNER = 32, 4096, 11008
 

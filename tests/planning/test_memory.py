@@ -21,7 +21,8 @@ from llava_cmoe.planning.activations import activations
 from llava_cmoe.planning.growth_schedule import grow, on_paper
 from llava_cmoe.planning.memory import MAX_LIVE, STRATEGIES, Load, Memory, backbone_bytes, memory_of, moments, nf4_bytes
 from llava_cmoe.registry.restore import build_method
-from llava_cmoe.settings import BackboneSettings, Recipe
+from llava_cmoe.settings.backbone import BackboneSettings
+from llava_cmoe.settings.run import Recipe
 
 STRATEGY = {strategy.name: strategy for strategy in STRATEGIES}
 LOAD = Load(

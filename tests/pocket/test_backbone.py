@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.pocket.abilities import examine, iou
 from llava_cmoe.pocket.backbone import POCKET_DIR, build_model, build_processor
-from llava_cmoe.settings import BackboneSettings
+from llava_cmoe.settings.backbone import BackboneSettings
 
 
 def test_loads_with_stock_auto_classes_and_stays_small() -> None:

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_cmoe.provenance.fingerprints import fingerprint_file, fingerprint_files
-from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.registry.schema import differing_keys, plain_facts, recipe_facts
+from llava_cmoe.settings.recipes import parse_recipe
 
 KEYS = st.sampled_from("abc")
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from llava_cmoe.provenance.fingerprints import fingerprint_all
-from llava_cmoe.recipes import parse_recipe
 from llava_cmoe.records import Learned
 from llava_cmoe.registry import store
 from llava_cmoe.registry.schema import RegistryError, Sources
 from llava_cmoe.registry.store import Registry
+from llava_cmoe.settings.recipes import parse_recipe
 
 NAMES = ("scienceqa", "textvqa", "imagenet")
 WRITING = ("open_run", "commit", "_write_tensors", "_write", "_sync")

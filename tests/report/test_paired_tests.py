@@ -15,7 +15,7 @@ from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.comparison import comparison_markdown
 from llava_cmoe.report.figures import draw_comparison
 from llava_cmoe.report.paired_tests import compare, paired_differences
-from llava_cmoe.settings import RecipeError
+from llava_cmoe.settings.base import RecipeError
 
 
 @pytest.fixture

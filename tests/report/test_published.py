@@ -4,7 +4,7 @@ import pytest
 from pytest import approx
 
 from llava_cmoe.report.published import PublishedRow, PublishedSet, published, published_sets
-from llava_cmoe.settings import RecipeError
+from llava_cmoe.settings.base import RecipeError
 
 WITH_METRICS = [
     (name, method)

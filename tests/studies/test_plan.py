@@ -14,10 +14,10 @@ import yaml
 
 from llava_cmoe.data.problems import DataError
 from llava_cmoe.data.sequences import load_sequence
-from llava_cmoe.recipes import load_recipe, shipped
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.recipes import load_recipe, shipped
 from llava_cmoe.studies.plan import Study, plan_studies
 
 SHIPPED = sorted(shipped("train/recipes/studies").glob("*.yaml"))

@@ -12,7 +12,7 @@ from llava_cmoe import sequence
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.registry.schema import TaskRecord
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.stage import StageTrainer
 
 Learn = Callable[..., tuple[TaskRecord, ...]]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.records import StageReport
-from llava_cmoe.settings import TrainingSettings
+from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training.stage import StageTrainer, train_stage
 
 NUM_ROWS, TRAINED = 12, "lm_head.weight"

@@ -10,7 +10,8 @@ from transformers.integrations import is_tensorboard_available
 
 from llava_cmoe import sequence
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.settings import RecipeError, TrainingSettings
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training import trackers
 from llava_cmoe.training.trackers import in_folder, trackers_of
 

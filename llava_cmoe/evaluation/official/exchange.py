@@ -28,7 +28,7 @@ from llava_cmoe.evaluation.runner import Exam, aggregate
 from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.registry.schema import RegistryError, recipe_facts
 from llava_cmoe.sequence import exam_of, fingerprints_of
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 ANSWERS, RESULT = "merge.jsonl", "Result.text"
 OWN: dict[str, Any] = {"located": int | None, "score": float | int | None, "failed": str | None}

@@ -20,7 +20,7 @@ from llava_cmoe.evaluation.official.released_scripts import RELEASED
 from llava_cmoe.evaluation.scorers import PROTOCOLS, get_scorer
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_file
-from llava_cmoe.settings import EvaluationSettings
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 ProtocolName = Literal["strict", "coin"]
 

@@ -28,7 +28,8 @@ from llava_cmoe.evaluation.scorers.coin import ocrvqa as coin_ocrvqa
 from llava_cmoe.evaluation.scorers.coin import one_answer as coin_one_answer
 from llava_cmoe.evaluation.scorers.coin import scienceqa as coin_scienceqa
 from llava_cmoe.evaluation.scorers.coin import textvqa as coin_textvqa
-from llava_cmoe.settings import EvaluationSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 __all__ = ["PROTOCOLS", "Protocol", "Reference", "Score", "Scorer", "TaskScore", "get_scorer"]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_cmoe.settings import EvaluationSettings
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 LONGEST = 1000
 """Characters of a number in an answer; one that a model did not bring to an end is no number (nor could Python read

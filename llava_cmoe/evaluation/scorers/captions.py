@@ -13,7 +13,8 @@ import shutil
 from collections.abc import Sequence
 
 from llava_cmoe.evaluation.scorers.base import Reference, Scorer, TaskScore, mean
-from llava_cmoe.settings import EvaluationSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 
 def build(settings: EvaluationSettings) -> Scorer:

@@ -14,7 +14,8 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from llava_cmoe.evaluation.scorers.base import Reference, Score, Scorer, each
-from llava_cmoe.settings import EvaluationSettings, JudgeSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.evaluation import EvaluationSettings, JudgeSettings
 
 INSTRUCTION = (
     "You compare a given answer to a question about a picture, which you do not see, with the correct answer. "

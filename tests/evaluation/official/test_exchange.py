@@ -13,7 +13,7 @@ from llava_cmoe.evaluation.official.exchange import Stated, export_answers, impo
 from llava_cmoe.evaluation.rescoring import open_examined, rescore
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.paired_tests import compare
-from llava_cmoe.settings import Recipe
+from llava_cmoe.settings.run import Recipe
 
 
 @pytest.fixture

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from llava_cmoe.evaluation.scorers import Reference, TaskScore, captions, get_scorer
-from llava_cmoe.settings import EvaluationSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 REFERENCES = [
     Reference(id="1", answers=("a dog runs on the beach", "a brown dog is running by the sea")),

@@ -10,7 +10,8 @@ import pytest
 from judging import value
 
 from llava_cmoe.evaluation.scorers import Reference, get_scorer, llm_judge
-from llava_cmoe.settings import EvaluationSettings, JudgeSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.evaluation import EvaluationSettings, JudgeSettings
 
 REFERENCE = Reference(answer="a dog", question="<image>\nWhat is it?", id="7")
 

@@ -7,7 +7,8 @@ from judging import judge, value
 
 from llava_cmoe.evaluation.scorers import PROTOCOLS, Reference, Score, get_scorer
 from llava_cmoe.evaluation.scorers.base import each
-from llava_cmoe.settings import EvaluationSettings, RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.evaluation import EvaluationSettings
 
 # A busy machine is no failure.
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_cmoe.recipes import load_recipe, shipped
 from llava_cmoe.sequence import sequence_of
-from llava_cmoe.settings import RecipeError
+from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.recipes import load_recipe, shipped
 
 RECIPES = sorted(shipped("train/recipes").glob("*.yaml"))
 COIN = [path for path in RECIPES if path.stem.startswith("coin_")]

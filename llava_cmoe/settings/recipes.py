@@ -13,7 +13,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llava_cmoe.settings import MethodSettings, Recipe, RecipeError, Settings
+from llava_cmoe.settings.base import RecipeError, Settings
+from llava_cmoe.settings.methods import MethodSettings
+from llava_cmoe.settings.run import Recipe
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
 
@@ -79,7 +81,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def shipped(relative: str) -> Path:
     """Where the project's own file or folder `relative` lies: in the checkout, or inside the installed wheel."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     packed = package / "_shipped"
     return (packed if packed.is_dir() else package.parent) / relative
 

@@ -1,0 +1,35 @@
+"""Which rows are learned and asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from llava_cmoe.settings.base import Settings
+
+
+class DataSettings(Settings):
+    """Which task sequence is learned, and from where."""
+
+    sequence: str = "data_configs/pocket.yaml"
+    """Task sequence as YAML: a path, or the name of one in `data_configs/` (`pocket`, `coin`)."""
+    root: Path = Path("runs/data/pocket")
+    """Folder in CoIN's layout that holds the instruction files and `cl_dataset/`."""
+    tasks: tuple[str, ...] | None = None
+    """Names of the tasks to learn, in this order; all tasks of the sequence when absent."""
+    train_rows: int | None = Field(None, gt=0)
+    """Use only this many training rows per task (seeded draw); all when absent."""
+    eval_rows: int | None = Field(None, gt=0)
+    """Use only this many evaluation rows per task (seeded draw); all when absent."""
+    keep_encoded: bool = False
+    """Keep encoded rows in memory after their first use: for small data (85 kB a row at 84 pixels, 1.3 MB at 336)."""
+    workers: int = Field(0, ge=0)
+    """Processes that open and encode the rows of the next batches while one is trained on; with 0, training waits for
+    each. They change no result, and a run may go on with others."""
+    feature_store: Path | None = None
+    """Folder that keeps the features which locators read, so that no run reads them from the same model twice: 16 kB a
+    row at width 4096; none when absent. Changes no result, and a run may go on with another."""
+    max_pixels: int | None = Field(None, gt=0)
+    """A square picture of more pixels is made smaller before the backbone's processor gets it: for processors that
+    make more tokens of a larger picture, and to resize large photographs only once. As they are when absent."""

@@ -1,0 +1,19 @@
+"""A file per method with its settings, and the table that finds them by the name that a recipe gives."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from llava_cmoe.settings.methods.cmoe import CmoeSettings
+from llava_cmoe.settings.methods.joint import JointSettings
+from llava_cmoe.settings.methods.moelora import MoeLoraSettings
+from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
+from llava_cmoe.settings.methods.zero_shot import ZeroShotSettings
+
+MethodSettings = Annotated[
+    ZeroShotSettings | SequentialLoraSettings | JointSettings | MoeLoraSettings | CmoeSettings,
+    Field(discriminator="name"),
+]
+"""Settings of any method; `name` says whose."""
