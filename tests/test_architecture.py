@@ -17,22 +17,8 @@ TOP_LEVEL = {
     *("data_configs", "eval", "llava_cmoe", "tests", "train", "zero_configs"),
 }
 ORDER = (
-    *("versions", "files", "fingerprints", "settings", "recipes", "records"),
-    *("data", "backbones", "experts", "locators", "methods", "training", "registry", "evaluation"),
-    *(
-        "report",
-        "chat",
-        "provenance",
-        "sequence",
-        "preview",
-        "budget",
-        "calibration",
-        "relocating",
-        "merging",
-        "unseen",
-        "demo",
-    ),
-    *("studies", "throughput", "rescoring", "diversity", "reproducing", "comparing", "exchange", "cli"),
+    *("settings", "provenance", "records", "locators", "data", "pocket", "backbones", "experts", "methods", "training"),
+    *("registry", "evaluation", "planning", "report", "sequence", "merging", "analyses", "chat", "studies", "cli"),
 )
 """Rooms and single files of the package; each imports only from those before it."""
 

@@ -81,7 +81,7 @@ def tell(folder: Path, call: Call) -> None:
 
 def revision() -> str | None:
     """Git revision of this program's checkout; None where it was installed without one."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
     try:

@@ -1,6 +1,6 @@
 """Recipes and other YAML files read as settings, overridden by dotted keys; every mistake becomes a RecipeError.
 
-What can be set, and what it means, stands in `settings.py`.
+What can be set, and what it means, stands beside each setting in the files of this room.
 """
 
 from __future__ import annotations

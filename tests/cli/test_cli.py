@@ -23,7 +23,7 @@ from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.pocket import root as pocket_root
 from llava_cmoe.settings.run import Recipe
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 COMMANDS = {
     "": [
         *("demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"),

@@ -14,7 +14,7 @@ from llava_cmoe.evaluation.official.files import ScoringError
 from llava_cmoe.evaluation.official.score_file import score_file
 from llava_cmoe.evaluation.scorers import PROTOCOLS
 
-SCRIPT = Path(__file__).parents[2] / "eval/score.py"
+SCRIPT = Path(__file__).parents[3] / "eval/score.py"
 
 
 @pytest.fixture
