@@ -110,6 +110,15 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson,
     assert not [*run.rglob("*.part*"), *run.rglob(".*")]
 
 
+def test_a_killed_bf16_run_ends_like_one_that_was_not(recipe_in: Make):
+    killed, whole = (recipe_in(name, "cmoe", "training.precision=bf16") for name in ("killed", "whole"))
+    killed_at(killed, "llava_cmoe.training.stage", "StageTrainer.training_step", 10)  # in the second task
+    for recipe in (killed, whole):
+        sequence.learn(recipe)
+    ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (killed, whole)]
+    assert ends[0] == ends[1]
+
+
 def test_the_seed_decides_the_run_and_nothing_else_does(lesson: Lesson, recipe_in: Make):
     same = sequence.learn(recipe_in("same"))
     assert comparable(same) == comparable(lesson.results)

@@ -41,7 +41,7 @@ class StageTrainer(CheckpointTrainer):
 
     def __init__(self, learning: Learning, grouped: bool = False, **kwargs: Any) -> None:
         """`learning` comes from the method, everything else is the Trainer's; `grouped` rows come with their like."""
-        with _said_to_be_adapted(kwargs["model"]):
+        with _hide_quantized_flag(kwargs["model"]):
             super().__init__(**kwargs)
         self._learning, self._grouped = learning, grouped
         self._extra_loss: ExtraLoss = float
@@ -71,15 +71,28 @@ class StageTrainer(CheckpointTrainer):
         return loss + self._extra_loss() / (self.current_gradient_accumulation_steps if scaled else 1)
 
 
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What accelerate leaves in a model: an autocast, and a mark at which the next fit would not wrap it again."""
+
+
 @contextmanager
-def _said_to_be_adapted(model: Any) -> Iterator[None]:
-    """Let a Trainer be made for a quantized model: it looks for adapters beside the weights, but knows only PEFT's."""
-    quantized = getattr(model, "is_quantized", False)
-    model.is_quantized = False
+def _as_found(model: Any, *names: str) -> Iterator[None]:
+    """Give these attributes of a model's instance back what they were, or take them away."""
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
     try:
         yield
     finally:
-        model.is_quantized = quantized
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
+
+
+@contextmanager
+def _hide_quantized_flag(model: Any) -> Iterator[None]:
+    """Let a Trainer be made for a quantized model: it looks for adapters beside the weights, but knows only PEFT's."""
+    with _as_found(model, "is_quantized"):
+        model.is_quantized = False
+        yield
 
 
 class _Report(TrainerCallback):
@@ -124,16 +137,17 @@ def train_stage(
     began = time.monotonic()
     trackers = () if logs is None else trackers_of(settings)
     on_cpu = model.device.type == "cpu"
-    state = _train(
-        learning,
-        settings.group_by_length,
-        made_from,
-        model=model,
-        args=training_arguments(settings, seed, folder, on_cpu, workers, elsewhere(trackers)),
-        train_dataset=samples,
-        data_collator=Collator(pad_token_id, silent=_silent(samples)),
-        callbacks=[_Report(progress), *(in_folder(trackers, logs) if logs else ())],
-    )
+    with _as_found(model, *PREPARED):
+        state = _train(
+            learning,
+            settings.group_by_length,
+            made_from,
+            model=model,
+            args=training_arguments(settings, seed, folder, on_cpu, workers, elsewhere(trackers)),
+            train_dataset=samples,
+            data_collator=Collator(pad_token_id, silent=_silent(samples)),
+            callbacks=[_Report(progress), *(in_folder(trackers, logs) if logs else ())],
+        )
     gc.collect()  # engine, optimizer and hooks refer to each other: the next stage needs their memory
     if settings.gradient_checkpointing:
         model.activation_checkpointing_disable()  # type: ignore[no-untyped-call]

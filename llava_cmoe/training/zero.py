@@ -55,12 +55,11 @@ def check_engine(trainer: Trainer) -> None:
 def leave_engine(trainer: Trainer) -> None:
     """End what training put around and into the model: hooks, shards, buffers; all processes call this.
 
-    Accelerate leaves its autocast around `forward`, DeepSpeed its hooks; what answers now must compute as a restored
-    model does. Parameters that ZeRO-3 had spread become whole again, as new objects.
+    DeepSpeed leaves its hooks; what answers now must compute as a restored model does. Parameters that ZeRO-3 had
+    spread become whole again, as new objects.
     """
     model: Any = trainer.model
     engine: Any = trainer.model_wrapped
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     whole = _gathered(model)
     trainer.accelerator.free_memory()  # destroys the engine, if there is one
     if trainer.is_deepspeed_enabled:

@@ -83,6 +83,21 @@ def test_after_a_bf16_stage_the_model_computes_what_the_same_weights_compute_els
         assert torch.equal(student(**prompt).logits, elsewhere.eval()(**prompt).logits)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_every_fit_of_a_process_computes_in_the_precision_asked_for_and_leaves_the_model_as_it_was(
+    student: LlavaForConditionalGeneration, tmp_path: Path, precision: str
+):
+    seen: list[bool] = []
+    student.lm_head.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    before = set(vars(student))
+    for number in range(3):
+        given = TrainingSettings(batch_size=4, learning_rate=1e-2, precision=precision)
+        train_stage(student, Rows(), plain, given, pad_token_id=0, seed=number, folder=tmp_path)
+        assert seen == [precision == "bf16"] * (NUM_ROWS // 4)
+        assert set(vars(student)) == before
+        seen.clear()
+
+
 def test_a_report_counts_steps_and_samples_and_the_loss_falls(student: LlavaForConditionalGeneration, tmp_path: Path):
     _, report = train(student, tmp_path, epochs=10)
     assert (report.steps, report.samples) == (10 * NUM_ROWS // 4, NUM_ROWS)
