@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_cli import refused, type_in
+from commands import refused, type_in
 from tiny import Lesson, files_of
 
 from llava_cmoe.analyses.probe_report import Calibration, Probed, probe_tasks, render

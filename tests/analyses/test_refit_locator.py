@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_cli import refused
+from commands import refused
 from tiny import Lesson, files_of
 
 from llava_cmoe import relocating, sequence

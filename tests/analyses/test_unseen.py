@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from test_cli import refused, type_in
+from commands import refused, type_in
 from tiny import Lesson, files_of
 
 from llava_cmoe import sequence, unseen

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refused, type_in
 from original import PATCH, SIDE, VOCABULARY, WIDTH, write_parts
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import refused, type_in
 from torch.nn import functional
 from transformers import (
     CLIPVisionModel,

@@ -13,12 +13,11 @@ import huggingface_hub.constants
 import pytest
 import tiny
 import yaml
-from click.testing import Result
+from commands import refused, type_in
 from tiny import Lesson, files_of
-from typer.testing import CliRunner
 
 from llava_cmoe import sequence
-from llava_cmoe.cli import app, main
+from llava_cmoe.cli import main
 from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.pocket import root as pocket_root
 from llava_cmoe.settings.run import Recipe
@@ -51,19 +50,6 @@ COMMANDS = {
     "compare": ["RUN", "--published", "--out", "--root"],
     "chat": ["RUN", "--image", "--prompt", "--after", "--merge"],
 }
-
-
-def type_in(*words: object) -> Result:
-    """Run a command in a wide terminal; its output holds what goes to either stream."""
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
-
-
-def refused(*words: object) -> str:
-    """What a command answers to a mistake: status 2, a message, and no traceback."""
-    result = type_in(*words)
-    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
-    assert "Traceback" not in result.output
-    return result.output
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from test_cli import refused, type_in
+from commands import refused, type_in
 
 from llava_cmoe.planning.estimate import Budget
 from llava_cmoe.planning.memory import Memory
