@@ -1,25 +1,24 @@
-"""Learns runs several at a time, each in a process of its own; what the runs are is `plan.py`'s.
+"""Learns several runs at a time, each in a process of its own; which runs a study has is `plan.py`'s.
 
-A process is the ordinary `llava-cmoe train`, so a run that was killed goes on as any run does. Its log is locked while
-it writes there: where a study was killed and its runs were not, the next study waits for them. Runs that differ in the
-locator alone share what one of them learns, and wait for it (`relocating.py`), whoever learns it.
+A process is the ordinary `llava-cmoe train`, so a run that failed or was ended goes on as any run does. Runs that
+differ in the locator alone share what one of them learns, and wait for it (`analyses/refit_locator.py`).
+
+Nothing here keeps two processes off one run folder. Ctrl-C and SIGTERM end the processes of a study, SIGKILL cannot:
+end those that it leaves at work before the same study is started again.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 import torch
 
@@ -32,34 +31,29 @@ GRACE = 10.0
 TAIL = 15
 """Lines of a failed run's log that are shown."""
 
-Place = Mapping[str, str]
-"""What a process finds in its environment beside this one's: its share of the machine."""
+Slot = Mapping[str, str]
+"""Environment variables that give a process its share of the machine."""
 
 
 class Watcher(Protocol):
-    """Is told how the runs get on."""
+    """Shows how far the runs are."""
 
     def moved(self, done: float, working: Sequence[str]) -> None:
-        """So many runs are done, parts of runs counted, and these are at work."""
-
-    def elsewhere(self, name: str, log: Path) -> None:
-        """A run is waited for, as a process that this call did not start learns it and writes this log."""
+        """Called several times a second: number of runs done, parts of runs counted, and the names of those at work."""
 
     def ended(self, name: str, seconds: float, failure: str | None) -> None:
-        """A run is finished, or `failure` says what became of it."""
+        """Called after each run; `failure` is its exit status with the end of its log, None where it succeeded."""
 
 
 @dataclass(frozen=True)
-class _Working:
+class _Job:
     run: PlannedRun
-    place: Place
-    process: subprocess.Popen[bytes] | None
-    """None where another call's process learns the run; it takes a place, too, as it needs its share of the machine."""
+    slot: Slot
+    process: subprocess.Popen[bytes]
     began: float
-    log_start: int
 
 
-def places(jobs: int | None, num_runs: int) -> list[Place]:
+def slots(jobs: int | None, num_runs: int) -> list[Slot]:
     """Equal shares of the machine: cores for each process and, where there are any, one GPU.
 
     Args:
@@ -76,15 +70,13 @@ def places(jobs: int | None, num_runs: int) -> list[Place]:
     return [threads | ({"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}) for slot in range(num)]
 
 
-def learn_all(runs: Sequence[PlannedRun], share: Sequence[Place], watcher: Watcher) -> list[PlannedRun]:
-    """Learn what is not finished yet; Ctrl-C and SIGTERM end the processes of this call and no others.
-
-    SIGTERM is heeded in the main thread only, as Python lets no other one handle signals.
+def learn_all(runs: Sequence[PlannedRun], share: Sequence[Slot], watcher: Watcher) -> list[PlannedRun]:
+    """Learn what is not finished yet, in the main thread; Ctrl-C and SIGTERM end the processes that were started.
 
     Args:
         runs: in the order in which they start.
-        share: as many processes at a time as there are places.
-        watcher: told about the runs, several times a second.
+        share: as many processes at a time as there are slots.
+        watcher: called several times a second, and after each run.
 
     Returns:
         The runs that failed.
@@ -93,37 +85,27 @@ def learn_all(runs: Sequence[PlannedRun], share: Sequence[Place], watcher: Watch
         SystemExit: SIGTERM came; it carries the status that a shell gives a command which died of it.
     """
     waiting = [run for run in runs if run.results() is None]
-    free, working, failed = list(share), list[_Working](), list[PlannedRun]()
-
-    def end(run: PlannedRun, seconds: float, failure: str | None) -> None:
-        if failure is not None:
-            failed.append(run)
-        watcher.ended(run.name, seconds, failure)
-
-    with _noticing_sigterm() as noticed:
+    free, working, failed = list(share), list[_Job](), list[PlannedRun]()
+    with _noting_sigterm() as noted:
         try:
-            while (waiting or working) and not noticed:
-                while free and (ready := [run for run in waiting if not _waits(run, working, waiting)]):
-                    run = ready[0]
+            while (waiting or working) and not noted:
+                unfinished = (*waiting, *(job.run for job in working))
+                ready = [run for run in waiting if not any(run.source is other for other in unfinished)]
+                for run in ready[: len(free)]:
                     waiting.remove(run)
-                    if run.results() is not None:
-                        continue  # another process finished it since this call began
                     working.append(_start(run, free.pop(0)))
-                    if working[-1].process is None:
-                        watcher.elsewhere(run.name, run.log)
-                for job in [job for job in working if _is_over(job)]:
+                for job in [job for job in working if job.process.poll() is not None]:
                     working.remove(job)
-                    free.append(job.place)
-                    if job.process is None and job.run.results() is None:
-                        waiting.insert(0, job.run)  # its process was stopped; it goes on here
-                    else:
-                        end(job.run, time.monotonic() - job.began, _failure(job))
+                    free.append(job.slot)
+                    if failure := _failure(job):
+                        failed.append(job.run)
+                    watcher.ended(job.run.name, time.monotonic() - job.began, failure)
                 num_done = len(runs) - len(waiting) - len(working)
                 watcher.moved(num_done + sum(map(_share_done, working)), [job.run.name for job in working])
                 if working:
                     time.sleep(POLL)
         finally:
-            _stop([job.process for job in working if job.process is not None])
+            _stop([job.process for job in working])
     return failed
 
 
@@ -134,80 +116,42 @@ def command(run: PlannedRun) -> list[str]:
 
 
 @contextmanager
-def _noticing_sigterm() -> Iterator[Sequence[int]]:
-    """Note SIGTERM down instead of dying of it, and leave with its status at the end.
+def _noting_sigterm() -> Iterator[Sequence[int]]:
+    """Note SIGTERM instead of dying of it, and leave with its status at the end.
 
-    Raised by the handler, an exception could lose a process that is just being started, or break off the clean-up.
+    An exception raised by the handler could lose a process that is just being started, or break off the clean-up.
     """
-    noticed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noticed
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, _: noticed.append(number))
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
     try:
-        yield noticed
+        yield noted
     finally:
         signal.signal(signal.SIGTERM, before)
-    if noticed:
+    if noted:
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def _waits(run: PlannedRun, working: Sequence[_Working], waiting: Sequence[PlannedRun]) -> bool:
-    """Whether the run that learns a run's experts is not done yet; one that failed is not waited for."""
-    return run.source is not None and any(run.source is other for other in (*waiting, *(job.run for job in working)))
-
-
-def _start(run: PlannedRun, place: Place) -> _Working:
-    """Start a run, unless its log is locked: then another process learns it."""
+def _start(run: PlannedRun, slot: Slot) -> _Job:
     run.log.parent.mkdir(parents=True, exist_ok=True)
+    words = command(run)
     with run.log.open("ab") as log:
-        if not _lock(log):
-            return _Working(run, place, None, time.monotonic(), 0)
-        log_start = log.tell()
-        log.write(f"$ {shlex.join(command(run))}\n".encode())
+        log.write(f"$ {shlex.join(words)}\n".encode())
         log.flush()
         process = subprocess.Popen(
-            command(run),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **place},
+            words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **slot}
         )
-    return _Working(run, place, process, time.monotonic(), log_start)
+    return _Job(run, slot, process, time.monotonic())
 
 
-def _lock(log: BinaryIO) -> bool:
-    """Lock a log unless another process has.
-
-    The lock is the open file's, which a process started with it inherits: it ends when the last one that writes there
-    ends.
-    """
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_over(job: _Working) -> bool:
-    """Whether the process has ended; another call's has once its log can be locked."""
-    if job.process is not None:
-        return job.process.poll() is not None
-    with job.run.log.open("ab") as log:
-        return _lock(log)
-
-
-def _failure(job: _Working) -> str | None:
+def _failure(job: _Job) -> str | None:
     """The status and the end of the log of a process that failed."""
-    if job.process is None or job.process.returncode == 0:
+    if job.process.returncode == 0:
         return None
-    with job.run.log.open("rb") as log:
-        log.seek(job.log_start)
-        lines = log.read().decode(errors="replace").splitlines()[-TAIL:]
+    lines = job.run.log.read_text(errors="replace").splitlines()[-TAIL:]
     return "\n".join([f"status {job.process.returncode}; {job.run.log} ends:", *(f"  {line}" for line in lines)])
 
 
-def _share_done(job: _Working) -> float:
+def _share_done(job: _Job) -> float:
     """A running run as a part of one; approximate, for the bar only."""
     return job.run.num_learned / (len(job.run.tasks) + 1)
 

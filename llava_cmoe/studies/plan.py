@@ -1,7 +1,7 @@
-"""Which runs a study consists of, all of them checked before the first one starts; learning them is `jobs.py`'s.
+"""Which runs a study has, all of them checked before the first one starts; learning them is `jobs.py`'s.
 
     runs/studies/NAME/VARIANT_SEED/        an ordinary run
-    runs/studies/NAME/VARIANT_SEED.log     what its command said
+    runs/studies/NAME/VARIANT_SEED.log     what its command printed
 
 A variant is a list of dotted overrides, as `llava-cmoe train` takes them, so that each run of a study can be repeated
 by hand.
@@ -92,7 +92,7 @@ class PlannedRun:
         recipe: as resolved, its run folder included.
         tasks: of its sequence.
         words: the same as `llava-cmoe train` takes it: recipe file and overrides.
-        source: an earlier run whose experts it takes over, as only the locator differs.
+        source: an earlier run whose experts it takes over; only their locators differ.
     """
 
     study: str

@@ -14,12 +14,12 @@ from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.figures import draw_study
 from llava_cmoe.report.studies import StudySummary, study_markdown, summarise_study
 from llava_cmoe.sequence import lacks_pocket
-from llava_cmoe.studies.jobs import Watcher, learn_all, places
+from llava_cmoe.studies.jobs import Watcher, learn_all, slots
 from llava_cmoe.studies.plan import PlannedRun, StudyPlan
 
 
 def render_missing(plans: Sequence[StudyPlan], progress: Callable[[str, int, int], None]) -> None:
-    """Render each pocket sequence that is missing once, before several runs would do so at the same time."""
+    """Render each missing pocket sequence once, before several runs would render it at the same time."""
     runs = [run for plan in plans for run in plan.runs]
     for root in dict.fromkeys(run.recipe.data.root for run in runs if lacks_pocket(run.recipe)):
         make_pocket_root(root, progress)
@@ -31,13 +31,13 @@ def run_studies(plans: Sequence[StudyPlan], jobs: int | None, watcher: Watcher) 
     Args:
         plans: checked studies, whose runs start in this order.
         jobs: how many runs at a time; what suits the machine where absent.
-        watcher: told how the runs get on.
+        watcher: called while the runs are learned, and after each.
 
     Returns:
         The runs that failed; nothing is written for their studies.
     """
     runs = [run for plan in plans for run in plan.runs]
-    failed = learn_all(runs, places(jobs, len(runs)), watcher)
+    failed = learn_all(runs, slots(jobs, len(runs)), watcher)
     for plan in plans:
         if not any(run in failed for run in plan.runs):
             write_study(plan)

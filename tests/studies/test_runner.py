@@ -1,30 +1,23 @@
 """A study learns its runs in processes of their own; whatever stops it, the same command finishes it."""
 
-import fcntl
 import os
 import re
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
 import tiny
 import torch
 import yaml
-from click.testing import Result
+from commands import type_in
 from tiny import files_of
-from typer.testing import CliRunner
 
-from llava_cmoe.cli import app
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.report.studies import read_study, study_markdown
-from llava_cmoe.studies import jobs
-from llava_cmoe.studies.jobs import learn_all, places
+from llava_cmoe.studies.jobs import learn_all, slots
 from llava_cmoe.studies.plan import PlannedRun, plan_studies
 
 FOLDER = Path("runs/studies/where")
@@ -32,21 +25,14 @@ GOOD = {"everywhere": ["method.probe.scope=all"], "nowhere": ["method.probe.scop
 
 
 class Notes:
-    """Writes down what it is told; `interrupt` is Ctrl-C once a run is at work, `meanwhile` comes at the third look."""
+    """Writes down how it is called; `interrupt` is Ctrl-C once a run is at work."""
 
-    def __init__(self, interrupt: bool = False, meanwhile: Callable[[], None] = lambda: None) -> None:
-        self.interrupt, self.meanwhile = interrupt, meanwhile
-        self.looks, self.others, self.ends = list[list[str]](), list[str](), list[tuple[str, str | None]]()
+    def __init__(self, interrupt: bool = False) -> None:
+        self.interrupt, self.ends = interrupt, list[tuple[str, str | None]]()
 
     def moved(self, done: float, working: Sequence[str]) -> None:
         if self.interrupt and working:
             raise KeyboardInterrupt
-        self.looks.append(list(working))
-        if len(self.looks) == 3:
-            self.meanwhile()
-
-    def elsewhere(self, name: str, log: Path) -> None:
-        self.others.append(name)
 
     def ended(self, name: str, seconds: float, failure: str | None) -> None:
         self.ends.append((name, failure))
@@ -65,29 +51,19 @@ def write(path: Path, variants: dict[str, list[str]]) -> Path:
     return path
 
 
-def type_in(*words: object) -> Result:
-    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
-
-
-def is_free(run: PlannedRun) -> bool:
-    """Whether whoever wrote a run's log has ended."""
-    with run.log.open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
 def runs_of(study: Path) -> tuple[PlannedRun, ...]:
     [plan] = plan_studies([study], Path("runs/studies"))
     return plan.runs
 
 
 def test_a_study_survives_a_failing_run_and_an_interruption_and_is_then_only_read(study: Path, monkeypatch):
-    with pytest.raises(KeyboardInterrupt):
-        learn_all(runs_of(study), places(1, 1), Notes(interrupt=True))
-    assert is_free(runs_of(study)[0])
+    children, popen = list[subprocess.Popen[bytes]](), subprocess.Popen
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(
+            subprocess, "Popen", lambda *words, **rest: children.append(popen(*words, **rest)) or children[-1]
+        )
+        learn_all(runs_of(study), slots(1, 1), Notes(interrupt=True))
+    assert [child.poll() for child in children] == [-signal.SIGTERM]
 
     result = type_in("study", write(study, {"broken": ["backbone.path=no/such/model"]} | GOOD), "--jobs", 2)
     assert result.exit_code == 1, result.output
@@ -117,67 +93,6 @@ def test_a_study_survives_a_failing_run_and_an_interruption_and_is_then_only_rea
     assert (FOLDER / "table.md").read_text() in result.output and (FOLDER / "last.png").stat().st_size > 0
 
 
-@pytest.fixture
-def results(lesson_of) -> str:
-    """The results.json of a finished run."""
-    text: str = lesson_of("cmoe").results.model_dump_json()
-    return text
-
-
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The commands of the runs that were started, in whose place a process ends at once."""
-    commands, popen = list[list[str]](), subprocess.Popen
-
-    def start(command: list[str], **rest: Any) -> subprocess.Popen[bytes]:
-        commands.append(command)
-        return popen(["true"], **rest)
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(jobs, "POLL", 0.01)
-    return commands
-
-
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_run_that_another_process_learns_is_waited_for_also_by_those_that_take_over_its_experts(
-    study: Path, results: str, started: list[list[str]], finished: bool
-):
-    vae, gaussian = runs_of(write(study, {"vae": [], "gaussian": ["method.locator.kind=gaussian"]}))
-    vae.recipe.run.mkdir(parents=True)
-    with vae.log.open("ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-
-        def end() -> None:
-            assert not started
-            if finished:
-                (vae.recipe.run / "results.json").write_text(results)
-            log.close()
-
-        notes = Notes(meanwhile=end)
-        assert learn_all([vae, gaussian], places(2, 2), notes) == []
-    assert notes.others == [vae.name] and notes.ends == [(vae.name, None), (gaussian.name, None)]
-    assert notes.looks[:3] == [[vae.name]] * 3
-    own = [jobs.command(gaussian)] if finished else [jobs.command(vae), jobs.command(gaussian)]
-    assert started == own and ("--experts" in started[-1]) == finished
-
-
-def test_a_run_that_another_process_learns_takes_a_place_and_one_finished_meanwhile_is_only_read(
-    study: Path, results: str, started: list[list[str]]
-):
-    first, second = runs_of(study)
-    second.recipe.run.mkdir(parents=True)
-    with first.log.open("ab") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-
-        def end() -> None:
-            assert not started
-            (second.recipe.run / "results.json").write_text(results)
-            log.close()
-
-        assert learn_all([first, second], places(1, 2), Notes(meanwhile=end)) == []
-    assert started == [jobs.command(first)]
-
-
 def test_sigterm_ends_the_processes_even_one_that_is_just_being_started(study: Path, monkeypatch):
     children, popen = list[subprocess.Popen[bytes]](), subprocess.Popen
 
@@ -203,38 +118,6 @@ def test_sigterm_ends_the_processes_even_one_that_is_just_being_started(study: P
     assert len(ended) == 2 and set(ended) == {-signal.SIGTERM}
 
 
-def test_runs_are_learned_in_a_thread_too_where_no_signal_can_be_handled(study: Path, started: list[list[str]]):
-    failed, notes = list[list[PlannedRun]](), Notes()
-    thread = Thread(target=lambda: failed.append(learn_all(runs_of(study), places(2, 2), notes)))
-    thread.start()
-    thread.join()
-    assert failed == [[]] and len(notes.ends) == len(started) == 2
-
-
-SLEEPING_STUDY = """
-from llava_cmoe.cli import app
-from llava_cmoe.studies import jobs
-jobs.command = lambda run: ["sh", "-c", "echo process $$; exec sleep 60"]
-app(["study", "study.yaml"])
-"""
-
-
-def test_after_a_kill_the_same_study_waits_for_the_run_that_was_left_at_work(study: Path, monkeypatch):
-    [run] = runs_of(write(study, {"only": []}))
-    killed = subprocess.Popen([sys.executable, "-c", SLEEPING_STUDY])
-    while not (run.log.exists() and (left := re.search(r"^process (\d+)\n", run.log.read_text(), re.MULTILINE))):
-        assert killed.poll() is None
-        time.sleep(0.05)
-    killed.kill()
-    killed.wait()
-    assert not is_free(run)
-    monkeypatch.setattr(jobs, "command", lambda _: ["true"])
-    notes = Notes(meanwhile=lambda: os.kill(int(left[1]), signal.SIGKILL))
-    assert learn_all([run], places(1, 1), notes) == []
-    assert notes.others == [run.name] and notes.ends == [(run.name, None)]
-    assert run.log.read_text().endswith("$ true\n")
-
-
 def test_finished_runs_that_cannot_stand_in_one_table_are_refused_by_name(study: Path, lesson_of):
     for run, base in zip(runs_of(study), ("one", "two"), strict=True):
         run.recipe.run.mkdir(parents=True)
@@ -253,7 +136,7 @@ def cores() -> int:
 )
 def test_cores_are_shared_by_the_runs_at_work(jobs: int | None, num_runs: int, threads: int, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    shares = places(jobs, num_runs)
+    shares = slots(jobs, num_runs)
     assert len(shares) == min(jobs or cores(), num_runs)
     assert all(share == {"OMP_NUM_THREADS": str(threads)} for share in shares)
 
@@ -261,9 +144,9 @@ def test_cores_are_shared_by_the_runs_at_work(jobs: int | None, num_runs: int, t
 def test_each_run_sees_one_of_the_gpus_that_the_study_sees(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in places(None, 9)] == ["0", "1"]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in slots(None, 9)] == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
-    assert [share["CUDA_VISIBLE_DEVICES"] for share in places(3, 9)] == ["5", "7", "5"]
+    assert [share["CUDA_VISIBLE_DEVICES"] for share in slots(3, 9)] == ["5", "7", "5"]
 
 
 def test_a_run_that_differs_in_the_locator_waits_for_its_experts_and_trains_none(study: Path):
@@ -283,5 +166,5 @@ def test_experts_of_a_run_that_failed_are_learned_where_they_are_needed(study: P
     broken.recipe.run.mkdir(parents=True)
     (broken.recipe.run / "tasks").write_text("in the way")
     notes = Notes()
-    assert learn_all([broken, good], places(2, 2), notes) == [broken]
+    assert learn_all([broken, good], slots(2, 2), notes) == [broken]
     assert "--experts" not in good.log.read_text() and good.results() is not None
