@@ -1,4 +1,4 @@
-"""The commands that learn, or tell what learning would take."""
+"""The commands that learn, make what is learned on, or compute what learning would cost."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from llava_cmoe.cli.console import plainly, show
 from llava_cmoe.settings.recipes import load_recipe
+from llava_cmoe.settings.run import Recipe
 
 app = typer.Typer()
 
@@ -30,8 +31,8 @@ def demo(
 
     size, console = DemoSize(), Console()
     about = (
-        f"The demo learns from {size.train_rows} rows a task and asks {size.test_rows} questions: less than the runs "
-        "in the README, so its numbers are lower."
+        f"The demo trains on {size.train_rows} rows a task and evaluates on {size.test_rows}: fewer than the runs in "
+        "the README, so its numbers are lower."
     )
     if not (run / "results.json").exists():
         console.print(
@@ -67,7 +68,7 @@ def train(
         bool,
         typer.Option("--anyway", help="Go on with another recipe, data, backbone or process count than began the run."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be trained.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be trained.")] = False,
 ) -> None:
     """Learn a sequence of tasks, evaluating after each one.
 
@@ -79,7 +80,6 @@ def train(
     """
     from llava_cmoe.analyses.refit_locator import relocate
     from llava_cmoe.cli.progress import ProgressLine
-    from llava_cmoe.planning.dry_run import preview, render
     from llava_cmoe.pocket.root import make_pocket_root
     from llava_cmoe.sequence import lacks_pocket, learn
     from llava_cmoe.training.processes import processes
@@ -88,12 +88,7 @@ def train(
     launched = processes()
     console = Console(quiet=not launched.is_main_process)
     if dry_run:
-        resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-        console.print(resolved, markup=False, highlight=False, soft_wrap=True)
-        console.print(render(preview(settings)))
-        if not settings.data.root.exists():
-            remedy = "it would be rendered first" if lacks_pocket(settings) else "training needs it"
-            console.print(f"{settings.data.root} does not exist: {remedy}", highlight=False, soft_wrap=True)
+        _show_dry_run(console, settings)
         return
     with ProgressLine(console) as line:
         if launched.is_main_process and lacks_pocket(settings):
@@ -103,6 +98,19 @@ def train(
         results = learn(settings, line, anyway) if experts is None else relocate(settings, experts, line, anyway)
     show(console, [results])
     console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
+
+
+def _show_dry_run(console: Console, settings: Recipe) -> None:
+    """The resolved recipe, what would be trained, and what is missing."""
+    from llava_cmoe.planning.dry_run import preview, render
+    from llava_cmoe.sequence import lacks_pocket
+
+    resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    console.print(resolved, markup=False, highlight=False, soft_wrap=True)
+    console.print(render(preview(settings)))
+    if not settings.data.root.exists():
+        remedy = "it would be rendered first" if lacks_pocket(settings) else "training needs it"
+        console.print(f"{settings.data.root} does not exist: {remedy}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -123,9 +131,6 @@ def plan(
     gpus: Annotated[
         list[int] | None, typer.Option(help="Number of GPUs; 8 if absent, may be given several times.", min=1)
     ] = None,
-    mean: Annotated[
-        float, typer.Option(help="Millions of trained parameters per task to find settings for; the paper's.", min=0)
-    ] = 43.96,
     throughput: Annotated[
         float | None, typer.Option(help="Samples per second, all GPUs together: adds hours.", min=0.001)
     ] = None,
@@ -134,7 +139,7 @@ def plan(
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.", metavar="FILE")] = None,
 ) -> None:
-    """Say what a recipe costs before anything is downloaded: parameters, memory, disk and hours.
+    """Compute what a recipe would cost before anything is downloaded: parameters, memory, disk and hours.
 
     Needs the backbone's config.json alone; llava-hf/llava-1.5-7b-hf is known here, so no network is needed for it.
     """
@@ -143,7 +148,6 @@ def plan(
 
     computed = budget(
         load_recipe(recipe, overrides or ()),
-        wanted_mean=mean * 1e6,
         num_grown=layers,
         length=length,
         gpus=gpus or (8,),

@@ -1,4 +1,4 @@
-"""The commands that work on what was measured and load no model: results, shown, scored again, compared, exchanged."""
+"""The commands on what was measured: scored again, compared, drawn, reproduced, exchanged with other toolkits."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def reproduce(
         Path | None, typer.Option(help="Folder of the repetition; RUN_again if absent.", metavar="DIR")
     ] = None,
 ) -> None:
-    """Learn a run again from its own recipe, and say what differs in the end: results, answers, tensors.
+    """Learn a run again from its own recipe, and list what differs in the end: results, answers, tensors.
 
     Leaves with status 1 if anything does. A repetition that was stopped goes on with the same command.
     """
@@ -155,7 +155,7 @@ def export_command(
     written = export_answers(examined, to, route)
     console.print(f"In {to}: answers of {len(written)} cells", highlight=False, soft_wrap=True)
     if examined.results.subset or examined.results.recipe["data"].get("eval_rows"):
-        note = "only a part of the questions was asked; the released scripts of ImageNet and ScienceQA expect all"
+        note = "only a part of the questions was evaluated; the released scripts of ImageNet and ScienceQA expect all"
         console.print(f"[bold yellow]warning:[/] {note}", highlight=False, soft_wrap=True)
 
 
@@ -163,7 +163,7 @@ def export_command(
 @plainly()
 def import_command(
     source: Annotated[Path, typer.Argument(help="Folder with TASK/STAGE/merge.jsonl.", metavar="DIR")],
-    recipe: Annotated[Path, typer.Option(help="Recipe whose data were asked.")],
+    recipe: Annotated[Path, typer.Option(help="Recipe with the data that the answers are to.")],
     run: Annotated[Path, typer.Option(help="Folder to make, with answers/ and results.json.", metavar="RUN")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's: data.root=ROOT")
@@ -178,12 +178,12 @@ def import_command(
     from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.evaluation.official.exchange import import_answers
 
-    asked, console = load_recipe(recipe, [*(overrides or ()), f"run={run}"]), Console()
+    imported, console = load_recipe(recipe, [*(overrides or ()), f"run={run}"]), Console()
     with ProgressLine(console) as bar:
-        results, stated = import_answers(source, asked, method, base, partial(bar, run.name))
+        results, stated = import_answers(source, imported, method, base, partial(bar, run.name))
     show(console, [results])
     for one in stated:
         if abs(one.stated - one.scored) > 0.01:
-            said = f"Result.text says {one.stated:.2f}, scored here by {one.protocol}: {one.scored:.2f}"
-            console.print(f"{one.task} after {one.after}: {said}", highlight=False)
+            both = f"Result.text says {one.stated:.2f}, scored here by {one.protocol}: {one.scored:.2f}"
+            console.print(f"{one.task} after {one.after}: {both}", highlight=False)
     console.print(f"In {run}: answers/, results.json", highlight=False, soft_wrap=True)

@@ -13,12 +13,10 @@ from pydantic import BaseModel, ConfigDict
 from llava_cmoe.backbones.meta_model import outline
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
-from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.planning.activations import Activations, activations
 from llava_cmoe.planning.dry_run import count_rows
 from llava_cmoe.planning.growth_schedule import Grown, TaskSize, expected_sites, grow, growth_of, on_paper, task_sizes
-from llava_cmoe.planning.matching_settings import MeanSetting, settings_for
 from llava_cmoe.planning.memory import STRATEGIES, Load, Memory, backbone_bytes, memory_of
 from llava_cmoe.sequence import sequence_of
 from llava_cmoe.settings.base import RecipeError
@@ -81,10 +79,6 @@ class Budget(BaseModel):
     """Site name to parameters of one expert there; empty for a method without experts per site."""
     courses: tuple[Course, ...]
     """Where tasks may grow, and what they then train and store."""
-    paper_settings: tuple[MeanSetting, ...]
-    """Settings that train the wanted mean per task."""
-    wanted_mean: float
-    """That mean, in parameters."""
     length: int
     """Tokens of a sample."""
     needs: tuple[Need, ...]
@@ -98,7 +92,6 @@ class Budget(BaseModel):
 def budget(
     recipe: Recipe,
     *,
-    wanted_mean: float,
     num_grown: int | None = None,
     length: int | None = None,
     gpus: Sequence[int] = (8,),
@@ -109,7 +102,6 @@ def budget(
 
     Args:
         recipe: the run to be.
-        wanted_mean: parameters per task that settings are looked for.
         num_grown: sites that grow for each task after the first; as Eq. 2 makes likely if absent.
         length: tokens of a sample; the longest that the recipe admits if absent.
         gpus: numbers of GPUs.
@@ -136,8 +128,6 @@ def budget(
         backbone_bytes=backbone_bytes(frame),
         expert_parameters={site: ledger.expert_parameters(bank) for site, bank in banks.items()},
         courses=courses,
-        paper_settings=_settings(recipe, empty, wanted_mean, num_tasks),
-        wanted_mean=wanted_mean,
         length=length,
         needs=tuple(_needs(recipe, courses[0], tuple(banks), length, gpus)),
         samples=samples,
@@ -162,12 +152,6 @@ def _courses(recipe: Recipe, sites: tuple[str, ...], num_tasks: int, num_grown: 
 def _course(recipe: Recipe, name: str, num_grown: int | None, tasks: Sequence[Grown]) -> Course:
     sizes = task_sizes(recipe, tasks)
     return Course(name, num_grown, sizes, sum(size.trained.parameters for size in sizes) / len(sizes))
-
-
-def _settings(recipe: Recipe, method: Method, wanted: float, num_tasks: int) -> tuple[MeanSetting, ...]:
-    if not isinstance(recipe.method, CmoeSettings) or not isinstance(method, Cmoe):
-        return ()
-    return settings_for(wanted, method.host.banks, recipe.method, num_tasks)
 
 
 def _needs(recipe: Recipe, course: Course, sites: tuple[str, ...], length: int, gpus: Sequence[int]) -> Iterator[Need]:

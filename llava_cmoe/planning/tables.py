@@ -1,4 +1,4 @@
-"""A budget as tables: parameters and disk, settings that reach a mean, memory by part and in all."""
+"""A budget as tables: parameters and disk, memory by part and in all, hours."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ def render(budget: Budget) -> Group:
 
 def _tables(budget: Budget) -> Iterator[Table]:
     yield _parameters(budget)
-    if budget.expert_parameters:
-        yield _settings(budget)
     yield _parts(budget)
     yield _totals(budget)
     if budget.hours is not None:
@@ -52,19 +50,6 @@ def _parameters(budget: Budget) -> Table:
         else:
             table.add_row(f"trained, {label}", f"{course.mean:,.0f}")
             table.add_row("a task on disk (MB)", f"{last.stored.bytes / 1e6:,.1f}")
-    return table
-
-
-def _settings(budget: Budget) -> Table:
-    title = f"settings that train {budget.wanted_mean / 1e6:.2f} million parameters per task, mean of the sequence"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for heading in ("rank", "experts, first task", "new experts per site", "sites that grow", "mean (millions)"):
-        table.add_column(heading, justify="right")
-    for one in budget.paper_settings:
-        counts = (one.rank, one.num_first, one.num_new, one.sites)
-        table.add_row(*map(str, counts), f"{one.mean / 1e6:.2f}")
-    if not budget.paper_settings:
-        table.add_row(*[NOTHING] * 5)
     return table
 
 

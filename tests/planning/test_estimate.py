@@ -46,7 +46,7 @@ def test_of_a_method_that_does_not_grow_every_task_costs_the_same(tmp_path: Path
     result = type_in("plan", recipe, *SHORT, "--json", out)
     assert result.exit_code == 0, result.output
     found = Budget.model_validate_json(out.read_bytes())
-    assert {need.stage for need in found.needs} == {"every task"} and found.paper_settings == ()
+    assert {need.stage for need in found.needs} == {"every task"}
     assert found.courses[0].mean == 32 * 6 * (4 * 2 * 224 + 3 * (224 + 640))
 
 
