@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "llava_cmoe"
 TOP_LEVEL = {
     *(".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"),
-    *("data_configs", "eval", "llava_cmoe", "tests", "train", "zero_configs"),
+    *("data_configs", "docs", "eval", "llava_cmoe", "tests", "train", "zero_configs"),
 }
 ORDER = (
     *("settings", "provenance", "records", "locators", "data", "pocket", "backbones", "experts", "methods", "training"),

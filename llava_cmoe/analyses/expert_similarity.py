@@ -19,7 +19,6 @@ from llava_cmoe.evaluation.log import RunFacts
 from llava_cmoe.evaluation.rescoring import results_of
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.report.tables import NOTHING, markdown
 
 
 class Likeness(BaseModel):
@@ -97,16 +96,3 @@ def _likeness(sites: Mapping[str, tuple[Tensor, int]], origins: Mapping[str, int
         to_origin=fmean(origin) if origin else None,
         to_pool=fmean(pool) if pool else None,
     )
-
-
-def render(diversity: Diversity) -> str:
-    """A Markdown table, a line per task."""
-
-    def cell(cosine: float | None) -> str:
-        return NOTHING if cosine is None else f"{cosine:.2f}"
-
-    rows = [
-        [task, cell(alike.among_new), cell(alike.to_origin), cell(alike.to_pool)]
-        for task, alike in diversity.tasks.items()
-    ]
-    return markdown(("task", "among the new", "to their origin", "to the pool"), rows, num_text_columns=1)

@@ -1,34 +1,30 @@
-"""Several seeds of several methods: mean and spread of every number of the README's first table.
+"""Several methods on one sequence, each over several seeds: the headline, as a document and as tables.
 
-The summary is committed under `eval/results/`, and the table is generated from it.
+The document is committed under `eval/results/`; the tables of README.md and docs/results.md are generated from it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.report.summary import (
     SeedSummary,
     Shared,
-    Spread,
     check_comparable,
-    markers,
     measures,
     over_seeds,
+    spread,
+    spread_cell,
     spread_table,
-    write_between,
 )
-
-__all__ = ["BEGIN", "COLUMNS", "END", "Headline", "Spread", "headline_markdown", "summarise", "write_into"]
-
-BEGIN, END = markers("headline")
+from llava_cmoe.report.tables import NOTHING, markdown
 
 COLUMNS = measures(
     *("immediate", "last", "last_coin", "maa", "bwt"),
     *("located_right", "oracle_minus_located", "located_minus_random", "partly_grown", "trained_thousands"),
 )
+README_COLUMNS = measures("immediate", "last", "bwt", "located_right", "trained_thousands")
 
 
 class Headline(Shared):
@@ -61,14 +57,30 @@ def summarise(runs: Sequence[Results]) -> Headline:
 
 
 def headline_markdown(headline: Headline) -> str:
-    """The README's table: a line per method."""
-    return spread_table("method", {summary.method: summary for summary in headline.methods}, COLUMNS)
+    """Every number of the headline: a line per method."""
+    return spread_table("method", _by_name(headline), COLUMNS)
 
 
-def write_into(readme: Path, headline: Headline) -> None:
-    """Replace the generated part of a README.
+def readme_markdown(headline: Headline) -> str:
+    """The README's table: a line per method, and below it what the numbers are of."""
+    seeds = max((summary.seeds for summary in headline.methods), key=len)
+    note = (
+        f"*{len(headline.tasks)} tasks, protocol `{headline.protocol}`; percent and percent points, mean ± standard "
+        f"deviation over the seeds {', '.join(map(str, seeds))}.*"
+    )
+    return f"{spread_table('method', _by_name(headline), README_COLUMNS)}\n\n{note}"
 
-    Raises:
-        ValueError: the README has no such part.
-    """
-    write_between(readme, "headline", headline_markdown(headline))
+
+def tasks_markdown(headline: Headline) -> str:
+    """Accuracy on each task after the last one: a line per method."""
+    rows = []
+    for summary in headline.methods:
+        last_rows = [next(iter(run["routes"].values()))["matrix"][-1] for run in summary.results]
+        by_task = [[value for value in values if value is not None] for values in zip(*last_rows, strict=True)]
+        cells = [spread_cell(spread(values)) if len(values) == len(last_rows) else NOTHING for values in by_task]
+        rows.append([summary.method, str(len(summary.seeds)), *cells])
+    return markdown(["method", "seeds", *headline.tasks], rows, num_text_columns=1)
+
+
+def _by_name(headline: Headline) -> dict[str, SeedSummary]:
+    return {summary.method: summary for summary in headline.methods}

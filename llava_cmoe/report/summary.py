@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -120,12 +119,12 @@ MEASURES = {
     "last_coin": Measure("last by `coin`", _last_beside("coin")),
     "maa": Measure("MAA", _metric("maa")),
     "bwt": Measure("BWT", _metric("bwt")),
-    "located_right": Measure("located right", _located_right),
-    "oracle_minus_located": Measure("oracle − located", _last_of("oracle", minus="located")),
-    "located_minus_random": Measure("located − random", _last_of("located", minus="random")),
-    "partly_grown": Measure("tasks that grew in fewer than all layers", _partly_grown),
-    "share_grown": Measure("layers that later tasks grew (%)", _share_grown),
-    "trained_thousands": Measure("parameters trained per task (thousands)", _trained_thousands),
+    "located_right": Measure("locator accuracy", _located_right),
+    "oracle_minus_located": Measure("oracle gap", _last_of("oracle", minus="located")),
+    "located_minus_random": Measure("gain over random", _last_of("located", minus="random")),
+    "partly_grown": Measure("tasks that grew in some layers only", _partly_grown),
+    "share_grown": Measure("sites grown by later tasks (%)", _share_grown),
+    "trained_thousands": Measure("trained parameters per task (thousands)", _trained_thousands),
     "stored_kilobytes": Measure("stored (kB)", _stored_kilobytes),
 }
 """Every number that a table may state."""
@@ -183,48 +182,31 @@ def over_seeds(
         method=runs[0].method,
         seeds=seeds,
         numbers={
-            key: _spread([v for v in values if v is not None]) for key, values in measured.items() if None not in values
+            key: spread([v for v in values if v is not None]) for key, values in measured.items() if None not in values
         },
         recipe=recipe,
         results=tuple(run.model_dump(mode="json", include=set(kept)) for run in runs),
     )
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
+    """Mean and standard deviation of a number over seeds."""
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return Spread(mean=statistics.fmean(values), std=std, values=tuple(values))
 
 
+def spread_cell(measured: Spread | None) -> str:
+    """Mean ± standard deviation, the mean alone where there is one seed, a dash where nothing was measured."""
+    if measured is None:
+        return NOTHING
+    return number(measured.mean) + (f" ± {number(measured.std)}" if len(measured.values) > 1 else "")
+
+
 def spread_table(heading: str, groups: Mapping[str, SeedSummary], columns: Mapping[str, Measure]) -> str:
-    """A Markdown table of mean ± standard deviation over seeds, the mean alone where there is one seed."""
-
-    def cell(summary: SeedSummary, key: str) -> str:
-        spread = summary.numbers.get(key)
-        if spread is None:
-            return NOTHING
-        return number(spread.mean) + (f" ± {number(spread.std)}" if len(spread.values) > 1 else "")
-
+    """A Markdown table: a line per group, a column per measure."""
     headings = [heading, "seeds", *(measure.heading for measure in columns.values())]
     rows = [
-        [name, str(len(summary.seeds)), *(cell(summary, key) for key in columns)] for name, summary in groups.items()
+        [name, str(len(summary.seeds)), *(spread_cell(summary.numbers.get(key)) for key in columns)]
+        for name, summary in groups.items()
     ]
     return markdown(headings, rows, num_text_columns=1)
-
-
-def markers(name: str) -> tuple[str, str]:
-    """The comments around a generated part of a README."""
-    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-
-
-def write_between(readme: Path, name: str, text: str) -> None:
-    """Replace a generated part of a README.
-
-    Raises:
-        ValueError: the README has no such part.
-    """
-    first, last = markers(name)
-    before, begin, rest = readme.read_text().partition(first)
-    _, end, after = rest.partition(last)
-    if not end:
-        raise ValueError(f"{readme}: no {first} and {last} to write the table between")
-    readme.write_text(f"{before}{begin}\n{text}\n{end}{after}")

@@ -1,7 +1,6 @@
-"""The headline is mean and spread over seeds of runs that may stand in one table, and nothing else of the README."""
+"""The headline is mean and spread over seeds of runs that may stand in one table."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +8,8 @@ from pytest import approx
 
 from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
-from llava_cmoe.report.headline import BEGIN, END, Headline, Spread, headline_markdown, summarise, write_into
+from llava_cmoe.report.headline import Headline, headline_markdown, readme_markdown, summarise, tasks_markdown
+from llava_cmoe.report.summary import Spread
 
 TASKS = ("GQA", "VizWiz", "OCRVQA")
 LAYERS = ("low", "high")
@@ -67,7 +67,7 @@ def test_numbers_are_mean_and_spread_over_the_seeds_in_their_order():
 def test_the_table_has_a_line_per_method_and_a_dash_for_what_was_not_measured():
     runs = [result("zero_shot", 0, high=5.0), *(result("sequential_lora", seed, high=60.0 + seed) for seed in (0, 2))]
     header, _, *lines = headline_markdown(summarise(runs)).splitlines()
-    assert header.startswith("| method | seeds | immediate | last | last by `coin` | MAA | BWT | located right |")
+    assert header.startswith("| method | seeds | immediate | last | last by `coin` | MAA | BWT | locator accuracy |")
     assert lines[0].startswith("| zero_shot | 1 | 5.0 | 5.0 | – | 5.0 | 0.0 | – | – | – |")  # one seed has no spread
     assert lines[1].startswith("| sequential_lora | 2 | 61.0 ± 1.4 |") and len(lines) == 2
 
@@ -124,18 +124,21 @@ def test_a_run_that_is_not_finished_is_refused():
         summarise([half])
 
 
-def test_only_the_generated_part_of_a_readme_is_replaced(tmp_path: Path):
-    readme, summary = tmp_path / "README.md", summarise([result("joint", 0)])
-    readme.write_text(f"# before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
-    for _ in range(2):  # writing twice changes nothing
-        write_into(readme, summary)
-        assert readme.read_text() == f"# before\n\n{BEGIN}\n{headline_markdown(summary)}\n{END}\n\nafter\n"
+def test_the_readme_table_states_seeds_protocol_and_fewer_columns():
+    runs = [result("zero_shot", 0, high=5.0), *(result("joint", seed, high=60.0 + seed) for seed in (0, 2))]
+    table, note = readme_markdown(summarise(runs)).split("\n\n")
+    header, _, zero_shot, joint = table.splitlines()
+    assert header.count("|") == 8 and "MAA" not in header
+    assert zero_shot.startswith("| zero_shot | 1 | 5.0 | 5.0 |") and joint.startswith("| joint | 2 | 61.0 ± 1.4 |")
+    assert "3 tasks" in note and "`strict`" in note and note.endswith("seeds 0, 2.*")
 
 
-@pytest.mark.parametrize("text", ["no part", f"{BEGIN} only", f"{END} only", f"{END} {BEGIN}"])
-def test_a_readme_without_a_generated_part_is_refused_and_left_alone(tmp_path: Path, text: str):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ValueError, match=r"README\.md: no <!-- headline"):
-        write_into(readme, summarise([result("joint", 0)]))
-    assert readme.read_text() == text
+def test_tasks_after_the_last_one_are_means_over_seeds_or_a_dash():
+    def seeded(seed: int, *last: float | None) -> Results:
+        run = result("joint", seed)
+        matrix = ((50.0, None, None), (50.0, 50.0, None), last)
+        return run.model_copy(update={"routes": {"located": run.headline.model_copy(update={"matrix": matrix})}})
+
+    table = tasks_markdown(summarise([seeded(0, 10.0, 20.0, None), seeded(1, 12.0, 20.0, 5.0)]))
+    assert table.splitlines()[0] == "| method | seeds | GQA | VizWiz | OCRVQA |"
+    assert table.splitlines()[-1] == "| joint | 2 | 11.0 ± 1.4 | 20.0 ± 0.0 | – |"

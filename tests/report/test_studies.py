@@ -1,7 +1,5 @@
-"""A study is mean and spread per variant of runs that may stand in one table; document, table and README agree."""
+"""A study is mean and spread per variant of runs that may stand in one table; document and table agree."""
 
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +10,10 @@ from pytest import approx
 from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
 from llava_cmoe.report.figures import draw_study
-from llava_cmoe.report.studies import COLUMNS, read_study, study_markdown, summarise_study, write_study_into
-from llava_cmoe.report.summary import markers
+from llava_cmoe.report.studies import COLUMNS, differences_markdown, read_study, study_markdown, summarise_study
 
 TASKS = ("GQA", "VizWiz", "OCRVQA")
 STUDY = {"name": "rank", "recipe": "train/recipes/x.yaml", "common": ["data.train_rows=800"], "seeds": [0, 1]}
-SCRIPT = Path(__file__).parents[2] / "eval/study.py"
 
 
 def result(variant: str, seed: int, last: float, **changes: Any) -> Results:
@@ -80,7 +76,7 @@ def test_table_and_document_say_the_same(runs, tmp_path: Path):
 def test_a_column_that_no_variant_measured_is_left_out():
     bare = {"routes": {"located": result("x", 0, 50.0).headline}, "locator": None, "stored_bytes": {}}
     text = study_markdown(summarise_study(STUDY, {"x": [result("x", 0, 50.0, **bare)]}))
-    assert "located" not in text and "stored" not in text and "| x | 1 | 50.0 |" in text
+    assert "locator" not in text and "stored" not in text and "| x | 1 | 50.0 |" in text
 
 
 def test_variants_may_differ_in_the_order_of_tasks_and_in_nothing_else_they_share(runs):
@@ -103,34 +99,18 @@ def test_the_figure_shows_costs_where_variants_differ_in_them(runs, tmp_path: Pa
     assert costly > 2 * alike
 
 
-def test_a_study_replaces_its_own_part_of_a_readme_only(runs, tmp_path: Path):
-    readme, summary = tmp_path / "README.md", summarise_study(STUDY, runs)
-    begin, end = markers("study rank")
-    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
-    for _ in range(2):
-        write_study_into(readme, summary)
-        assert readme.read_text() == f"before\n{begin}\n{study_markdown(summary)}\n{end}\nafter\n"
-    readme.write_text("no part")
-    with pytest.raises(ValueError, match="no <!-- study rank: begin -->"):
-        write_study_into(readme, summary)
+def test_differences_are_paired_by_seed_and_need_a_column_only_where_some_pair_differs(runs):
+    dear = {"trainable_parameters": {"GQA": 4000}}
+    three = {"rank_16": [result("rank_16", seed, 61.0 + 3 * seed, **dear) for seed in (1, 0, 2)]}
+    header, _, *lines = differences_markdown(
+        summarise_study(STUDY, runs | three), [("rank_16", "rank_4"), ("rank_8", "rank_4")]
+    ).splitlines()
+    assert header == "| variant | minus | seeds | last | trained parameters per task (thousands) |"
+    assert lines[0] == "| rank_16 | rank_4 | 2 | 1.5 ± 0.7 | 2.0 ± 0.0 |"  # 61 - 60 and 64 - 62
+    assert lines[1] == "| rank_8 | rank_4 | 1 | 10.0 | 0.0 |"
 
 
-def test_the_script_commits_a_study_and_writes_its_table(runs, tmp_path: Path, monkeypatch, capsys):
-    def start(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["eval/study.py", *words, "--results", str(tmp_path)])
-        with pytest.raises(SystemExit) as left:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(left.value.code or 0)
-
-    summary = summarise_study(STUDY, runs)
-    folder, readme = tmp_path / "runs/studies/rank", tmp_path / "README.md"
-    folder.mkdir(parents=True)
-    (folder / "study.json").write_text(summary.model_dump_json())
-    begin, end = markers("study rank")
-    readme.write_text(f"{begin}\n{end}\n")
-    assert start(str(folder)) == 0
-    assert (tmp_path / "study_rank.json").read_bytes() == (folder / "study.json").read_bytes()
-    assert start("--readme", str(readme)) == 0
-    assert study_markdown(summary) in readme.read_text() and study_markdown(summary) in capsys.readouterr().out
-    (tmp_path / "study_rank.json").write_text("{}")
-    assert start() == 2 and "not the summary of a study" in capsys.readouterr().err
+def test_a_document_of_another_format_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"study\.json: not the summary of a study"):
+        read_study(tmp_path / "study.json")

@@ -1,0 +1,144 @@
+"""docs/results.md as a whole, from the JSON that is committed in `eval/results`.
+
+A section is a function from that folder to Markdown. Its sentences say what was measured and what to compare it with;
+every number comes from a file, so new files are all that new results need. A section whose file is not there says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_cmoe.report.analysis_tables import (
+    free_section,
+    merges_section,
+    probe_section,
+    similarity_section,
+    unseen_section,
+)
+from llava_cmoe.report.headline import Headline, headline_markdown, tasks_markdown
+from llava_cmoe.report.page_parts import missing, named, pictures, read_document, source
+from llava_cmoe.report.studies import differences_markdown, read_study, study_markdown
+from llava_cmoe.report.tables import markdown, number
+
+HEADLINE = "pocket.json"
+"""The document that the README's table comes from, too."""
+
+INTRODUCTION = """# Results
+
+<!-- Generated as a whole by `python eval/results_page.py` from the JSON in eval/results/; do not edit. -->
+
+Everything here was measured on the pocket sequence: rendered tasks in CoIN's order and formats, learned on the pocket
+backbone that ships with this package. The numbers are comparable with each other, not with CoIN's. Accuracies are in
+percent and differences in percent points; *a ± b* is mean and standard deviation over seeds. The words are those of the
+[glossary](glossary.md).
+
+Read them with two reservations:
+
+- The settings of these recipes were chosen on the evaluation questions of the seeds that are reported, so the numbers
+  are too favourable. They will be measured again with settings chosen on other rows.
+- One frozen LoRA per task behind the same locator is the control that explains a method with a locator, and it is not
+  in these tables yet. In a first check, on one seed, it was as good as CMoE."""
+
+
+@dataclass(frozen=True)
+class StudyText:
+    """What a study asks, and which of its variants are compared: pairs whose difference is stated."""
+
+    question: str
+    pairs: tuple[tuple[str, str], ...]
+
+
+STUDIES = {
+    "growth": StudyText(
+        "Where experts grow, and what that costs. `everywhere` and `nowhere` are the bounds; `alpha_A` grows where "
+        "probes are used more than the threshold of Eq. 2; `random_A` grows in as many layers, drawn at random: the "
+        "control of the choice of layers.",
+        (
+            *(("alpha_0", "everywhere"), ("alpha_0.25", "everywhere"), ("alpha_0.5", "everywhere")),
+            *(("alpha_1", "everywhere"), ("alpha_0", "random_0"), ("alpha_0.25", "random_0.25")),
+        ),
+    ),
+    "locator": StudyText(
+        "What tells tasks apart, on the four tasks that are most alike. `default` is the headline's locator: a VAE on "
+        "the mean state of the text in a middle layer. `paper` reads the last token of the last layer. All variants "
+        "answer with the same experts.",
+        (
+            *(("autoencoder", "default"), ("gaussian", "default"), ("prototype", "default"), ("paper", "default")),
+            *(("last", "default"), ("mean", "default"), ("vision", "default"), ("layer_last", "default")),
+            *(("calibrated", "default"), ("elbo", "default"), ("soft", "default"), ("raw", "calibrated")),
+        ),
+    ),
+    "sites": StudyText(
+        "Experts before the LLM, on the three tasks that need visual detail: in the LLM alone, also in the projector, "
+        "also in the vision encoder.",
+        (("projector", "llm"), ("vision_projector", "llm")),
+    ),
+}
+"""Studies that are known by name; any other committed study is shown without a question and without differences."""
+
+
+def results_page(results: Path) -> str:
+    """The whole page, for the JSON in a folder; pictures are linked as `docs/` sees them."""
+    sections = [INTRODUCTION, _headline(results), _backbone(results)]
+    sections += [_study(path, results) for path in sorted(results.glob("study_*.json"))]
+    sections += [
+        section(results)
+        for section in (merges_section, probe_section, similarity_section, unseen_section, free_section)
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _headline(results: Path) -> str:
+    path = results / HEADLINE
+    if not path.exists():
+        return missing("Headline", path)
+    found = Headline.model_validate_json(path.read_bytes())
+    text = (
+        "*Immediate* is the mean accuracy on each task right after learning it, *last* the mean over all tasks after "
+        "the last one, *MAA* the mean over stages of the mean over the tasks so far, *BWT* the mean of last minus "
+        "immediate. *Last by `coin`* is what CoIN's released scripts make of the same answers. *Oracle gap* is what "
+        "*last* loses because the task is located and not given; *gain over random* is what it gains over the routers "
+        "of a random task."
+    )
+    shown = {
+        "matrix.png": "accuracy matrices of seed 0 (row: after learning that task; column: on that task)",
+        "confusion.png": "which task the locator chose, seed 0",
+        "growth.png": "where experts were added, seed 0",
+    }
+    parts = (
+        *("## Headline", text, headline_markdown(found)),
+        *("After the last task, task by task:", tasks_markdown(found)),
+        *pictures(results, shown),
+        source(path, found),
+    )
+    return "\n\n".join(parts)
+
+
+def _backbone(results: Path) -> str:
+    path = results / "pocket_base.json"
+    if not path.exists():
+        return missing("Backbone", path)
+    found = read_document(path)
+    text = (
+        "What the pocket backbone can do before it learns a task, from its pretraining on captions and on text-only "
+        "questions (`train/pretrain_pocket.py`). It has never met a question about a picture."
+    )
+    rows = [[ability, number(right)] for ability, right in found["percent_right"].items()]
+    table = markdown(["ability", "right (%)"], rows, num_text_columns=1)
+    return "\n\n".join(("## Backbone", text, table, named(path, f"base {found['base'][:12]}, seed {found['seed']}")))
+
+
+def _study(path: Path, results: Path) -> str:
+    found = read_study(path)
+    name = found.study["name"]
+    parts = [f"## Study {name}"]
+    if name in STUDIES:
+        parts.append(STUDIES[name].question)
+    parts.append(study_markdown(found))
+    if name in STUDIES and (pairs := [pair for pair in STUDIES[name].pairs if set(pair) <= found.variants.keys()]):
+        parts.append(
+            "One variant minus another, seed by seed. A difference that is smaller than its spread is no evidence."
+        )
+        parts.append(differences_markdown(found, pairs))
+    return "\n\n".join((*parts, *pictures(results, {f"study_{name}.png": f"study {name}"}), source(path, found)))
