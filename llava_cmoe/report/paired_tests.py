@@ -14,7 +14,7 @@ import numpy as np
 from llava_cmoe.evaluation.bootstrap import DESCRIPTION, Floats, interval, p_value, resampled_means
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.evaluation.rescoring import open_examined, results_of
-from llava_cmoe.evaluation.scoring import score_cell
+from llava_cmoe.evaluation.runner import score_cell
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.comparison import Comparison, Difference, published_columns, run_column, warnings_of
 from llava_cmoe.report.published import published
