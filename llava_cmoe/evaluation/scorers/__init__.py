@@ -1,8 +1,11 @@
 """The table of scorers: a task names one of them, a recipe the protocol; nothing else knows how answers are judged.
 
 Protocol `strict`: what CoIN should have measured. Predictions are joined by id (`joining.py`), an empty answer is
-wrong, and every extraction accepts the forms written in its file and nothing else. Protocol `coin`: CoIN's released
-scripts as they are, for the eight tasks that they judge.
+wrong, and every extraction accepts the forms written in its file and nothing else. Version 2 keeps an article that is a
+letter or an initial, reads signs and scales of numbers, holds counts and years exactly, and compares texts in one
+Unicode spelling; its `vqa_soft` takes any number of answers.
+
+Protocol `coin`: CoIN's released scripts as they are, for the eight tasks that they judge.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ class Protocol:
 
 PROTOCOLS = {
     "strict": Protocol(
-        version=1,
+        version=2,
         scorers={
             "scienceqa": each(scienceqa.score),
             "textvqa": each(textvqa.score),

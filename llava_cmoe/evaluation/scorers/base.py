@@ -1,4 +1,8 @@
-"""What a scorer is given and what it returns; how an answer is judged is left to one file per rule."""
+"""What a scorer is given and what it returns; how an answer is judged is left to one file per rule.
+
+What a scorer demands of a row is stated in `data/demands.py`, so that reading the rows can ask before anything is
+learned; a rule that cannot do without it calls the same function.
+"""
 
 from __future__ import annotations
 

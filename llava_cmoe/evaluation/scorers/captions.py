@@ -3,7 +3,7 @@
 As UCIT's tables have it, with the metrics of MS COCO's evaluation (package `pycocoevalcap`). BLEU, METEOR and CIDEr
 look at all captions at once, so the accuracy is no mean over answers, and an answer's value depends on the others.
 CIDEr reaches 10, hence the accuracy may exceed 100 %. METEOR is a Java program whose loading takes some ten seconds a
-task.
+task. Unicode's several spellings of one text (`data/spelling.py`) are made one first, as everywhere in `strict`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import importlib.util
 import shutil
 from collections.abc import Sequence
 
+from llava_cmoe.data import demands
+from llava_cmoe.data.spelling import respell
 from llava_cmoe.evaluation.scorers.base import Reference, Scorer, TaskScore, mean
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.evaluation import EvaluationSettings
@@ -58,13 +60,14 @@ def score(texts: Sequence[str], references: Sequence[Reference]) -> TaskScore:
 
 
 def _captions(reference: Reference) -> list[dict[str, str]]:
-    captions = reference.answers or (reference.answer,)
-    if not all(caption.strip() for caption in captions):
-        raise ValueError(f"row {reference.id!r}: an empty caption; check the task's annotation file")
-    return [_line(caption) for caption in captions]
+    try:
+        demands.captions(reference)
+    except ValueError as error:
+        raise ValueError(f"row {reference.id!r}: {error}") from error
+    return [_line(caption) for caption in reference.answers or (reference.answer,)]
 
 
 def _line(text: str) -> dict[str, str]:
     """A caption that stays one line and one field in the Java programs; a stop, which they drop, stands for nothing."""
-    line = " ".join(text.replace("|", " ").split()) or "."
+    line = " ".join(respell(text).replace("|", " ").split()) or "."
     return {"caption": line.encode(errors="replace").decode()}

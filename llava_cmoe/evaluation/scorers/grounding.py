@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from llava_cmoe.data.demands import four_numbers
+from llava_cmoe.data.spelling import respell
 from llava_cmoe.evaluation.scorers.base import LONGEST, Reference, Score
 
 NUMBER = re.compile(
@@ -31,8 +33,7 @@ def score(prediction: str, reference: Reference) -> Score:
     Raises:
         ValueError: the row's own box is not four numbers.
     """
-    if len(reference.box) != 4:
-        raise ValueError(f"the row's box has {len(reference.box)} numbers, 4 are needed: check answer_bbox")
+    four_numbers(reference)
     x1, y1, x2, y2 = (Fraction(str(value)) for value in reference.box)
     found = extract_box(prediction)
     overlap = iou(found, (x1, y1, x2, y2)) if found else Fraction(0)
@@ -41,8 +42,11 @@ def score(prediction: str, reference: Reference) -> Score:
 
 
 def extract_box(text: str) -> Box | None:
-    """The box that the text gives: exactly four numbers, with any words and brackets around them; else None."""
-    numbers = NUMBER.findall(text)
+    """The box that the text gives: exactly four numbers, with any words and brackets around them; else None.
+
+    Full-width digits and a typographic minus are read as what they look like.
+    """
+    numbers = NUMBER.findall(respell(text))
     if len(numbers) != 4 or max(map(len, numbers)) > LONGEST:
         return None
     x1, y1, x2, y2 = map(Fraction, numbers)

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from functools import cache, partial
 
+from llava_cmoe.data.spelling import is_blank
 from llava_cmoe.evaluation.scorers.base import Reference, Score, Scorer, each
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.evaluation import EvaluationSettings, JudgeSettings
@@ -45,7 +46,7 @@ def score(judge: JudgeSettings, prediction: str, reference: Reference) -> Score:
     Raises:
         ValueError: the endpoint does not answer, or says neither.
     """
-    if not prediction.strip():
+    if is_blank(prediction):
         return Score(0.0)
     correct = " / ".join(dict.fromkeys(reference.answers)) or reference.answer
     question = reference.question.replace("<image>", "").strip()

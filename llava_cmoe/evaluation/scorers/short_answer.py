@@ -6,10 +6,9 @@ Scores ImageNet, GQA, VizWiz, VQAv2 and OCRVQA. The released CoIN scripts count 
 
 from __future__ import annotations
 
+from llava_cmoe.data.demands import ten_answers
 from llava_cmoe.evaluation.scorers.base import Reference, Score
 from llava_cmoe.evaluation.scorers.normalise import normalise
-
-NUM_ANNOTATORS = 10
 
 SOFT_SCORES = (0.0, 0.3, 0.6, 0.9, 1.0)
 """Accuracy by the number of annotators who gave the answer; four or more make it fully right.
@@ -20,22 +19,18 @@ The mean of min(n/3, 1) over the ten ways to leave one annotator out, written ou
 def score(prediction: str, reference: Reference) -> Score:
     """Soft score if the row has ten annotators' answers, else 1 for the reference answer and 0 for anything else."""
     if reference.answers:
-        return soft_score(prediction, reference.answers)
+        return soft_score(prediction, reference)
     given = normalise(prediction)
     return Score(float(given != "" and given == normalise(reference.answer)))
 
 
-def soft_score(prediction: str, answers: tuple[str, ...]) -> Score:
-    """The VQA accuracy of one answer among ten.
+def soft_score(prediction: str, reference: Reference) -> Score:
+    """The VQA accuracy of one answer among ten annotators'.
 
     Raises:
         ValueError: not exactly ten answers, so that the counts would mean something else.
     """
-    if len(answers) != NUM_ANNOTATORS:
-        raise ValueError(
-            f"the row has {len(answers)} annotators' answers, the soft score needs {NUM_ANNOTATORS}: "
-            "check the task's annotation file"
-        )
+    ten_answers(reference)
     given = normalise(prediction)
-    num_agreeing = sum(given != "" and given == normalise(answer) for answer in answers)
+    num_agreeing = sum(given != "" and given == normalise(answer) for answer in reference.answers)
     return Score(SOFT_SCORES[min(num_agreeing, len(SOFT_SCORES) - 1)])

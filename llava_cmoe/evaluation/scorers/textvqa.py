@@ -14,4 +14,4 @@ from llava_cmoe.evaluation.scorers.short_answer import soft_score
 
 def score(prediction: str, reference: Reference) -> Score:
     """0, .3, .6, .9 or 1 by the number of annotators who gave this answer; a row without ten answers is an error."""
-    return soft_score(prediction, reference.answers)
+    return soft_score(prediction, reference)

@@ -38,7 +38,7 @@ def test_what_is_missing_is_told_with_the_command_that_brings_it(monkeypatch: py
 
 
 def test_a_row_without_a_caption_is_an_error_with_its_id() -> None:
-    with pytest.raises(ValueError, match="row '7': an empty caption"):
+    with pytest.raises(ValueError, match="row '7': an empty caption.*annotations"):
         captions._captions(Reference(id="7"))
 
 

@@ -27,6 +27,8 @@ boxes = st.tuples(coordinates, coordinates, coordinates, coordinates)
         "[[0.10, 0.20, 0.50, 0.90]]",
         "The region is (0.1 0.2 0.5 0.9).",
         "[1e-1, 0.2, 0.5, 0.9]",
+        "\uff3b\uff10.1\uff0c 0.2\uff0c 0.5, 0.\uff19\uff3d",
+        "[\u200b0.1,\u00a00.2, 0.5, 0.9]",
     ],
 )
 def test_four_numbers_are_found_whatever_stands_around_them(text: str) -> None:

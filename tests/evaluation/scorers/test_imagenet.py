@@ -8,7 +8,9 @@ from llava_cmoe.evaluation.scorers import Reference
 REFERENCE = Reference(answer="Tiger Shark")
 
 
-@pytest.mark.parametrize("text", ["Tiger Shark", "tiger shark", "a tiger shark.", "Tiger  shark"])
+@pytest.mark.parametrize(
+    "text", ["Tiger Shark", "tiger shark", "a tiger shark.", "Tiger  shark", "\uff34iger\u00a0Shark"]
+)
 def test_the_class_name_is_right_whatever_its_dress(text: str) -> None:
     assert value("imagenet", text, REFERENCE) == 1.0
 

@@ -12,6 +12,10 @@ from llava_cmoe.evaluation.scorers import Reference
         ("The Art of War", "Art of War", 1.0),
         ("mary o'neil", "Mary O'Neil", 1.0),
         ("Mary", "Mary O'Neil", 0.0),
+        ("Mary O\u2019Neil", "Mary O'Neil", 1.0),
+        ("A. Moss", "Moss", 0.0),  # an initial is no article, as it is under EvalAI's rule
+        ("Moss", "A. Moss", 0.0),
+        ("Vitamin A", "Vitamin", 0.0),
         ("Unanswerable Questions", "Unanswerable Questions", 1.0),
         ("Unanswerable", "Science & Math", 0.0),
         ("", "Science & Math", 0.0),

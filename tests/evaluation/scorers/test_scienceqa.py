@@ -1,11 +1,26 @@
 """ScienceQA: the forms that name a letter, and the guesses of the released scripts that are not made here."""
 
+import string
+
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from llava_cmoe.evaluation.scorers import Reference
 from llava_cmoe.evaluation.scorers.scienceqa import extract_letter, score
 
 CHOICES = ("the cat", "a dog", "Neither")
+WORDS = ("cat", "dog", "owl", "the ant", "a bee", "red fox", "elk", "yak", "gnu", "an emu")
+
+OTHER_FORMS = (
+    *("{}) {}", "({}) {}", "[{}] {}", "{{{}}} {}", "{}: {}", "{}; {}", "{}, {}", "{} - {}", "{}\u2014{}"),
+    "{} \u2013 {}",
+    *("{} ) {}", "{} : {}", "{} . {}", "'{}' {}", '"{}" {}', "\u201c{}\u201d {}", "{} ({})", '{} "{}"', "{}\uff09 {}"),
+    *("{}\u200b) {}", "{}? {}", "{}! {}", "<{}> {}", "Answer: {} {}", "{} {} or so", "{}) {}.", "{}/{}", "{}| {}"),
+)
+"""Ways of naming a letter and a text that COIN's list of accepted forms does not hold."""
+ACCEPTED_FORMS = ("{}", "{}.", "({})", "The answer is {}", "the answer is {}.", " {}\n", "\uff08{}\uff09", "\u200b{}")
+letters = st.sampled_from(string.ascii_uppercase[: len(WORDS)])
 
 
 @pytest.mark.parametrize(
@@ -72,3 +87,44 @@ def test_score_is_one_only_for_the_right_letter() -> None:
 def test_a_row_whose_answer_is_no_choice_is_an_error(reference: Reference) -> None:
     with pytest.raises(ValueError, match="choices"):
         score("A", reference)
+
+
+@given(letters, letters, st.sampled_from(OTHER_FORMS), st.permutations(WORDS))
+def test_no_other_form_names_anything_whatever_the_letter(letter: str, of: str, form: str, choices: list[str]) -> None:
+    """An answer of "A) dog" was read as an article and the text of B, where "B) dog" was nothing."""
+    text = choices[ord(of) - ord("A")]
+    assert extract_letter(form.format(letter, text), tuple(choices)) is None
+
+
+@given(letters, letters, st.sampled_from(string.punctuation + "\u2026\u3002\uff09 "), st.permutations(WORDS))
+def test_a_letter_and_a_text_name_no_third_option(letter: str, of: str, mark: str, choices: list[str]) -> None:
+    named = extract_letter(f"{letter}{mark} {choices[ord(of) - ord('A')]}", tuple(choices))
+    assert named in (None, letter) or (letter == "A" and mark == " " and named == of)
+
+
+@given(letters, letters, st.permutations([word for word in WORDS if " " not in word]))
+def test_a_bare_capital_letter_before_a_text_names_no_other_option(letter: str, of: str, choices: list[str]) -> None:
+    """A capital A may be the letter as well as the article."""
+    assume(ord(of) - ord("A") < len(choices))
+    named = extract_letter(f"{letter} {choices[ord(of) - ord('A')]}", tuple(choices))
+    assert named == ("A" if letter == of == "A" else None)
+
+
+@given(letters, st.sampled_from(ACCEPTED_FORMS), st.permutations(WORDS))
+def test_every_accepted_form_names_its_letter(letter: str, form: str, choices: list[str]) -> None:
+    assert extract_letter(form.format(letter), tuple(choices)) == letter
+
+
+@given(letters, letters, st.permutations(WORDS))
+def test_a_letter_with_a_stop_names_its_option_whatever_text_follows(letter: str, of: str, choices: list[str]) -> None:
+    assert extract_letter(f"{letter}. {choices[ord(of) - ord('A')]}", tuple(choices)) == letter
+
+
+@given(letters, st.sampled_from(["{}", "the {}", "The {}.", "a {}", "({})"]), st.permutations(WORDS))
+def test_an_options_own_text_names_it_with_and_without_a_small_article(of: str, form: str, choices: list[str]) -> None:
+    assert extract_letter(form.format(choices[ord(of) - ord("A")]), tuple(choices)) == of
+
+
+def test_more_choices_than_letters_are_an_error() -> None:
+    with pytest.raises(ValueError, match="27 choices, more than there are letters"):
+        score("A", Reference(answer="A", choices=tuple(f"option {number}" for number in range(27))))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from llava_cmoe.data.demands import NUM_ANNOTATORS
 from llava_cmoe.evaluation.scorers.base import Reference, Score
 from llava_cmoe.evaluation.scorers.coin.evalai import process
-from llava_cmoe.evaluation.scorers.short_answer import NUM_ANNOTATORS
 
 
 def soft_score(text: str, answers: Iterable[str]) -> float:

@@ -1,0 +1,93 @@
+"""One spelling for texts that look alike but differ in code points: Unicode writes the same word in several ways.
+
+| what differs | example | becomes |
+| --- | --- | --- |
+| composition | `e` + U+0301 (as macOS names files) | `é`, one code point (NFC) |
+| width | full-width letters, digits and marks (U+FF01 on), half-width katakana | the usual ones |
+| invisible signs | zero-width blanks and joiners, soft hyphens, variation selectors, byte order marks | nothing |
+| quotes | typographic quotes, primes and corner brackets | `'` and `"` |
+| points | an ellipsis, an ideographic full stop or comma | `...`, `.`, `,` |
+| dashes | hyphens, figure and en dashes, the minus sign; not the em dash, which parts sentences | `-` |
+| blanks | no-break, thin and other blanks on a line | a blank |
+
+Compatibility forms beyond width are left alone: NFKC would read 10² as 102. Case is left to who compares.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+
+ALIKE = {
+    "'": "‘’‚‛‹›′‵ʹʼ´",
+    '"': "“”„‟«»″‶〝〞〟「」『』",
+    "-": "‐‑‒–−﹣",  # U+2010 to U+2013, the minus sign U+2212, the small hyphen
+    ".": "․。",
+    ",": "、",
+    "..": "‥",
+    "...": "…",
+}
+INVISIBLE = (
+    "\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064"
+    "\u2066\u2067\u2068\u2069\u206a\u206b\u206c\u206d\u206e\u206f\u3164\ufe0e\ufe0f\ufeff"
+)
+SPELLED = {
+    **{sign: plain for plain, signs in ALIKE.items() for sign in signs},
+    **dict.fromkeys(INVISIBLE, ""),
+}
+
+
+@lru_cache(maxsize=1 << 16)  # annotators and classes repeat themselves
+def respell(text: str) -> str:
+    r"""The one spelling of a text; line ends stay.
+
+    >>> respell("Cafe\u0301\u200b “bar”…")
+    'Café "bar"...'
+    """
+    if text.isascii():
+        return text
+    composed = unicodedata.normalize("NFC", text)
+    return unicodedata.normalize("NFC", "".join(map(_plain_sign, composed)))
+
+
+def _plain_sign(sign: str) -> str:
+    kind, _, code = unicodedata.decomposition(sign).partition(" ")
+    if kind in ("<wide>", "<narrow>"):
+        sign = chr(int(code, 16))
+    if sign in SPELLED:
+        return SPELLED[sign]
+    return " " if unicodedata.category(sign) == "Zs" else sign
+
+
+def is_blank(text: str) -> bool:
+    r"""Whether a text shows nothing: blanks, and what has no width.
+
+    >>> is_blank(" \u200b\n"), is_blank("?")
+    (True, False)
+    """
+    return not respell(text).strip()
+
+
+def other_spelling_on_disk(path: Path) -> Path | None:
+    """What lies on disk instead of a missing file or folder, if it looks the same and is spelled otherwise.
+
+    An archive that was packed on another system often names its files in another Unicode form than the rows do.
+    """
+    absent = path
+    while not absent.parent.is_dir() and absent.parent != absent:
+        absent = absent.parent
+    if not absent.parent.is_dir() or os.path.lexists(absent):
+        return None
+    alike = sorted(name for name in os.listdir(absent.parent) if respell(name) == respell(absent.name))
+    return absent.with_name(alike[0]) if alike else None
+
+
+def spelled_out(text: str) -> str:
+    r"""A text whose signs beyond ASCII are given as code points, for messages about texts that look the same.
+
+    >>> spelled_out("cafe\u0301.jpg")
+    'cafe\\u0301.jpg'
+    """
+    return text.encode("ascii", "backslashreplace").decode("ascii")
