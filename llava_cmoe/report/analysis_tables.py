@@ -98,7 +98,7 @@ def similarity_section(results: Path) -> str:
     found = read_document(path)
     text = (
         "New experts start as copies of one old expert. The cosine between what two experts add, mean over layers, "
-        "says whether they stay copies: among the experts that a task added to a layer, between them and the expert "
+        "shows whether they stay copies: among the experts that a task added to a layer, between them and the expert "
         "they copied, and between them and all older ones."
     )
     columns = {"among_new": "among the new", "to_origin": "to the copied one", "to_pool": "to all older ones"}
@@ -116,7 +116,7 @@ def unseen_section(results: Path) -> str:
     if not paths:
         return missing("Unseen inputs", results / "unseen.json")
     text = (
-        "Questions of a task that the run never learned (`llava-cmoe unseen`). They should go to the base model; of "
+        "EvalSet of a task that the run never learned (`llava-cmoe unseen`). They should go to the base model; of "
         "the learned tasks' own questions none should (*false rejection*). The threshold is "
         "`method.locator.unseen_threshold`; one that is a number was chosen by hand after a look at such scores."
     )

@@ -1,7 +1,7 @@
 """docs/results.md as a whole, from the JSON that is committed in `eval/results`.
 
-A section is a function from that folder to Markdown. Its sentences say what was measured and what to compare it with;
-every number comes from a file, so new files are all that new results need. A section whose file is not there says so.
+A section is a function from that folder to Markdown. Its sentences name what was measured and what to compare it
+with; every number comes from a file, so new results need new files only. A section without its file is marked so.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Read them with two reservations:
 
 @dataclass(frozen=True)
 class StudyText:
-    """What a study asks, and which of its variants are compared: pairs whose difference is stated."""
+    """The question of a study, and which of its variants are compared: pairs whose difference is stated."""
 
     question: str
     pairs: tuple[tuple[str, str], ...]

@@ -41,7 +41,7 @@ PER_RUN = frozenset(
 
 
 class StudySummary(Shared):
-    """What is the same in all runs, the study as it was asked for, and every variant over its seeds."""
+    """What is the same in all runs, the study's settings, and every variant over its seeds."""
 
     format: Literal[1] = 1
     study: dict[str, Any]
@@ -82,7 +82,7 @@ def read_study(path: Path) -> StudySummary:
 
 
 def study_markdown(summary: StudySummary) -> str:
-    """Whatever any variant measured, then the accuracy on each task, then a sentence that says on what it was asked."""
+    """Every number that any variant measured, the accuracy on each task, and recipe, overrides and seeds."""
     measured = dict.fromkeys(key for variant in summary.variants.values() for key in variant.numbers)
     columns = {key: measure for key, measure in COLUMNS.items() if key in measured}
     tasks = {key: last_on(key.removeprefix(LAST_ON)) for key in measured if key.startswith(LAST_ON)}
