@@ -116,8 +116,8 @@ def unseen_section(results: Path) -> str:
     if not paths:
         return missing("Unseen inputs", results / "unseen.json")
     text = (
-        "EvalSet of a task that the run never learned (`llava-cmoe unseen`). They should go to the base model; of "
-        "the learned tasks' own questions none should (*false rejection*). The threshold is "
+        "The run is given questions of a task that it never learned (`llava-cmoe unseen`). They should go to the base "
+        "model; of the learned tasks' own questions none should (*false rejection*). The threshold is "
         "`method.locator.unseen_threshold`; one that is a number was chosen by hand after a look at such scores."
     )
     headings = (

@@ -53,6 +53,6 @@ def run_facts(document: Document) -> str:
 
 
 def questions(num_samples: Mapping[str, int]) -> str:
-    """Questions per task: one number, or the least and the most."""
+    """Number of questions per task: one, or the least and the most."""
     least, most = min(num_samples.values()), max(num_samples.values())
     return str(least) if least == most else f"{least} to {most}"
