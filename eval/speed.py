@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -26,19 +26,19 @@ import torch
 import typer
 from torch import Tensor
 
-from llava_cmoe.analyses.throughput import Load, measure_training
+from llava_cmoe.analyses.throughput import Workload, measure_training
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.data.coin import read_eval
+from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
-from llava_cmoe.methods.base import Method
+from llava_cmoe.data.task_data import TaskData
+from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import sequence_of
 from llava_cmoe.settings.backbone import BackboneSettings
 from llava_cmoe.settings.recipes import parse_settings
 from llava_cmoe.settings.run import Recipe
@@ -86,7 +86,7 @@ def main(
                 model,
                 random_weights,
                 device,
-                Load(batch_size, tokens, experts, repetitions),
+                Workload(batch_size, tokens, experts, repetitions),
                 parse_settings(BackboneSettings, kinds, source="eval/speed.py"),
                 parse_settings(TrainingSettings, learning, source="eval/speed.py"),
             )
@@ -114,11 +114,11 @@ def measure(run: Path, batch_size: int, repetitions: int, device: str) -> dict[s
     method.model.eval()  # type: ignore[no-untyped-call]
     batch, task_B = questions(recipe, method, len(registry.records()), batch_size)
     routes: dict[str, Answering] = {
-        "oracle": lambda: method.routed(task_B),
-        "free": lambda: method.locating(batch),
-        "twice": lambda: Method.locating(method, batch),
+        "oracle": lambda: method.answering(batch, task_B),
+        "free": lambda: method.answering(batch),
+        "twice": lambda: located_before(method, batch),
     }
-    right_B = method.locate(batch).task_B == task_B
+    right_B = method.locating.locate(batch).task_B == task_B
     turns = list(turns_of(method, batch, routes, repetitions))
     experts = method.settings.experts
     return {
@@ -142,18 +142,22 @@ def measure(run: Path, batch_size: int, repetitions: int, device: str) -> dict[s
 
 def questions(recipe: Recipe, method: Cmoe, num_tasks: int, batch_size: int) -> tuple[Batch, Tensor]:
     """One left-padded batch of evaluation prompts, from all learned tasks in turn, and the true task of each."""
-    specs = sequence_of(recipe).tasks[:num_tasks]
-    prompts = [
-        PromptRows(
-            read_eval(recipe.data.root, task), method.processor, task.geometry, max_pixels=recipe.data.max_pixels
-        )
-        for task in specs
-    ]
+    data = TaskData.open(recipe.data, recipe.seed)
+    specs = data.sequence.tasks[:num_tasks]
+    prompts = [PromptRows(data.evaluate[task.name], data.encoding(task, method.processor)) for task in specs]
     tasks = [number % num_tasks for number in range(batch_size)]
     rows = [prompts[task][number // num_tasks % len(prompts[task])] for number, task in enumerate(tasks)]
     batch = Collator(tokenizer_of(method.processor).pad_token_id, "left")(rows)
     device = method.model.device
-    return {name: tensor.to(device) for name, tensor in batch.items()}, torch.tensor(tasks, device=device)
+    return on_device(batch, device), torch.tensor(tasks, device=device)
+
+
+@contextmanager
+def located_before(method: Cmoe, batch: Batch) -> Iterator[None]:
+    """Locate in a pass of its own, whatever the run's settings say."""
+    plan = RoutePlan.of(method.locating.locate(batch))
+    with method.host.context.use(plan, batch):
+        yield
 
 
 @torch.no_grad()

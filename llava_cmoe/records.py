@@ -41,44 +41,40 @@ class Learned:
 
     Attributes:
         tensors: file stem (`experts`, `routers`, `locator`, ...) to named tensors; each group is one safetensors file.
-        facts: JSON-ready facts about the stage (growth, losses, parameter counts).
+        facts: JSON-ready facts about the stage (growth, losses, parameter counts); no times.
+        seconds: wall-clock seconds per part of the stage.
     """
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     facts: Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Several tasks whose routers serve a sample together.
-
-    Attributes:
-        tasks_BK: task indices mixed for each sample, the closest first; -1 throughout where the base model answers.
-        weights_BK: weight of each of those tasks; they sum to 1, or to 0 where the base model answers.
-    """
-
-    tasks_BK: Tensor
-    weights_BK: Tensor
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Located:
-    """A locator's verdict for a batch of prompts.
+    """Whose routers answer each sample of a batch, and by which scores.
 
     Attributes:
-        task_B: closest task's index per sample, -1 where no known task fits (the base model answers).
-        score_BN: score per sample and known task, z-normalised unless the settings ask for raw errors; lower is closer.
-        mixture: tasks that soft selection mixes; None where the closest task answers alone.
+        tasks_BK: task indices mixed for each sample, the closest first; -1 throughout where no known task fits and the
+            base model answers.
+        weights_BK: weight of each of those tasks; they sum to 1, or to 0 where the base model answers.
+        score_BN: score per sample and known task, lower is closer; None where the tasks were given.
     """
 
-    task_B: Tensor
-    score_BN: Tensor
-    mixture: Mixture | None = None
+    tasks_BK: Tensor
+    weights_BK: Tensor
+    score_BN: Tensor | None = None
+
+    @classmethod
+    def at(cls, task_B: Tensor, score_BN: Tensor | None = None) -> Located:
+        """One task per sample, -1 for the base model."""
+        tasks_BK = task_B.long().unsqueeze(1)
+        return cls(tasks_BK, (tasks_BK >= 0).float(), score_BN)
 
     @property
-    def choice(self) -> Tensor | Mixture:
-        """Whose routers answer, as a method's `routed` takes it."""
-        return self.task_B if self.mixture is None else self.mixture
+    def task_B(self) -> Tensor:
+        """The closest task of each sample, -1 where the base model answers."""
+        return self.tasks_BK[:, 0]
 
 
 @dataclass(frozen=True)

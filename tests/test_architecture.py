@@ -1,12 +1,15 @@
 """The house keeps its shape: rooms import one way, the top level is fixed, nothing unsafe is loaded."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -18,12 +21,22 @@ TOP_LEVEL = {
 }
 ORDER = (
     *("settings", "provenance", "records", "locators", "data", "pocket", "backbones", "experts", "methods", "training"),
-    *("registry", "evaluation", "planning", "report", "sequence", "merging", "analyses", "chat", "studies", "cli"),
+    *("registry", "evaluation", "planning", "report", "runs", "sequence", "merging", "analyses", "chat", "studies"),
+    "cli",
 )
 """Rooms and single files of the package; each imports only from those before it."""
 
 PROJECTOR_READER = PACKAGE / "backbones" / "conversion.py"
 """The only file that reads a pickle, and only what `weights_only` lets through."""
+
+LONGEST, LONGEST_SEQUENCE, MEDIAN = 350, 150, 110
+"""Lines of a file of the library, of `sequence.py`, and of the file in the middle."""
+
+OF_CMOE = {
+    *("merging/search.py", "analyses/probe_report.py", "analyses/refit_locator.py", "analyses/throughput.py"),
+    "eval/speed.py",
+}
+"""The tools that are CMoE's own: they merge its pool, probe, refit its locator, or time it beside LoRA."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("train", "eval") for path in (ROOT / folder).glob("*.py"))
@@ -104,6 +117,72 @@ def test_imports_point_to_earlier_rooms_only(path: Path):
     room = room_of(path)
     allowed = set() if room == "__init__" else {*ORDER[: ORDER.index(room)], room}
     assert [found for found in imported_rooms(tree_of(path)) if found[1] not in allowed] == []
+
+
+def methods_asked_for(tree: ast.Module) -> Iterator[str]:
+    """Where code asks which method it serves: by a method's module or settings, by its name, by its private parts."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.ImportFrom(module=str(module)) if re.fullmatch(
+                r"llava_cmoe\.methods\.(?!base$)\w+|llava_cmoe\.settings\.methods\.\w+", module
+            ):
+                yield f"line {node.lineno}: imports {module}"
+            case ast.Compare(left=left, comparators=others) if any(
+                ast.unparse(side).endswith("method.name") for side in (left, *others)
+            ):
+                yield f"line {node.lineno}: compares a method's name"
+            case ast.Attribute(value=ast.Attribute(attr="method"), attr=attr) if attr.startswith("_"):
+                yield f"line {node.lineno}: a method's private {attr}"
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr"), args=[asked, *_]) if ast.unparse(asked).endswith(
+                "method"
+            ):
+                yield f"line {node.lineno}: asks a method what it has"
+
+
+@named([path for path in (*MODULES, *SCRIPTS) if not {"methods"} & set(path.relative_to(ROOT).parts)])
+def test_nobody_asks_which_method_it_serves(path: Path):
+    name = path.relative_to(ROOT).as_posix().removeprefix("llava_cmoe/")
+    assert name in OF_CMOE or list(methods_asked_for(tree_of(path))) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from llava_cmoe.methods.cmoe import Cmoe",
+        "from llava_cmoe.settings.methods.cmoe import CmoeSettings",
+        "recipe.method.name == 'cmoe'",
+        "run.method._learning",
+        "getattr(run.method, 'host', None)",
+    ],
+)
+def test_the_check_sees_who_asks(line: str):
+    assert list(methods_asked_for(ast.parse(line)))
+
+
+def test_files_fit_in_the_head():
+    lines = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in MODULES}
+    assert {name: num for name, num in lines.items() if num > LONGEST} == {}
+    assert lines["sequence.py"] <= LONGEST_SEQUENCE
+    assert median(lines.values()) < MEDIAN
+
+
+def test_no_file_is_imported_by_what_it_imports():
+    order = list(
+        TopologicalSorter({path: imported_files(path) for path in MODULES}).static_order()
+    )  # raises at a circle
+    assert set(order) == set(MODULES)
+
+
+def imported_files(path: Path) -> set[Path]:
+    """The package's files that a file imports, wherever the import stands in it."""
+    found: set[Path] = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("llava_cmoe"):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                place = PACKAGE.parent.joinpath(*name.split("."))
+                found |= {one for one in (place.with_suffix(".py"),) if one.exists()}
+    return found - {path}
 
 
 @named([*MODULES, *SCRIPTS])

@@ -101,8 +101,9 @@ def test_a_recorded_run_loads_and_answers_as_the_one_learned_now(
         recipe = registry.recipe()
         method = restore_method(recipe, load_backbone(recipe.backbone), registry)
         ids_BT = torch.tensor([[1, 40, 50, 60]])
-        with torch.no_grad(), method.routed(torch.tensor([1])):
-            logits.append(method.model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT)).logits)
+        batch = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+        with torch.no_grad(), method.answering(batch, torch.tensor([1])):
+            logits.append(method.model(**batch).logits)
     torch.testing.assert_close(*logits, rtol=0, atol=TOLERANCE)
 
 

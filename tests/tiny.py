@@ -19,8 +19,11 @@ from llava_cmoe import sequence
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
+from llava_cmoe.evaluation.eval_spec import eval_sets_of
+from llava_cmoe.evaluation.generate import EvalSet
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.methods.base import Method
+from llava_cmoe.runs.run import Run
 from llava_cmoe.settings.recipes import load_recipe
 from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.stage import StageTrainer
@@ -121,7 +124,7 @@ class Lesson:
     """
 
     recipe: Recipe
-    run: sequence.Run = field(init=False)
+    run: Run = field(init=False)
     results: Results = field(init=False)
     base: Tensor = field(init=False)
     untrained: Tensor | None = None
@@ -135,14 +138,14 @@ class Lesson:
         return Collator(tokenizer_of(self.run.backbone.processor).pad_token_id, "left")(rows)
 
     @property
-    def questions(self) -> dict[str, sequence.Questions]:
+    def questions(self) -> dict[str, EvalSet]:
         """The exam's questions."""
-        return sequence.encode_questions(self.run.exam, self.run.backbone.processor)
+        return eval_sets_of(self.run.eval_spec, self.run.backbone.processor)
 
     def logits_of(self, method: Method, task: int) -> Tensor:
         """Logits of the prompts on one task's route."""
         prompts = self.prompts()
-        with torch.no_grad(), method.routed(torch.full((len(prompts["input_ids"]),), task)):
+        with torch.no_grad(), method.answering(prompts, torch.full((len(prompts["input_ids"]),), task)):
             logits_BTV: Tensor = method.model(**prompts).logits
         return logits_BTV
 
@@ -160,24 +163,24 @@ def attend(recipe: Recipe) -> Lesson:
 
 
 def _look_on(lesson: Lesson, patch: pytest.MonkeyPatch) -> None:
-    open_run, evaluate, teacher = sequence.open_run, sequence.evaluate, sequence.teacher
+    open_run, evaluate, fit_fn = sequence.open_run, sequence.evaluate, sequence.fit_fn
     create_optimizer = StageTrainer.create_optimizer
     labels: list[str] = []
 
-    def opened(*args: Any, **kwargs: Any) -> sequence.Run:
+    def opened(*args: Any, **kwargs: Any) -> Run:
         lesson.run = open_run(*args, **kwargs)
         return lesson.run
 
-    def teaching(run: sequence.Run, *args: Any, **kwargs: Any) -> Any:
-        teach = teacher(run, *args, **kwargs)
+    def fitting(run: Run, *args: Any, **kwargs: Any) -> Any:
+        fit = fit_fn(run, *args, **kwargs)
 
-        def taught(*args: Any, label: str, **kwargs: Any) -> Any:
+        def fitted(*args: Any, label: str, **kwargs: Any) -> Any:
             if label == "training" and lesson.untrained is None:
                 lesson.untrained = lesson.logits_of(run.method, 0)
             labels.append(label)
-            return teach(*args, label=label, **kwargs)
+            return fit(*args, label=label, **kwargs)
 
-        return taught
+        return fitted
 
     def optimizing(trainer: StageTrainer, *args: Any) -> torch.optim.Optimizer:
         optimizer = create_optimizer(trainer, *args)
@@ -186,13 +189,13 @@ def _look_on(lesson: Lesson, patch: pytest.MonkeyPatch) -> None:
             lesson.optimized.append({name for name, value in trainer.model.named_parameters() if id(value) in held})
         return optimizer
 
-    def evaluating(run: sequence.Run, questions: Any, stage: Any, at: Any) -> None:
+    def evaluating(run: Run, questions: Any, stage: Any, at: Any) -> None:
         lesson.logits.append([lesson.logits_of(run.method, task) for task in range(stage.after + 1)])
         lesson.files.append(files_of(run.recipe.run / "tasks"))
         evaluate(run, questions, stage, at)
 
     patch.setattr(sequence, "open_run", opened)
-    patch.setattr(sequence, "teacher", teaching)
+    patch.setattr(sequence, "fit_fn", fitting)
     patch.setattr(sequence, "evaluate", evaluating)
     patch.setattr(StageTrainer, "create_optimizer", optimizing)
 

@@ -34,14 +34,14 @@ class Likeness(BaseModel):
     """Of an added expert and any of the pool."""
 
 
-class Diversity(RunFacts):
+class ExpertSimilarity(RunFacts):
     """How alike experts are, in which run."""
 
     tasks: dict[str, Likeness]
     """Task to the likeness of the experts that it added."""
 
 
-def measure_diversity(folder: Path) -> Diversity:
+def measure_similarity(folder: Path) -> ExpertSimilarity:
     """Compare all experts of a finished run, from its stored tensors; no model is loaded.
 
     Raises:
@@ -59,7 +59,7 @@ def measure_diversity(folder: Path) -> Diversity:
         grown: dict[str, int] = record.facts["growth"]["new_experts"]
         origins: dict[str, int] = record.facts["growth"]["init_from"]
         tasks[record.name] = _likeness({site: (cosines(pool[site]), num) for site, num in grown.items()}, origins)
-    return Diversity(**results.model_dump(include=set(RunFacts.model_fields)), tasks=tasks)
+    return ExpertSimilarity(**results.model_dump(include=set(RunFacts.model_fields)), tasks=tasks)
 
 
 def cosines(matrices: Mapping[str, Tensor]) -> Tensor:

@@ -17,12 +17,12 @@ from llava_cmoe.evaluation.log import RunFacts
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.probing import probe_use
 from llava_cmoe.records import Growth
-from llava_cmoe.registry.restore import restore_stage
-from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.figures import site_label
-from llava_cmoe.sequence import Progress, check_data, facts_of_run, open_run, stage_data, teacher
+from llava_cmoe.runs.facts import facts_of_run
+from llava_cmoe.runs.run import Progress, check_learned, open_learned
+from llava_cmoe.runs.stage import fit_fn, stage_data
 from llava_cmoe.settings.base import RecipeError
-from llava_cmoe.settings.methods.cmoe import ProbeSettings
+from llava_cmoe.settings.methods.cmoe import CmoeSettings, ProbeSettings
 from llava_cmoe.settings.run import Recipe
 
 
@@ -43,7 +43,7 @@ class Probed:
     growth: Growth
 
 
-class Calibration(RunFacts):
+class ProbeReport(RunFacts):
     """What probing said of every task of a run's sequence, and of which model by which settings."""
 
     after: int
@@ -54,7 +54,7 @@ class Calibration(RunFacts):
     """In the order in which they are learned."""
 
 
-def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = lambda *_: None) -> Calibration:
+def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = lambda *_: None) -> ProbeReport:
     """Probe every task of a run's sequence on the model as it was after its first `after` tasks (as it is if absent).
 
     A task is probed on the rows, and from the seed, with which learning probes it: of the next task this tells the
@@ -65,30 +65,25 @@ def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = l
         RegistryError: so many tasks are not learned, or none.
     """
     training = recipe.training.model_copy(update={"checkpoint_steps": None})  # nothing is left in the run's folder
-    run = open_run(recipe.model_copy(update={"training": training}))
-    if not isinstance(run.method, Cmoe):
+    if not isinstance(recipe.method, CmoeSettings):
         raise RecipeError(f"{recipe.run}: method {recipe.method.name} does not probe; cmoe does")
-    num_learned = len(run.registry.records())
-    wanted = num_learned if after is None else after
-    if not 0 < wanted <= num_learned:
-        raise RegistryError(f"{recipe.run}: {num_learned} tasks are learned; probe it after 1 or more of them")
-    check_data(run)
-    for index in range(wanted):
-        restore_stage(run.method, run.registry, index, run.backbone)
+    wanted = check_learned(recipe, after) if after is None else after
+    run = open_learned(recipe.model_copy(update={"training": training}), after)
+    assert isinstance(run.method, Cmoe)
     probed = []
     for index, stage in enumerate(run.stages):
         data = stage_data(run, wanted, stage)
         set_seed(data.seed)
-        teach = teacher(run, data, partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}"))
-        growth, _ = run.method.probe(data, teach)
+        fit = fit_fn(run, data, partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}"))
+        growth, _ = run.method.probe(data, fit)
         use = {site: probe_use(used, run.method.settings.probe) for site, used in growth.frequencies.items()}
         probed.append(Probed(stage.name, index < wanted, use, growth))
-    return Calibration(
+    return ProbeReport(
         **facts_of_run(run).model_dump(), after=wanted, probe=run.method.settings.probe, tasks=tuple(probed)
     )
 
 
-def render(calibration: Calibration) -> Table:
+def render(calibration: ProbeReport) -> Table:
     """A row per task: how much the probe of each layer was used, bold where the layer would grow."""
     sites = list(dict.fromkeys(site for one in calibration.tasks for site in one.use))
     title = "use of the probes, percent of a token's slots (bold: the layer would grow)"

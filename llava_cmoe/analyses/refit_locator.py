@@ -17,15 +17,18 @@ from llava_cmoe.records import Learned
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.registry.schema import RegistryError, TaskRecord, differing_keys, recipe_facts
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import Clock, Progress, Run, check_lengths, learn, open_run, stage_data
+from llava_cmoe.runs.run import Progress, Run, begin, open_run
+from llava_cmoe.runs.stage import stage_data
+from llava_cmoe.sequence import learn
 from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.methods.cmoe import CmoeSettings
 from llava_cmoe.settings.run import Recipe
 
 UNLOCATED = ("oracle", "random")
 """Routes whose answers no locator had a hand in."""
 
 
-def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None, anyway: bool = False) -> Results:
+def refit_locator(recipe: Recipe, source: Path, progress: Progress = lambda *_: None, force: bool = False) -> Results:
     """Take over what another run learned, fit each task's locator as the recipe says, and go on as `learn` does.
 
     Killed, it goes on with the same call, and also with `learn`, which then trains what was not taken over yet.
@@ -34,7 +37,7 @@ def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None,
         recipe: of the new run.
         source: folder of the run that has the experts; it may have learned a part of the sequence.
         progress: told what is being done.
-        anyway: go on with another recipe, data, backbone or number of processes than began the new run.
+        force: go on with another recipe, data, backbone or number of processes than began the new run.
 
     Raises:
         RecipeError: the method does not locate, or the recipes differ in more than the locator and the evaluation.
@@ -42,19 +45,24 @@ def relocate(recipe: Recipe, source: Path, progress: Progress = lambda *_: None,
     """
     earlier = Registry(source)
     check_source(recipe, earlier)
-    take_over(open_run(recipe, writer=True), earlier, progress, anyway)
-    return learn(recipe, progress, anyway)
+    take_over(open_run(recipe, writer=True, force=force), earlier, progress, force)
+    return learn(recipe, progress, force)
 
 
 def check_source(recipe: Recipe, source: Registry) -> None:
     """Stop unless a recipe is the source's but for the locator, and for the evaluation; loads no model."""
-    if recipe.method.name != "cmoe":
+    if not can_refit(recipe):
         raise RecipeError(f"{recipe.run}: method {recipe.method.name} does not locate; cmoe does")
     if differences := list(differing_keys(expert_settings(source.recipe()), expert_settings(recipe))):
         raise RecipeError(
             f"{source.run}: its experts were learned with another recipe: {', '.join(differences)}; only "
             "method.locator and evaluation may differ where experts are taken over"
         )
+
+
+def can_refit(recipe: Recipe) -> bool:
+    """Whether a recipe's method learns experts that another locator could be fitted to."""
+    return isinstance(recipe.method, CmoeSettings)
 
 
 def expert_settings(recipe: Recipe) -> dict[str, object]:
@@ -64,23 +72,20 @@ def expert_settings(recipe: Recipe) -> dict[str, object]:
     return {key: value for key, value in facts.items() if key != "evaluation"} | {"method": method}
 
 
-def take_over(run: Run, source: Registry, progress: Progress, anyway: bool = False) -> None:
+def take_over(run: Run, source: Registry, progress: Progress, force: bool = False) -> None:
     """Commit all that the source learned with locators of this run, and copy the answers that have none."""
-    check_lengths(run)
-    if run.processes.is_main_process:
-        run.registry.open_run(run.recipe, run.processes.num_processes, anyway, run.sources)
-    run.processes.wait_for_everyone()
-    num_taken = len(run.registry.records())
+    begin(run, force)
+    taken = run.registry.records()
     for index, record in enumerate(source.records()):
-        if index < num_taken:
-            restore_stage(run.method, run.registry, index, run.backbone)
+        if index < len(taken):
+            restore_stage(run.method, run.registry, taken[index], run.backbone)
         else:
             _take(run, source, record, partial(progress, f"{index + 1}/{len(run.stages)} {record.name}"))
 
 
 def _take(run: Run, source: Registry, record: TaskRecord, at: Callable[[str, int, int], None]) -> None:
     for other, same in (
-        ("other data", record.data_fingerprint == run.data_fingerprint),
+        ("other data", record.data_fingerprint == run.data.fingerprint),
         ("another backbone", record.backbone_fingerprint == run.backbone.fingerprint),
         ("other versions", installed(record.versions)),
     ):
@@ -91,28 +96,27 @@ def _take(run: Run, source: Registry, record: TaskRecord, at: Callable[[str, int
             )
     at("locating", 0, 1)
     assert isinstance(run.method, Cmoe), "checked with the recipe"
-    data, clock = stage_data(run, record.index, run.stages[record.index]), Clock()
-    learned = run.method.take_over(source.load(record.index), data)
-    clock.lap("locating")
+    data = stage_data(run, record.index, run.stages[record.index])
+    learned = run.method.refit(source.tensors_of(record), data)
     if run.processes.is_main_process:
         _copy_answers(run, source, record.index)
         run.registry.commit(
             record.index,
             record.name,
             Learned(learned.tensors, {**record.facts, **learned.facts}),
-            data_fingerprint=run.data_fingerprint,
+            data_fingerprint=run.data.fingerprint,
             backbone_fingerprint=run.backbone.fingerprint,
-            seconds={**record.seconds, **clock.laps},
+            seconds={**record.seconds, **learned.seconds},
         )
     run.processes.wait_for_everyone()
 
 
 def _copy_answers(run: Run, source: Registry, after: int) -> None:
-    exam, folder = run.exam, source.run / run.exam.folder.name
-    theirs, ours = source.recipe().evaluation, exam.settings
+    eval_spec, folder = run.eval_spec, source.run / run.eval_spec.folder.name
+    theirs, ours = source.recipe().evaluation, eval_spec.settings
     if any(getattr(theirs, key) != getattr(ours, key) for key in ("batch_size", "limit", "subset_seed")):
         return  # other questions; and the last bits of a logit may depend on who shares the batch
-    for path in sorted((folder / exam.answers_folder(after).name).glob("*.jsonl")):
+    for path in sorted((folder / eval_spec.answers_folder(after).name).glob("*.jsonl")):
         if path.stem.rpartition(".")[2] in UNLOCATED:
-            exam.answers_folder(after).mkdir(parents=True, exist_ok=True)
-            write_answers(exam.answers_folder(after) / path.name, read_answers(path))
+            eval_spec.answers_folder(after).mkdir(parents=True, exist_ok=True)
+            write_answers(eval_spec.answers_folder(after) / path.name, read_answers(path))

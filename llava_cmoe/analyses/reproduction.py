@@ -14,7 +14,8 @@ from llava_cmoe.evaluation.log import Results, comparable, read_answers, read_re
 from llava_cmoe.evaluation.rescoring import results_of
 from llava_cmoe.registry.schema import RegistryError, differing_keys
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import Progress, learn
+from llava_cmoe.runs.run import Progress
+from llava_cmoe.sequence import learn
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ WARMUP = 2
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is measured.
 
     Attributes:
@@ -65,7 +65,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """What one method costs.
 
     Attributes:
@@ -107,10 +107,10 @@ def random_model(config: PretrainedConfig, settings: BackboneSettings, device: s
     return frozen
 
 
-class MadeUpRows(Dataset[dict[str, Tensor]]):
+class SyntheticRows(Dataset[dict[str, Tensor]]):
     """Rows of one length: a picture, then random tokens, all of which are learned."""
 
-    def __init__(self, config: PretrainedConfig, load: Load) -> None:
+    def __init__(self, config: PretrainedConfig, load: Workload) -> None:
         """As many rows as all steps read."""
         self._config, self._load = config, load
 
@@ -134,7 +134,7 @@ class MadeUpRows(Dataset[dict[str, Tensor]]):
 
 
 def measure_training(
-    model: str, random_weights: bool, device: str, load: Load, backbone: BackboneSettings, training: TrainingSettings
+    model: str, random_weights: bool, device: str, load: Workload, backbone: BackboneSettings, training: TrainingSettings
 ) -> dict[str, Any]:
     """Paces of plain LoRA and of LLaVA-CMoE in their default ranks on one backbone, and how they compare.
 
@@ -151,7 +151,7 @@ def measure_training(
     else:
         loaded = load_backbone(backbone.model_copy(update={"path": model}))
         stock, weights = loaded.model.to(device), loaded.fingerprint  # type: ignore[arg-type]
-    rows = MadeUpRows(stock.config, load)
+    rows = SyntheticRows(stock.config, load)
     training = training.model_copy(update={"batch_size": load.batch_size, "epochs": 1.0, "report_to": ()})
     paces = {}
     for name, (put_on, take_off) in MEASURED.items():
@@ -176,16 +176,16 @@ def measure_training(
     }
 
 
-def pace(method: Method, rows: MadeUpRows, load: Load, training: TrainingSettings) -> Pace:
+def pace(method: Method, rows: SyntheticRows, load: Workload, training: TrainingSettings) -> Throughput:
     """What a method costs on the device its model lies on."""
-    model, ticks = method.model, Ticks(method.model.device)
+    model, ticks = method.model, StepTimer(method.model.device)
     if ticks.on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     with TemporaryDirectory() as folder:
         train_stage(
             model,
             rows,
-            method.learning,
+            method.training_context,
             training,
             pad_token_id=0,
             seed=0,
@@ -196,24 +196,24 @@ def pace(method: Method, rows: MadeUpRows, load: Load, training: TrainingSetting
     peak = torch.cuda.max_memory_allocated(model.device) if ticks.on_gpu else None
     tokens = load.batch_size * len(rows[0]["input_ids"])
     trained = ledger.trainable(model).parameters
-    return Pace(trained, tokens / learning, tokens / _reading(method, rows, load), peak)
+    return Throughput(trained, tokens / learning, tokens / _reading(method, rows, load), peak)
 
 
 @torch.no_grad()
-def _reading(method: Method, rows: MadeUpRows, load: Load) -> float:
+def _reading(method: Method, rows: SyntheticRows, load: Workload) -> float:
     """Median seconds of a prefill of a whole batch."""
     batch = Collator(pad_token_id=0)([rows[index] for index in range(load.batch_size)])
     prompt = {name: tensor.to(method.model.device) for name, tensor in batch.items() if name != "labels"}
-    newest, ticks = torch.full((load.batch_size,), 1), Ticks(method.model.device)
+    newest, ticks = torch.full((load.batch_size,), 1), StepTimer(method.model.device)
     for _ in range(WARMUP + load.repetitions):
         ticks.tick()
-        with method.routed(newest):
+        with method.answering(prompt, newest):
             method.model(**prompt, use_cache=True, logits_to_keep=1)
     ticks.tick()
     return median(ticks.seconds[WARMUP:])
 
 
-class Ticks:
+class StepTimer:
     """Seconds between calls of `tick`, each of which waits for what the device was asked to do."""
 
     def __init__(self, device: torch.device) -> None:
@@ -232,7 +232,7 @@ class Ticks:
         self._last = now
 
 
-def _with_lora(stock: PreTrainedModel, load: Load) -> Method:
+def _with_lora(stock: PreTrainedModel, load: Workload) -> Method:
     return SequentialLora(SequentialLoraSettings(), stock, None, seed=0)  # type: ignore[arg-type]  # no text is read
 
 
@@ -241,14 +241,14 @@ def _without_lora(method: Method) -> PreTrainedModel:
     return stock
 
 
-def _with_experts(stock: PreTrainedModel, load: Load) -> Method:
+def _with_experts(stock: PreTrainedModel, load: Workload) -> Method:
     method = Cmoe(CmoeSettings(), stock, None, seed=0)  # type: ignore[arg-type]  # no text is read
     generator = torch.Generator().manual_seed(0)
-    for bank in method.host.banks.values():
+    for site, bank in method.host.banks.items():
         for num in (load.experts - 1, 1):
             bank.freeze()
             bank.grow(num, generator=generator)
-            bank.add_router(generator=generator)
+            method.routers[site].add_task(bank.num_experts, bank.anchor.device, generator)
     return method
 
 
@@ -257,7 +257,7 @@ def _without_experts(method: Method) -> PreTrainedModel:
     return method.model
 
 
-MEASURED: dict[str, tuple[Callable[[PreTrainedModel, Load], Method], Callable[[Method], PreTrainedModel]]] = {
+MEASURED: dict[str, tuple[Callable[[PreTrainedModel, Workload], Method], Callable[[Method], PreTrainedModel]]] = {
     "lora": (_with_lora, _without_lora),
     "cmoe": (_with_experts, _without_experts),
 }

@@ -1,4 +1,4 @@
-"""Questions of tasks that a run never learned: are they left to the base model, and is nothing lost?
+"""EvalSet of tasks that a run never learned: are they left to the base model, and is nothing lost?
 
 They are asked twice, located as in use, and of the base model alone; the run's own questions are only located, to count
 those that it wrongly turns away. Nothing is written into the run's folder; thresholds are the locator's business.
@@ -12,30 +12,28 @@ from functools import partial
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from datasets import Dataset
 from pydantic import BaseModel, ConfigDict
 from rich import box
 from rich.table import Table
-from torch.utils.data import DataLoader
 
 from llava_cmoe.backbones.loading import reads_images
+from llava_cmoe.data.batches import batches
 from llava_cmoe.data.coin import read_eval, refuse_pictures
-from llava_cmoe.data.collator import Collator
-from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.paths import files_of
+from llava_cmoe.data.task_data import sequence_of
 from llava_cmoe.data.tasks import TaskSequence
-from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch
+from llava_cmoe.evaluation.eval_spec import eval_sets_of
+from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Route, answer_batch
 from llava_cmoe.evaluation.log import Answer, RunFacts
-from llava_cmoe.evaluation.runner import encode_questions, score_answers
 from llava_cmoe.evaluation.scorers import PROTOCOLS, Scorer, get_scorer
-from llava_cmoe.methods import METHODS
-from llava_cmoe.methods.base import Method
+from llava_cmoe.evaluation.scoring import score_answers
+from llava_cmoe.methods import method_of
 from llava_cmoe.provenance.fingerprints import fingerprint_files
-from llava_cmoe.registry.restore import restore_stage
-from llava_cmoe.registry.schema import RegistryError
-from llava_cmoe.registry.store import Registry
 from llava_cmoe.report.tables import NOTHING, number
-from llava_cmoe.sequence import Progress, Run, check_data, facts_of_run, open_run, sequence_of
+from llava_cmoe.runs.facts import facts_of_run
+from llava_cmoe.runs.run import Progress, Run, check_learned, open_learned
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.run import Recipe
 
@@ -49,7 +47,7 @@ class UnseenTask(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     rows: int
-    """Questions asked."""
+    """EvalSet asked."""
     to_base: float
     """Sent to the base model."""
     to_tasks: dict[str, float]
@@ -104,19 +102,16 @@ def measure_unseen(
     rows = {task.name: read_eval(root, task) for task in sequence.tasks}
     if not reads_images(recipe.backbone):
         refuse_pictures(root, sequence.tasks)
-    run = open_run(recipe)
-    check_data(run)
-    for index in range(len(learned)):
-        restore_stage(run.method, run.registry, index, run.backbone)
+    run = open_learned(recipe)
     run.method.model.eval()  # type: ignore[no-untyped-call]
-    asked = encode_questions(replace(run.exam, sequence=sequence, rows=rows), run.backbone.processor, keep=False)
+    asked = eval_sets_of(replace(run.eval_spec, sequence=sequence, rows=rows), run.backbone.processor, keep=False)
     unseen = {}
     for task in sequence.tasks:
         located, alone = ask_twice(run, asked[task.name], partial(progress, task.name))
         unseen[task.name] = compared(
             located, alone, rows[task.name], get_scorer(task.scorer, recipe.evaluation), learned
         )
-    own = encode_questions(run.exam, run.backbone.processor, keep=False)
+    own = eval_sets_of(run.eval_spec, run.backbone.processor, keep=False)
     turned_away = {name: _turned_away(run, own[name], partial(progress, name, "locating")) for name in learned}
     files = [file for task in sequence.tasks for file in files_of(root, task)]
     return UnseenResults(
@@ -139,34 +134,31 @@ def check_unseen(recipe: Recipe, sequence: TaskSequence) -> tuple[str, ...]:
         RecipeError: the run's method does not locate, or one of the tasks is learned.
         RegistryError: nothing is learned yet.
     """
-    if METHODS[recipe.method.name].locate is Method.locate:
+    if not method_of(recipe.method).locates:
         raise RecipeError(
             f"{recipe.run}: method {recipe.method.name} does not locate, so it leaves no question to the base model; "
             "give a run of a method that does, such as cmoe"
         )
-    num_learned = len(Registry(recipe.run).records())
-    if num_learned == 0:
-        raise RegistryError(f"{recipe.run}: nothing is learned yet; train the run first")
-    learned = sequence_of(recipe).names[:num_learned]
+    learned = sequence_of(recipe.data).names[: check_learned(recipe)]
     for name in sequence.names:
         if name in learned:
             raise RecipeError(f"{recipe.run}: {name} is learned; give a --sequence of tasks that it never learned")
     return learned
 
 
-def ask_twice(run: Run, questions: Questions, at: Callable[[str, int, int], None]) -> tuple[list[Answer], list[Answer]]:
+def ask_twice(run: Run, questions: EvalSet, at: Callable[[str, int, int], None]) -> tuple[list[Answer], list[Answer]]:
     """Answers as in use (located) and those of the base model alone, in the questions' order and in equal batches."""
     located = Route("located", task_index=BASE, num_known=0, seed=run.recipe.seed)
     alone = replace(located, name="oracle")
     return _ask(run, questions, located, partial(at, "located")), _ask(run, questions, alone, partial(at, "base alone"))
 
 
-def _ask(run: Run, questions: Questions, route: Route, at: Callable[[int, int], None]) -> list[Answer]:
-    candidate = Candidate(run.method, run.method.model, run.backbone.processor)
+def _ask(run: Run, questions: EvalSet, route: Route, at: Callable[[int, int], None]) -> list[Answer]:
+    eval_model = EvalModel(run.method, run.method.model, run.backbone.processor)
     answers: list[Answer] = []
     while len(answers) < len(questions.ids):
         batch = range(len(questions.ids))[len(answers) :][: run.recipe.evaluation.batch_size]
-        answers += answer_batch(candidate, questions, batch, route)
+        answers += answer_batch(eval_model, questions, batch, route)
         at(len(answers), len(questions.ids))
     return answers
 
@@ -192,14 +184,16 @@ def compared(
     )
 
 
-def _turned_away(run: Run, questions: Questions, at: Callable[[int, int], None]) -> list[bool]:
+def _turned_away(run: Run, questions: EvalSet, at: Callable[[int, int], None]) -> list[bool]:
     """Per prompt of a learned task, whether the locator sends it to the base model; nothing is generated."""
-    collate = Collator(tokenizer_of(run.backbone.processor).pad_token_id)
     away: list[bool] = []
-    for batch in DataLoader(questions.prompts, batch_size=run.recipe.evaluation.batch_size, collate_fn=collate):
-        verdict = run.method.locate({name: tensor.to(run.method.model.device) for name, tensor in batch.items()})
-        assert verdict is not None
-        away += (verdict.task_B == BASE).tolist()
+    model, batch_size = run.method.model, run.recipe.evaluation.batch_size
+    for batch in batches(questions.prompts, run.backbone.processor, batch_size, model.device):
+        with torch.no_grad(), run.method.answering(batch) as location:
+            model.base_model(**batch, use_cache=False)
+        located = location()
+        assert located is not None, "a method that locates"
+        away += (located.task_B == BASE).tolist()
         at(len(away), len(questions.ids))
     return away
 

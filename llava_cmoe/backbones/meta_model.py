@@ -1,4 +1,4 @@
-"""A backbone's outline: the tree of modules that its config describes, on the meta device, without a single weight.
+"""A backbone's meta_model: the tree of modules that its config describes, on the meta device, without a single weight.
 
 What can be counted is counted there, of a model of any size, in a second and without its files.
 """
@@ -22,7 +22,7 @@ KNOWN = {"llava-hf/llava-1.5-7b-hf": Path(__file__).parent / "known_configs" / "
 """Names on the Hub to folders here that hold their config.json: CLIP ViT-L/14 at 336 pixels and a LLaMA of 7B."""
 
 
-def outline(settings: BackboneSettings) -> PreTrainedModel:
+def meta_model(settings: BackboneSettings) -> PreTrainedModel:
     """The backbone without its weights, in the settings' precision and with their attention.
 
     Its path may be a folder that holds nothing but config.json. The configs of `KNOWN` need no network.

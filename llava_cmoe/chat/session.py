@@ -17,17 +17,23 @@ from torch import Tensor
 from transformers import TextIteratorStreamer
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone
+from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import encode_prompt, tokenizer_of
-from llava_cmoe.data.encoding import open_square
+from llava_cmoe.data.encoding import Encoding, open_square
+from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
-from llava_cmoe.data.sequences import load_sequence
+from llava_cmoe.data.task_data import sequence_of
 from llava_cmoe.data.tasks import Geometry
 from llava_cmoe.evaluation.generate import greedy
-from llava_cmoe.methods.base import LateVerdict, Method
+from llava_cmoe.merging.store import Merges, restore_merge
+from llava_cmoe.methods import method_of
+from llava_cmoe.methods.base import DeferredLocation, Method
 from llava_cmoe.records import Located
-from llava_cmoe.registry.restore import restore_merge, restore_method
+from llava_cmoe.registry.restore import restore_method
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
+from llava_cmoe.settings.base import RecipeError
 
 LONGEST_ANSWER = 128
 """Tokens after which an answer is cut off; a task's own limit would need its name before it is located."""
@@ -58,18 +64,29 @@ def open_session(run: Path, after: int | None = None, merge: int | None = None) 
     """Talk to a run as it is now, or as it was after its first `after` stages, or as its merge `merge` makes it.
 
     Raises:
-        RegistryError: no run in this folder, fewer stages are learned, or a file is damaged.
+        RegistryError: no run in this folder, fewer stages are learned, no such merge, or a file is damaged.
+        RecipeError: tasks of the run square pictures differently, and nothing says which task a question is of.
     """
     registry = Registry(run)
-    recipe = registry.recipe()
+    recipe, records = registry.recipe(), registry.records()
+    if after is not None and after > len(records):
+        raise RegistryError(f"{run}: {len(records)} stages are learned, not {after}")
+    if merge is not None:
+        Merges(registry).load(merge)
+    names = [record.name for record in records[:after]]
+    stages, tasks = method_of(recipe.method).stages(sequence_of(recipe.data).names), sequence_of(recipe.data).tasks
+    geometries = [tasks[stage.after].geometry for stage in stages[: len(names)]] or [tasks[0].geometry]
+    if len(set(geometries)) > 1 and not method_of(recipe.method).locates:
+        raise RecipeError(
+            f"{run}: its tasks square pictures differently ({', '.join(sorted(set(geometries)))}), and method "
+            f"{recipe.method.name} does not find out which task a question is of; chat with a run of one geometry"
+        )
     backbone = load_backbone(recipe.backbone)
     backbone.model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     method = restore_method(recipe, backbone, registry, after)
     if merge is not None:
         restore_merge(method, registry, merge)
-    names = [record.name for record in registry.records()[:after]]
-    geometry = load_sequence(recipe.data.sequence).tasks[0].geometry
-    return ChatSession(method, backbone, names, geometry, recipe.data.max_pixels)
+    return ChatSession(method, backbone, names, geometries, recipe.data.max_pixels)
 
 
 class ChatSession:
@@ -80,7 +97,7 @@ class ChatSession:
         method: Method,
         backbone: Backbone,
         names: Sequence[str],
-        geometry: Geometry = "pad",
+        geometries: Sequence[Geometry] = ("pad",),
         max_pixels: int | None = None,
     ) -> None:
         """Talk to what is learned.
@@ -89,11 +106,11 @@ class ChatSession:
             method: with every task restored that shall be known.
             backbone: the one that the method sits on.
             names: of the known tasks, in the order in which they were learned.
-            geometry: how pictures became square while learning.
+            geometries: how pictures became square while each task was learned.
             max_pixels: largest picture while learning.
         """
         self._method, self._processor, self._names = method, backbone.processor, names
-        self._geometry, self._max_pixels = geometry, max_pixels
+        self._geometries, self._max_pixels = geometries, max_pixels
         self._worker = ThreadPoolExecutor(max_workers=1)  # one answer after another: they share a model and its plan
         method.model.eval()  # type: ignore[no-untyped-call]
 
@@ -103,37 +120,58 @@ class ChatSession:
         Raises:
             DataError: the picture is missing, broken or too large, or the backbone reads text alone.
         """
-        encoded = self._encoded(image, question)
-        batch = Collator(self._tokenizer.pad_token_id, "left")([encoded])
-        prompt = {name: tensor.to(self._method.model.device) for name, tensor in batch.items()}
+        prompt = self._prompt(image, question)
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        late: list[LateVerdict] = []
-        answering = self._worker.submit(self._answer, prompt, streamer, late)
+        deferred: list[DeferredLocation] = []
+        answering = self._worker.submit(self._answer, prompt, streamer, deferred)
         # Whoever reads the stream waits for its end, also after an error.
         answering.add_done_callback(lambda _: streamer.end())  # type: ignore[no-untyped-call]
         first = next(streamer)  # comes when the prompt has been read, hence located, or with the end
         if answering.done():
             answering.result()  # an error over there is an error here
-        return Reply(self._verdict(late[0]()), chain([first], _rest(streamer, answering)))
+        return Reply(self._verdict(deferred[0]()), chain([first], _rest(streamer, answering)))
 
-    def _encoded(self, image: Path | None, question: str) -> dict[str, Tensor]:
-        if image is None:
-            return encode_prompt(self._processor, [{"role": "user", "text": question}], None)
-        turns: list[Turn] = [{"role": "user", "text": f"{MARKER}\n{question}"}]
-        square = open_square(image, self._processor, self._geometry, self._max_pixels)
-        return encode_prompt(self._processor, turns, square)
+    def _prompt(self, image: Path | None, question: str) -> dict[str, Tensor]:
+        """The question as a batch of one, its picture squared as the task squares pictures that it is located at."""
+        distinct = list(dict.fromkeys(self._geometries))
+        if image is None or len(distinct) == 1:
+            return self._batch(image, question, distinct[0])
+        for geometry in distinct:
+            batch = self._batch(image, question, geometry)
+            task = self._located_at(batch)
+            if task < 0 or self._geometries[task] == geometry:
+                return batch
+        reason = "its task cannot be told: squared as one task squares pictures, it is located at another"
+        raise DataError(Problem(image, f"{reason}; square the picture yourself"))
+
+    def _batch(self, image: Path | None, question: str, geometry: Geometry) -> dict[str, Tensor]:
+        turns: list[Turn] = [{"role": "user", "text": question if image is None else f"{MARKER}\n{question}"}]
+        encoding = Encoding(self._processor, geometry, self._max_pixels)
+        encoded = encode_prompt(self._processor, turns, None if image is None else open_square(image, encoding))
+        collate = Collator(self._tokenizer.pad_token_id, "left")
+        return on_device(collate([encoded]), self._method.model.device)
+
+    @torch.no_grad()
+    def _located_at(self, batch: dict[str, Tensor]) -> int:
+        with self._method.answering(batch) as location:
+            self._method.model.base_model(**batch, use_cache=False)
+        located = location()
+        assert located is not None, "a method that locates"
+        return int(located.task_B[0])
 
     def _verdict(self, located: Located | None) -> Verdict | None:
-        if located is None:
+        if located is None or located.score_BN is None:
             return None
         task, scores = int(located.task_B[0]), located.score_BN[0].tolist()
         by_name = dict(sorted(zip(self._names, scores, strict=True), key=lambda item: item[1]))
         return Verdict(self._names[task] if task >= 0 else None, by_name)
 
-    def _answer(self, prompt: dict[str, Tensor], streamer: TextIteratorStreamer, late: list[LateVerdict]) -> None:
+    def _answer(
+        self, prompt: dict[str, Tensor], streamer: TextIteratorStreamer, deferred: list[DeferredLocation]
+    ) -> None:
         model: Any = self._method.model
-        with self._method.locating(prompt) as verdict:
-            late.append(verdict)
+        with self._method.answering(prompt) as location:
+            deferred.append(location)
             model.generate(**prompt, streamer=streamer, **greedy(model, self._tokenizer, LONGEST_ANSWER))
 
     @property

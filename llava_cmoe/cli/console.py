@@ -30,7 +30,7 @@ NUM_LISTED = 20
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
+def user_errors() -> Iterator[None]:
     """Keep other libraries' chatter off the screen; a user's mistake becomes one message and exit status 2."""
     _hush()
     from transformers.utils.logging import disable_progress_bar
@@ -87,6 +87,7 @@ def unknown_scorers(sequence: TaskSequence) -> list[Problem]:
 def show_check(console: Console, report: CheckReport, processor: Any) -> None:
     """What a check counted, what a reader of the counts should know, an example of each task, and the verdict."""
     from llava_cmoe.data.check_report import remarks, render
+    from llava_cmoe.data.encoding import Encoding
     from llava_cmoe.data.example import pieces_of, render_pieces
     from llava_cmoe.data.problems import DataError
 
@@ -96,7 +97,7 @@ def show_check(console: Console, report: CheckReport, processor: Any) -> None:
     for task in (task for task in report.tasks if task.name in report.examples):
         read = report.examples[task.name]
         try:
-            pieces = pieces_of(read.row, processor, task.geometry)
+            pieces = pieces_of(read.row, Encoding(processor, task.geometry))
         except DataError:  # its picture is among the problems
             continue
         learned = sum(piece.tokens for piece in pieces if piece.learned)

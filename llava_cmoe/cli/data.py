@@ -11,13 +11,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from llava_cmoe.cli.console import list_problems, plainly, show_check, unknown_scorers
+from llava_cmoe.cli.console import list_problems, show_check, unknown_scorers, user_errors
 
 app = typer.Typer(help="Make, or check, the folder of tasks that a run learns from.", no_args_is_help=True)
 
 
 @app.command()
-@plainly()
+@user_errors()
 def make_pocket(
     root: Annotated[Path, typer.Argument(help="Folder to make.")],
     seed: Annotated[int, typer.Option(help="The same seed gives the same bytes in every file.")] = 0,
@@ -35,7 +35,7 @@ def make_pocket(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def check(
     sequence: Annotated[
         str, typer.Argument(help="pocket, coin, or a YAML file that lists tasks.", metavar="SEQUENCE")
@@ -71,7 +71,7 @@ def check(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def fetch(
     sequence: Annotated[str, typer.Argument(help="pocket, coin, or a YAML file that lists tasks.", metavar="SEQUENCE")],
     root: Annotated[Path, typer.Option(help="Folder for the data.")] = Path("runs/data"),

@@ -10,7 +10,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from llava_cmoe.cli.console import plainly, show
+from llava_cmoe.cli.console import show, user_errors
 from llava_cmoe.settings.recipes import load_recipe
 from llava_cmoe.settings.run import Recipe
 
@@ -18,7 +18,7 @@ app = typer.Typer()
 
 
 @app.command()
-@plainly()
+@user_errors()
 def demo(
     run: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
 ) -> None:
@@ -51,7 +51,7 @@ def demo(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe, such as train/recipes/pocket_cmoe.yaml.")],
     overrides: Annotated[
@@ -64,7 +64,7 @@ def train(
             help="Run that learned the same experts: only locators are fitted, nothing is trained.", metavar="RUN"
         ),
     ] = None,
-    anyway: Annotated[
+    force: Annotated[
         bool,
         typer.Option("--anyway", help="Go on with another recipe, data, backbone or process count than began the run."),
     ] = False,
@@ -78,10 +78,11 @@ def train(
 
     On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
     """
-    from llava_cmoe.analyses.refit_locator import relocate
+    from llava_cmoe.analyses.refit_locator import refit_locator
     from llava_cmoe.cli.progress import ProgressLine
+    from llava_cmoe.data.task_data import lacks_pocket
     from llava_cmoe.pocket.root import make_pocket_root
-    from llava_cmoe.sequence import lacks_pocket, learn
+    from llava_cmoe.sequence import learn
     from llava_cmoe.training.processes import processes
 
     settings = load_recipe(recipe, overrides or ())
@@ -91,30 +92,30 @@ def train(
         _show_dry_run(console, settings)
         return
     with ProgressLine(console) as line:
-        if launched.is_main_process and lacks_pocket(settings):
+        if launched.is_main_process and lacks_pocket(settings.data):
             console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
             make_pocket_root(settings.data.root, partial(line, "rendering"))
         launched.wait_for_everyone()
-        results = learn(settings, line, anyway) if experts is None else relocate(settings, experts, line, anyway)
+        results = learn(settings, line, force) if experts is None else refit_locator(settings, experts, line, force)
     show(console, [results])
     console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
 
 
 def _show_dry_run(console: Console, settings: Recipe) -> None:
     """The resolved recipe, what would be trained, and what is missing."""
+    from llava_cmoe.data.task_data import lacks_pocket
     from llava_cmoe.planning.dry_run import preview, render
-    from llava_cmoe.sequence import lacks_pocket
 
     resolved = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
     console.print(resolved, markup=False, highlight=False, soft_wrap=True)
     console.print(render(preview(settings)))
     if not settings.data.root.exists():
-        remedy = "it would be rendered first" if lacks_pocket(settings) else "training needs it"
+        remedy = "it would be rendered first" if lacks_pocket(settings.data) else "training needs it"
         console.print(f"{settings.data.root} does not exist: {remedy}", highlight=False, soft_wrap=True)
 
 
 @app.command()
-@plainly()
+@user_errors()
 def plan(
     recipe: Annotated[Path, typer.Argument(help="Recipe, such as train/recipes/pocket_cmoe.yaml.")],
     overrides: Annotated[
@@ -161,7 +162,7 @@ def plan(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def convert(
     llm: Annotated[Path, typer.Option(help="LLaMA in transformers' format, such as vicuna-7b-v1.5.", metavar="DIR")],
     projector: Annotated[Path, typer.Option(help="mm_projector.bin of LLaVA's stage 1.", metavar="FILE")],
@@ -180,7 +181,7 @@ def convert(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def study(
     studies: Annotated[
         list[Path], typer.Argument(help="Study files, such as train/recipes/studies/rank.yaml.", metavar="STUDY...")

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llava_cmoe.cli.console import NUM_LISTED, plainly, show
+from llava_cmoe.cli.console import NUM_LISTED, show, user_errors
 from llava_cmoe.settings.recipes import load_recipe
 
 app = typer.Typer()
@@ -22,7 +22,7 @@ Root = Annotated[Path | None, typer.Option(help="Data root, where it moved since
 
 
 @app.command()
-@plainly()
+@user_errors()
 def rescore(run: Folder, root: Root = None) -> None:
     """Score a run's stored answers again and write its results.json; no model is loaded.
 
@@ -43,7 +43,7 @@ def rescore(run: Folder, root: Root = None) -> None:
 
 
 @app.command()
-@plainly()
+@user_errors()
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of runs; each is tested against the first.", metavar="RUN...")
@@ -78,7 +78,7 @@ def compare(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs to put side by side.", metavar="RUN...")],
     out: Annotated[Path | None, typer.Option(help="Folder for the figures; the first RUN if absent.")] = None,
@@ -107,7 +107,7 @@ def report(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def reproduce(
     run: Folder,
     to: Annotated[
@@ -137,7 +137,7 @@ def reproduce(
 
 
 @answers_app.command("export")
-@plainly()
+@user_errors()
 def export_command(
     run: Folder,
     to: Annotated[Path, typer.Option(help="Folder to make.", metavar="DIR")],
@@ -160,7 +160,7 @@ def export_command(
 
 
 @answers_app.command("import")
-@plainly()
+@user_errors()
 def import_command(
     source: Annotated[Path, typer.Argument(help="Folder with TASK/STAGE/merge.jsonl.", metavar="DIR")],
     recipe: Annotated[Path, typer.Option(help="Recipe with the data that the answers are to.")],

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from llava_cmoe.cli.console import plainly, show
+from llava_cmoe.cli.console import show, user_errors
 from llava_cmoe.settings.evaluation import EvaluationSettings
 from llava_cmoe.settings.recipes import parse_settings
 
@@ -19,14 +19,14 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run, such as runs/p
 
 
 @app.command("eval")
-@plainly()
+@user_errors()
 def evaluate(
     run: RunFolder,
     routes: Annotated[
         str | None,
         typer.Option(help="Ways to choose routers, measured beside the recipe's own: located,oracle,random"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Questions answered at once; the recipe's if absent.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="EvalSet answered at once; the recipe's if absent.")] = None,
     limit: Annotated[
         int | None,
         typer.Option(help="Ask a stratified subset of N questions per task, into RUN/subsets/.", metavar="N"),
@@ -41,7 +41,8 @@ def evaluate(
     """
     from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.registry.store import Registry
-    from llava_cmoe.sequence import evaluate_run, subset_folder
+    from llava_cmoe.runs.run import subset_folder
+    from llava_cmoe.sequence import evaluate_run
     from llava_cmoe.training.processes import processes
 
     recipe = Registry(run).recipe()
@@ -59,7 +60,7 @@ def evaluate(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def probe(
     run: RunFolder,
     overrides: Annotated[
@@ -91,7 +92,7 @@ def probe(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def merge(
     run: RunFolder,
     bound: Annotated[
@@ -116,7 +117,7 @@ def merge(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def unseen(
     run: RunFolder,
     sequence: Annotated[
@@ -155,7 +156,7 @@ def unseen(
 
 
 @app.command()
-@plainly()
+@user_errors()
 def chat(
     run: RunFolder,
     image: Annotated[
@@ -171,7 +172,7 @@ def chat(
 ) -> None:
     r"""Ask a run about a picture, or none; it says which task it took the question for, and answers.
 
-    Questions are best asked as the tasks ask them, with the instruction on a line of its own (write \n before it).
+    EvalSet are best asked as the tasks ask them, with the instruction on a line of its own (write \n before it).
     """
     from llava_cmoe.chat.session import open_session
     from llava_cmoe.chat.terminal import answer, converse

@@ -83,6 +83,7 @@ class _Scan:
     text_only: int = 0
     without_instruction: int = 0
     doubled_ids: list[str] = field(default_factory=list)
+    unread: dict[str, None] = field(default_factory=dict)  # a set that keeps its order
     first: Read | None = None
     questions: list[tuple[Question, int, str]] = field(default_factory=list)
     pictures: dict[str, tuple[int, str]] = field(default_factory=dict)  # path -> the first row that shows it
@@ -104,6 +105,7 @@ class _Scan:
             doubled_ids=tuple(self.doubled_ids),
             without_instruction=self.without_instruction,
             problems=len(self.problems),
+            unread=tuple(self.unread),
             published=self.published,
         )
 
@@ -120,6 +122,7 @@ def _scan(shown: str, task: TaskSpec, published: RowCount | None, parsed: Parsed
             asked = [turn["text"] for turn in item.row["turns"] if turn["role"] == "user"]
             scan.first = scan.first or item
             scan.rows += 1
+            scan.unread.update(dict.fromkeys(item.unread))
             scan.text_only += image is None
             if row_id in ids:
                 scan.doubled_ids.append(row_id)

@@ -34,6 +34,7 @@ class FileCount:
         without_instruction: rows in which no question holds the task's instruction.
         problems: rows that cannot be used, and whatever is wrong with the file as a whole.
         published: how many rows its publisher says there are, where known.
+        unread: names of the rows' fields that are notes about them, and not read.
     """
 
     task: str
@@ -45,6 +46,7 @@ class FileCount:
     without_instruction: int
     problems: int
     published: RowCount | None
+    unread: tuple[str, ...] = ()
 
     @property
     def as_published(self) -> bool:
@@ -120,6 +122,8 @@ def remarks(report: CheckReport) -> Iterator[str]:
         if count.doubled_ids:
             doubled = dict.fromkeys(count.doubled_ids)
             yield f"{where} holds ids more than once: {_first(list(doubled))}"
+        if count.unread:
+            yield f"{where} holds fields that are not read: {', '.join(count.unread)}"
     overlapping: dict[str, list[str]] = {}
     for overlap in report.overlaps:
         overlapping.setdefault(str(overlap.file), []).append(str(overlap.row_id))

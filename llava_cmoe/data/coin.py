@@ -1,8 +1,8 @@
 """Reads CoIN's and LLaVA's JSON files into canonical rows, and finds everything that is wrong with them.
 
-Where the files lie is `places.py`'s, what makes a row usable `coin_rows.py`'s. Opening the pictures and comparing
-files with each other is left to `check.py`. Parsing is one code path: a generator of rows and problems, of which a
-reader raises the first problem and the check lists all.
+Where the files lie is `paths.py`'s, what makes a row usable `coin_rows.py`'s, whether its scorer can judge it
+`demands.py`'s. Opening the pictures and comparing files with each other is left to `check.py`. Parsing is one code
+path: a generator of rows and problems, of which a reader raises the first problem and the check lists all.
 """
 
 from __future__ import annotations
@@ -18,25 +18,33 @@ from datasets import Dataset
 
 from llava_cmoe.data.annotations import Annotations, read_annotations
 from llava_cmoe.data.coin_rows import eval_row, kind_of, row_id_of, train_row
+from llava_cmoe.data.demands import check_demand
+from llava_cmoe.data.fields import unread_fields
 from llava_cmoe.data.paths import annotations_file, eval_file, eval_images, train_file, train_images
 from llava_cmoe.data.picture_folder import PictureFolder
 from llava_cmoe.data.problems import DataError, LostForGood, Problem, Unusable
 from llava_cmoe.data.rows import EVAL_FEATURES, TRAIN_FEATURES, EvalRow, TrainRow
+from llava_cmoe.data.strict_json import DoubledKey, parse_json
 from llava_cmoe.data.tasks import TaskSpec
 
 logger = logging.getLogger(__name__)
 
-SEVERAL_ANSWERS = frozenset({"captions", "vqa_soft"})
-"""Scorers of tasks whose rows may give a list of answers; to any other, a list is a mistake."""
-
 
 @dataclass(frozen=True)
 class Read:
-    """A row and where it came from: `index` counts from 0 in the JSON array of `file`."""
+    """A row and where it came from.
+
+    Attributes:
+        file: its file.
+        index: its place in the file's JSON array, from 0.
+        row: the row.
+        unread: names of its fields that say something about it and are not read.
+    """
 
     file: Path
     index: int
     row: TrainRow | EvalRow
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,30 +85,35 @@ def parse_train(root: Path, task: TaskSpec) -> Parsed:
     except DataError as error:
         yield error.problem
         return
-    yield from _parse(file, lambda raw, row_id: train_row(raw, row_id, pictures))
+    yield from _parse(file, lambda raw, row_id, index: train_row(raw, row_id, pictures))
 
 
 def parse_eval(root: Path, task: TaskSpec) -> Parsed:
-    """Every evaluation row of a task, or what is wrong with it; wrong annotations come first."""
+    """Every evaluation row of a task, or what is wrong with it; wrong annotations come first.
+
+    A row that the task's scorer could not judge is wrong, too, unless its annotations are missing or broken, which is
+    one problem and not one of every row.
+    """
     try:
         file, pictures = eval_file(root, task), PictureFolder(eval_images(root, task), task.lost)
     except DataError as error:
         yield error.problem
         return
     try:
-        annotations = _annotations(root, task)
+        annotations, annotated = _annotations(root, task), True
     except DataError as error:
         yield error.problem
-        annotations = None
-    seen: set[str] = set()
+        annotations, annotated = None, False
+    seen: dict[str, int] = {}
 
-    def read_row(raw: Mapping[str, Any], row_id: str) -> EvalRow:
-        if row_id in seen:
-            raise Unusable("the id occurs in an earlier row")
-        seen.add(row_id)
-        row = eval_row(raw, row_id, pictures, task.scorer == "grounding", task.scorer in SEVERAL_ANSWERS)
+    def read_row(raw: Mapping[str, Any], row_id: str, index: int) -> EvalRow:
+        if seen.setdefault(row_id, index) != index:
+            raise Unusable(f"the id occurs in an earlier row, {seen[row_id]}")
+        row = eval_row(raw, row_id, pictures, task.scorer)
         if annotations is not None:
             annotations.complete(row)
+        if annotated:
+            check_demand(task.scorer, row)
         return row
 
     yield from _parse(file, read_row)
@@ -123,7 +136,7 @@ def refuse_pictures(root: Path, tasks: Iterable[TaskSpec]) -> None:
 
 def _annotations(root: Path, task: TaskSpec) -> Annotations | None:
     file = annotations_file(root, task)
-    return None if file is None else read_annotations(file, _load_json(file), task.scorer)
+    return None if file is None else read_annotations(file, _load_json(file), task.scorer, eval_images(root, task))
 
 
 def _rows(parsed: Parsed) -> list[TrainRow | EvalRow]:
@@ -139,7 +152,7 @@ def _rows(parsed: Parsed) -> list[TrainRow | EvalRow]:
     return rows
 
 
-def _parse(file: Path, read_row: Callable[[Mapping[str, Any], str], TrainRow | EvalRow]) -> Parsed:
+def _parse(file: Path, read_row: Callable[[Mapping[str, Any], str, int], TrainRow | EvalRow]) -> Parsed:
     try:
         array = _load_json(file)
     except DataError as error:
@@ -153,7 +166,8 @@ def _parse(file: Path, read_row: Callable[[Mapping[str, Any], str], TrainRow | E
         item: Read | Lost | Problem
         try:
             row_id = row_id_of(raw)
-            item = Read(file, index, read_row(raw, row_id))
+            unread = unread_fields(raw)
+            item = Read(file, index, read_row(raw, row_id, index), unread)
         except Unusable as error:
             item = Problem(file, str(error), index, row_id or None)
         except LostForGood as error:
@@ -164,7 +178,7 @@ def _parse(file: Path, read_row: Callable[[Mapping[str, Any], str], TrainRow | E
 def _load_json(file: Path) -> Any:
     try:
         text = file.read_text(encoding="utf-8-sig")
-        return json.loads(text)
+        return parse_json(text)
     except OSError as error:
         raise DataError(Problem(file, f"cannot read the file ({error.strerror})")) from error
     except json.JSONDecodeError as error:
@@ -173,6 +187,8 @@ def _load_json(file: Path) -> Any:
         reason = f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         hint = "; one object a line (.jsonl)? put them into one array" if error.msg == "Extra data" else ""
         raise DataError(Problem(file, reason + hint)) from error
+    except DoubledKey as error:
+        raise DataError(Problem(file, str(error))) from error
     except UnicodeDecodeError as error:
         raise DataError(Problem(file, f"not UTF-8 text at byte {error.start}")) from error
 

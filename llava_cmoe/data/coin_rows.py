@@ -1,16 +1,22 @@
 """One raw row of a CoIN file, checked field by field and turned into a canonical row.
 
-Files, folders and rows' places in them are `coin.py`'s; here a row is an object, and what is wrong with it a reason.
+Files, folders and rows' places in them are `coin.py`'s, fields that are not read `fields.py`'s, what a task's scorer
+demands `demands.py`'s; here a row is an object, and what is wrong with it a reason.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
+from llava_cmoe.data.demands import BOXED, CHOSEN, SEVERAL_ANSWERS
+from llava_cmoe.data.fields import MEDIA
 from llava_cmoe.data.picture_folder import PictureFolder
 from llava_cmoe.data.problems import Unusable
-from llava_cmoe.data.rows import MARKER, EvalRow, TrainRow, Turn
+from llava_cmoe.data.rows import MARKER, EvalRow, TrainRow, Turn, question
+from llava_cmoe.data.spelling import is_blank, other_spelling_on_disk, spelled_out
 
 
 def kind_of(value: object) -> str:
@@ -38,8 +44,12 @@ def train_row(raw: Mapping[str, Any], row_id: str, pictures: PictureFolder) -> T
     turns = [_turn(turn, number) for number, turn in enumerate(conversations)]
     if turns[-1]["role"] != "assistant":
         raise Unusable("wrong turn order: the conversation ends with human, the last turn must be from gpt")
-    _check_marker(turns, has_image=raw.get("image") is not None)
-    return {"id": row_id, "image": _image(raw, pictures), "turns": turns}
+    name = _picture_name(raw)
+    _check_marker(turns, has_image=name is not None)
+    for number, turn in enumerate(turns):
+        if turn["role"] == "user":
+            turn["text"] = question(turn["text"], has_image=number == 0 and name is not None)
+    return {"id": row_id, "image": _image(name, pictures), "turns": turns}
 
 
 def _turn(turn: object, number: int) -> Turn:
@@ -47,7 +57,7 @@ def _turn(turn: object, number: int) -> Turn:
     expected: Literal["human", "gpt"] = "gpt" if number % 2 else "human"
     if speaker != expected:
         raise Unusable(f"wrong turn order: turn {number} must be from {expected}, found {speaker!r}")
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise Unusable(f"turn {number} ({expected}) has no text")
     return {"role": "assistant" if expected == "gpt" else "user", "text": value}
 
@@ -64,40 +74,111 @@ def _check_marker(turns: list[Turn], has_image: bool) -> None:
         raise Unusable(f"{MARKER} occurs in turn {counts.index(1)}, expected in the first")
 
 
-def _image(raw: Mapping[str, Any], pictures: PictureFolder) -> str | None:
-    return None if raw.get("image") is None else pictures.path_of(raw["image"])
+def _picture_name(raw: Mapping[str, Any]) -> object:
+    """What `image` names, or `images` with one entry; None in a text-only row."""
+    names: list[object] = []
+    for key in ("image", "images"):
+        value = raw.get(key)
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if len(listed) > 1:
+            raise Unusable(f"`{key}` names {len(listed)} pictures; {MEDIA}")
+        names += [name for name in listed if name not in names]
+    if len(names) > 1:
+        raise Unusable(f"`image` and `images` name different pictures; {MEDIA}")
+    return names[0] if names else None
 
 
-def eval_row(raw: Mapping[str, Any], row_id: str, pictures: PictureFolder, has_box: bool, several: bool) -> EvalRow:
+def _image(name: object, pictures: PictureFolder) -> str | None:
+    if name is None:
+        return None
+    try:
+        return pictures.path_of(name)
+    except Unusable as error:
+        raise Unusable(f"{error}{_other_spelling(name, pictures)}") from error
+
+
+def _other_spelling(name: object, pictures: PictureFolder) -> str:
+    """A hint where the picture is there in another Unicode form, which looks the same in a message."""
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    inner = parts[1:] if parts[:1] == (pictures.folder.name,) else parts
+    if not inner or {"/", ".."}.intersection(inner) or "\0" in str(name):
+        return ""
+    there = other_spelling_on_disk(pictures.folder.joinpath(*inner))
+    if there is None:
+        return ""
+    asked = pictures.folder.joinpath(*inner).parts[len(there.parts) - 1]
+    return (
+        f"; on disk it is there in another Unicode form: the row says {spelled_out(asked)}, the disk "
+        f"{spelled_out(there.name)}; rename either"
+    )
+
+
+def eval_row(raw: Mapping[str, Any], row_id: str, pictures: PictureFolder, scorer: str) -> EvalRow:
     """A canonical evaluation row, before annotations complete it.
 
-    With `has_box`, `answer_bbox` is the answer. With `several`, an answer may be a list of strings, each of them right:
-    the first becomes `answer`, all of them `answers`.
+    The truth stands in `answer`; grounding's in `answer_bbox`. An `answer` that is a list of strings is read for
+    scorers that take several: the first becomes `answer`, all of them `answers`. A row may also have its annotators'
+    answers in `answers`, and ScienceQA's options in `choices`; a task's annotations take the place of either.
     """
     text = raw.get("text")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or is_blank(text):
         raise Unusable("no text (the question)")
-    has_image = raw.get("image") is not None
-    if has_image and MARKER not in text:  # evaluation files leave the marker out, training files do not
+    name = _picture_name(raw)
+    if name is not None and MARKER not in text:  # evaluation files leave the marker out, training files do not
         text = f"{MARKER}\n{text}"
-    turns: list[Turn] = [{"role": "user", "text": text}]
-    _check_marker(turns, has_image)
-    key = "answer_bbox" if has_box else "answer"
-    given = raw.get(key)
-    listed = given if several and isinstance(given, list) else [given]
-    answers = [answer for answer in listed if isinstance(answer, str) and answer.strip()]
-    if not answers or len(answers) < len(listed):
-        raise Unusable(f"no {key} ({'a string, or a list of them' if several else 'a string'})")
+    _check_marker([{"role": "user", "text": text}], has_image=name is not None)
+    has_box = scorer in BOXED
+    answers = _answers(raw, scorer)
     return {
         "id": row_id,
-        "image": _image(raw, pictures),
-        "turns": turns,
+        "image": _image(name, pictures),
+        "turns": [{"role": "user", "text": question(text, has_image=name is not None)}],
         "answer": answers[0],
-        "answers": answers if several else [],
+        "answers": _all_answers(raw, answers, scorer),
         "box": box_of(answers[0]) if has_box else [],
         "size": _size(raw) if has_box else [],
-        "choices": [],
+        "choices": texts_of(raw["choices"], "choices") if scorer in CHOSEN and raw.get("choices") else [],
     }
+
+
+def _answers(raw: Mapping[str, Any], scorer: str) -> list[str]:
+    """What stands in `answer` (or `answer_bbox`), one or several."""
+    key, several = "answer_bbox" if scorer in BOXED else "answer", scorer in SEVERAL_ANSWERS
+    given = raw.get(key)
+    if given is None and several and raw.get("answers"):
+        return texts_of(raw["answers"], "answers")
+    listed = given if several and isinstance(given, list) else [given]
+    answers = [answer for answer in listed if isinstance(answer, str) and not is_blank(answer)]
+    if not answers or len(answers) < len(listed):
+        raise Unusable(f"no {key} ({'a string, or a list of them' if several else 'a string'})")
+    return answers
+
+
+def _all_answers(raw: Mapping[str, Any], answers: list[str], scorer: str) -> list[str]:
+    if scorer in BOXED | CHOSEN:
+        return []
+    if raw.get("answers"):
+        return texts_of(raw["answers"], "answers")
+    return answers if scorer in SEVERAL_ANSWERS else []
+
+
+def texts_of(value: object, name: str) -> list[str]:
+    """Choices, or the answers of annotators: a list of texts, numbers, or objects as VQA has them (`{"answer": ...}`).
+
+    Raises:
+        Unusable: one text alone, which a loop would read letter by letter, or anything else; names the field.
+    """
+    if isinstance(value, str):
+        raise Unusable(f"`{name}` is one text, {value!r}; write a list of texts: [{json.dumps(value)}]")
+    if not isinstance(value, list) or not value:
+        raise Unusable(f"`{name}` must be a list of texts, found {kind_of(value)}")
+    texts = []
+    for entry in value:
+        text = entry.get("answer") if isinstance(entry, dict) else entry
+        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+            raise Unusable(f"`{name}` must be a list of texts, found {kind_of(entry)} in it")
+        texts.append(str(text))
+    return texts
 
 
 ROUNDING = 1e-3

@@ -15,6 +15,13 @@ from llava_cmoe.data.problems import Unusable
 from llava_cmoe.data.rows import EvalRow
 from llava_cmoe.data.spelling import is_blank
 
+BOXED = frozenset({"grounding"})
+"""Scorers whose truth is a box, in `answer_bbox`."""
+CHOSEN = frozenset({"scienceqa"})
+"""Scorers that look at a row's choices."""
+SEVERAL_ANSWERS = frozenset({"captions", "vqa_soft"})
+"""Scorers of tasks whose rows may give a list of answers; to any other, a list is a mistake."""
+
 NUM_ANNOTATORS = 10
 """Annotators that the soft score is defined for."""
 
@@ -82,7 +89,7 @@ def ten_answers(row: Judged) -> None:
     if len(row.answers) != NUM_ANNOTATORS:
         raise Unusable(
             f"the row has {len(row.answers)} annotators' answers, the soft score needs {NUM_ANNOTATORS}: check the "
-            "task's annotations, or take scorer vqa_soft, which takes any number"
+            "task's annotations or the row's `answers`, or take scorer vqa_soft, which takes any number"
         )
 
 

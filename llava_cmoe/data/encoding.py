@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,26 +29,30 @@ SMALL, LARGE = 64, 1024
 """Sides of squares, in pixels, that become equally many tokens only if all do."""
 
 
-class EncodedRows(Dataset[dict[str, Tensor]], ABC):
-    """Canonical rows, encoded when they are asked for.
+@dataclass(frozen=True)
+class Encoding:
+    """How rows of a task become tensors.
 
-    With `keep`, a row stays in memory once encoded (43 kB for a picture of 60 pixels, 1.3 MB for one of 336): small
-    sequences pass over their data several times. Every worker process of a data loader keeps rows of its own.
+    Attributes:
+        processor: the backbone's.
+        geometry: how a picture becomes square.
+        max_pixels: largest picture that the processor is given; any when None.
+        keep: keep a row in memory once encoded (43 kB for a picture of 60 pixels, 1.3 MB for one of 336): small
+            sequences pass over their data several times. Every worker process of a data loader keeps rows of its own.
     """
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        processor: Any,
-        geometry: Geometry = "pad",
-        keep: bool = False,
-        max_pixels: int | None = None,
-    ) -> None:
-        self.rows = rows
-        self.processor = processor
-        self.geometry = geometry
-        self.max_pixels = max_pixels
-        self._kept: dict[int, dict[str, Tensor]] | None = {} if keep else None
+    processor: Any
+    geometry: Geometry = "pad"
+    max_pixels: int | None = None
+    keep: bool = False
+
+
+class EncodedRows(Dataset[dict[str, Tensor]], ABC):
+    """Canonical rows, encoded when they are read."""
+
+    def __init__(self, rows: datasets.Dataset, encoding: Encoding) -> None:
+        self.rows, self.encoding = rows, encoding
+        self._kept: dict[int, dict[str, Tensor]] | None = {} if encoding.keep else None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,7 +68,7 @@ class EncodedRows(Dataset[dict[str, Tensor]], ABC):
         row = self.rows[index]
         image = None
         if row["image"] is not None:
-            image = open_square(Path(row["image"]), self.processor, self.geometry, self.max_pixels)
+            image = open_square(Path(row["image"]), self.encoding)
         try:
             return self.encode(row["turns"], image)
         except ValueError as error:
@@ -77,21 +82,13 @@ class EncodedRows(Dataset[dict[str, Tensor]], ABC):
 class SampleRows(EncodedRows):
     """Whole conversations with labels, to learn from; one longer than `max_length` tokens is an error."""
 
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        processor: Any,
-        max_length: int,
-        geometry: Geometry = "pad",
-        keep: bool = False,
-        max_pixels: int | None = None,
-    ) -> None:
-        super().__init__(rows, processor, geometry, keep, max_pixels)
+    def __init__(self, rows: datasets.Dataset, encoding: Encoding, max_length: int) -> None:
+        super().__init__(rows, encoding)
         self.max_length = max_length
 
     def encode(self, turns: list[Turn], image: Image.Image | None) -> dict[str, Tensor]:
         """The conversation's tokens and labels."""
-        return encode_sample(self.processor, turns, image, self.max_length)
+        return encode_sample(self.encoding.processor, turns, image, self.max_length)
 
     def kinds(self) -> list[tuple[bool, int]]:
         """Per row, whether it has a picture and how many characters its turns have, which orders rows as tokens do.
@@ -119,10 +116,10 @@ class SampleRows(EncodedRows):
         for row in self.rows:
             side = SMALL
             if sizes_matter and row["image"] is not None:
-                side = side_of_square(Path(row["image"]), self.geometry, self.max_pixels)
+                side = side_of_square(Path(row["image"]), self.encoding)
             try:
                 image_tokens = 0 if row["image"] is None else tokens(side)
-                check_length(count_tokens(self.processor, row["turns"], image_tokens), self.max_length)
+                check_length(count_tokens(self.encoding.processor, row["turns"], image_tokens), self.max_length)
             except ValueError as error:
                 # No index: these rows may be a draw of the file's.
                 raise DataError(Problem(file, str(error), row_id=row["id"])) from error
@@ -130,8 +127,8 @@ class SampleRows(EncodedRows):
     def _tokens_of_a_square(self, side: int) -> int:
         """Tokens that the marker becomes for a square picture, less the one of its placeholder."""
         turns: list[Turn] = [{"role": "user", "text": MARKER}]
-        grey = encode_prompt(self.processor, turns, Image.new("RGB", (side, side)))
-        return len(grey["input_ids"]) - count_tokens(self.processor, turns, image_tokens=0)
+        grey = encode_prompt(self.encoding.processor, turns, Image.new("RGB", (side, side)))
+        return len(grey["input_ids"]) - count_tokens(self.encoding.processor, turns, image_tokens=0)
 
 
 class PromptRows(EncodedRows):
@@ -143,7 +140,7 @@ class PromptRows(EncodedRows):
         Reads every picture's file, but decodes none.
         """
         picture = cache(lambda path: fingerprint_file(Path(path)))
-        digest = hashlib.sha256(json.dumps([self.geometry, self.max_pixels]).encode())
+        digest = hashlib.sha256(json.dumps([self.encoding.geometry, self.encoding.max_pixels]).encode())
         for row in self.rows:
             seen = None if row["image"] is None else picture(row["image"])
             digest.update(json.dumps([row["turns"][:1], seen]).encode())
@@ -151,27 +148,27 @@ class PromptRows(EncodedRows):
 
     def encode(self, turns: list[Turn], image: Image.Image | None) -> dict[str, Tensor]:
         """The tokens of the first question and the generation prompt."""
-        return encode_prompt(self.processor, turns[:1], image)
+        return encode_prompt(self.encoding.processor, turns[:1], image)
 
 
-def open_square(path: Path, processor: Any, geometry: Geometry, max_pixels: int | None = None) -> Image.Image:
+def open_square(path: Path, encoding: Encoding) -> Image.Image:
     """Open a picture and make it square, as the processor's model expects it, and not larger than `max_pixels`.
 
     Padding has the colour of the image processor's mean, which normalising turns into zeros (as in LLaVA).
     """
-    if tokenizer_of(processor) is processor:
+    if tokenizer_of(encoding.processor) is encoding.processor:
         raise DataError(Problem(path, "a picture, and the backbone reads text alone"))
     image = open_image(path)
-    if geometry == "crop":
+    if encoding.geometry == "crop":
         square = centre_crop(image)
     else:
-        red, green, blue = (int(255 * mean) for mean in processor.image_processor.image_mean)
+        red, green, blue = (int(255 * mean) for mean in encoding.processor.image_processor.image_mean)
         square = pad_to_square(image, (red, green, blue))
-    return square if max_pixels is None else shrink(square, max_pixels)
+    return square if encoding.max_pixels is None else shrink(square, encoding.max_pixels)
 
 
-def side_of_square(path: Path, geometry: Geometry, max_pixels: int | None = None) -> int:
+def side_of_square(path: Path, encoding: Encoding) -> int:
     """The side in pixels of what `open_square` makes, from the file's header alone."""
-    size = size_of(path)
-    side = min(size) if geometry == "crop" else max(size)
-    return side if max_pixels is None else shrunk_size(side, side, max_pixels)[0]
+    size, most = size_of(path), encoding.max_pixels
+    side = min(size) if encoding.geometry == "crop" else max(size)
+    return side if most is None else shrunk_size(side, side, most)[0]

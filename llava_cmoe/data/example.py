@@ -11,9 +11,8 @@ from typing import Any
 from rich.text import Text
 
 from llava_cmoe.data.conversation import IGNORED, encode_sample, tokenizer_of
-from llava_cmoe.data.encoding import open_square
+from llava_cmoe.data.encoding import Encoding, open_square
 from llava_cmoe.data.rows import TrainRow
-from llava_cmoe.data.tasks import Geometry
 
 REPEATED = 4
 """A token that stands this often in a row is told once, with its number: a picture's, of which there are hundreds."""
@@ -30,14 +29,15 @@ class Piece:
     learned: bool
 
 
-def pieces_of(row: TrainRow, processor: Any, geometry: Geometry) -> tuple[Piece, ...]:
+def pieces_of(row: TrainRow, encoding: Encoding) -> tuple[Piece, ...]:
     """A training row, encoded exactly as for training.
 
     Raises:
         DataError: its picture cannot be opened.
         ValueError: the chat template cannot be used.
     """
-    image = None if row["image"] is None else open_square(Path(row["image"]), processor, geometry)
+    processor = encoding.processor
+    image = None if row["image"] is None else open_square(Path(row["image"]), encoding)
     encoded = encode_sample(processor, row["turns"], image, UNLIMITED)
     marked = zip(encoded["input_ids"].tolist(), (encoded["labels"] != IGNORED).tolist(), strict=True)
     pieces = []

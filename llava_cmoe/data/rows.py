@@ -1,6 +1,7 @@
 """The canonical row: what every reader of files produces and every encoder takes.
 
-Reading it from disk is `coin.py`'s job, turning it into tokens `conversation.py`'s.
+Reading it from disk is `coin.py`'s job, turning it into tokens `conversation.py`'s. What is learned and what is asked
+is written alike (`question`), or a model would be asked in another way than it was taught.
 """
 
 from __future__ import annotations
@@ -10,7 +11,19 @@ from typing import Literal, TypedDict
 from datasets import Features, List, Value
 
 MARKER = "<image>"
-"""Stands in the first user turn, exactly once, where the picture belongs; absent in text-only rows."""
+"""Opens the first user turn of a row with a picture, on a line of its own; absent in text-only rows."""
+
+
+def question(text: str, has_image: bool) -> str:
+    r"""A user's turn, the same however a file writes it: the picture first, as LLaVA's reader does.
+
+    Published files put the marker first or last, and end their lines in two ways; blanks around a text say nothing.
+
+    >>> question("Where?\r\n<image>", has_image=True)
+    '<image>\nWhere?'
+    """
+    words = text.replace("\r\n", "\n").replace("\r", "\n").replace(MARKER, "").strip()
+    return f"{MARKER}\n{words}".strip() if has_image else words
 
 
 class Turn(TypedDict):

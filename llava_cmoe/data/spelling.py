@@ -76,12 +76,17 @@ def other_spelling_on_disk(path: Path) -> Path | None:
     An archive that was packed on another system often names its files in another Unicode form than the rows do.
     """
     absent = path
-    while not absent.parent.is_dir() and absent.parent != absent:
+    while not os.path.isdir(absent.parent) and absent.parent != absent:
         absent = absent.parent
-    if not absent.parent.is_dir() or os.path.lexists(absent):
+    if not os.path.isdir(absent.parent) or os.path.lexists(absent):
         return None
-    alike = sorted(name for name in os.listdir(absent.parent) if respell(name) == respell(absent.name))
-    return absent.with_name(alike[0]) if alike else None
+    name = _names_in(absent.parent, absent.parent.stat().st_mtime_ns).get(respell(absent.name))
+    return None if name is None else absent.with_name(name)
+
+
+@lru_cache(maxsize=8)  # a folder of a million pictures is listed once, though thousands of rows miss one
+def _names_in(folder: Path, changed: int) -> dict[str, str]:
+    return {respell(name): name for name in sorted(os.listdir(folder), reverse=True)}
 
 
 def spelled_out(text: str) -> str:

@@ -1,7 +1,7 @@
 """How sure a mean over questions is: the nonparametric bootstrap (Efron 1979), seeded, percentile intervals.
 
-Questions are drawn anew, models are not: an interval says what other questions would change, not what another training
-seed would. Questions with equal scores are interchangeable, so whole groups of them are drawn at once (a multinomial
+EvalSet are drawn anew, models are not: an interval says what other questions would change, not what another training
+seed would. EvalSet with equal scores are interchangeable, so whole groups of them are drawn at once (a multinomial
 over the groups): the same distribution, at a cost that does not grow with the number of questions.
 """
 

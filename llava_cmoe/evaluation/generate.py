@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
-from llava_cmoe.methods.base import LateVerdict
-from llava_cmoe.records import Located, Mixture
+from llava_cmoe.methods.base import DeferredLocation
+from llava_cmoe.records import Located
 
 logger = logging.getLogger(__name__)
 
@@ -40,19 +41,13 @@ Progress = Callable[[int, int], None]
 """Called after every batch with the samples done and all samples, both of this process."""
 
 
-class Routed(Protocol):
-    """What an evaluation asks of a method."""
+class Answering(Protocol):
+    """What an evaluation needs of a method."""
 
-    def locate(self, batch: Mapping[str, Tensor]) -> Located | None:
-        """Which task each prompt belongs to; None if the method does not locate."""
-        ...
-
-    def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
-        """Answer with these tasks' routers, one or a mixture a sample, while open (-1: the base model)."""
-        ...
-
-    def locating(self, batch: Mapping[str, Tensor]) -> AbstractContextManager[LateVerdict]:
-        """Answer these prompts, each with the routers of the task it is located at, while open."""
+    def answering(
+        self, batch: Mapping[str, Tensor], task_B: Tensor | None = None
+    ) -> AbstractContextManager[DeferredLocation]:
+        """Answer these prompts while open, each with the routers of its given task, or of the one it is located at."""
         ...
 
 
@@ -80,16 +75,16 @@ class Processes(Protocol):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class EvalModel:
     """Who is examined: the model with a method's experts in it, and the processor that goes with it."""
 
-    method: Routed
+    method: Answering
     model: Any
     processor: Any
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalSet:
     """One task's evaluation rows in their fixed order.
 
     Attributes:
@@ -134,8 +129,8 @@ class Route:
 
 
 def generate_answers(
-    candidate: Candidate,
-    questions: Questions,
+    eval_model: EvalModel,
+    questions: EvalSet,
     route: Route,
     path: Path,
     *,
@@ -153,7 +148,7 @@ def generate_answers(
             several questions can be answered, so that it is no question's fault (also RuntimeError).
     """
     if not path.exists():
-        candidate.model.eval()
+        eval_model.model.eval()
         answered = {answer.id for part in _parts(path, batch_size) for answer in read_answers(part)}
         processes.wait_for_everyone()  # everyone has read before anyone writes
         _refuse_foreign(answered, questions, path)
@@ -166,7 +161,7 @@ def generate_answers(
         with _open_to_append(path.with_name(f"{path.name}.{batch_size}.{processes.process_index}.part")) as stream:
             for batch in mine:
                 if not answered.issuperset(questions.ids[index] for index in batch):
-                    held += answer_or_record(candidate, questions, batch, route)
+                    held += answer_or_record(eval_model, questions, batch, route)
                     works = works or any(answer.failed is None for answer in held)
                     if works:
                         _append(stream, held)
@@ -185,20 +180,20 @@ def generate_answers(
     processes.wait_for_everyone()  # nobody reads the file before it is there
 
 
-def answer_or_record(candidate: Candidate, questions: Questions, batch: Sequence[int], route: Route) -> list[Answer]:
+def answer_or_record(eval_model: EvalModel, questions: EvalSet, batch: Sequence[int], route: Route) -> list[Answer]:
     """Answer a batch; if that fails, each of its samples alone, recording why of those that fail again.
 
     Raises:
         ValueError, RuntimeError: not one of several samples can be answered, so it is no sample's fault.
     """
     try:
-        return answer_batch(candidate, questions, batch, route)
+        return answer_batch(eval_model, questions, batch, route)
     except FAILURES as error:
         logger.warning("a batch of %d samples failed, they are asked one by one: %s", len(batch), error)
     answers, failure = [], None
     for index in batch:
         try:
-            answers += answer_batch(candidate, questions, [index], route)
+            answers += answer_batch(eval_model, questions, [index], route)
         except FAILURES as error:
             failure, sample_id = error, questions.ids[index]
             logger.warning("%s cannot be answered and counts as wrong: %s", sample_id, error)
@@ -211,31 +206,26 @@ def answer_or_record(candidate: Candidate, questions: Questions, batch: Sequence
 
 
 @torch.no_grad()
-def answer_batch(candidate: Candidate, questions: Questions, batch: Sequence[int], route: Route) -> list[Answer]:
+def answer_batch(eval_model: EvalModel, questions: EvalSet, batch: Sequence[int], route: Route) -> list[Answer]:
     """Locate every prompt once and decode greedily, left-padded, until every answer has ended."""
-    tokenizer = tokenizer_of(candidate.processor)
+    tokenizer = tokenizer_of(eval_model.processor)
     ids = [questions.ids[index] for index in batch]
     collate = Collator(tokenizer.pad_token_id, "left")
-    prompts = {
-        name: tensor.to(candidate.model.device)
-        for name, tensor in collate([questions.prompts[index] for index in batch]).items()
-    }
+    prompts = on_device(collate([questions.prompts[index] for index in batch]), eval_model.model.device)
     task_B = route.given_tasks(ids)
-    answering: AbstractContextManager[LateVerdict | None]
-    answering = candidate.method.locating(prompts) if task_B is None else candidate.method.routed(task_B)
-    with answering as verdict:
-        tokens_BT = candidate.model.generate(**prompts, **greedy(candidate.model, tokenizer, questions.max_new_tokens))
+    with eval_model.method.answering(prompts, task_B) as location:
+        tokens_BT = eval_model.model.generate(**prompts, **greedy(eval_model.model, tokenizer, questions.max_new_tokens))
     texts = tokenizer.batch_decode(tokens_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    verdicts = _verdicts(verdict() if verdict else None, len(ids))
+    chosen = _choices(location(), len(ids))
     return [
         Answer(sample_id, text.strip(), task, score, questions.texts[index])
-        for index, sample_id, text, (task, score) in zip(batch, ids, texts, verdicts, strict=True)
+        for index, sample_id, text, (task, score) in zip(batch, ids, texts, chosen, strict=True)
     ]
 
 
-def _verdicts(located: Located | None, num_samples: int) -> list[tuple[int | None, float | None]]:
+def _choices(located: Located | None, num_samples: int) -> list[tuple[int | None, float | None]]:
     """Chosen task and its score per sample; no score where the base model was chosen, neither where nobody located."""
-    if located is None:
+    if located is None or located.score_BN is None:
         return [(None, None)] * num_samples
     score_BN = located.score_BN.tolist()
     return [
@@ -276,20 +266,20 @@ def _append(stream: BinaryIO, answers: Sequence[Answer]) -> None:
     os.fsync(stream.fileno())
 
 
-def _refuse_foreign(found: set[str], questions: Questions, path: Path) -> None:
+def _refuse_foreign(found: set[str], questions: EvalSet, path: Path) -> None:
     foreign = sorted(found.difference(questions.ids))
     if foreign:
         raise ValueError(f"{path}: holds an answer to {foreign[0]!r}, which is not asked; delete it to generate again")
 
 
-def _merge(questions: Questions, path: Path, batch_size: int) -> None:
+def _merge(questions: EvalSet, path: Path, batch_size: int) -> None:
     """Write the answers of all parts in the questions' order; of a batch computed twice the later answers stand."""
     by_id = {answer.id: answer for part in _parts(path, batch_size) for answer in read_answers(part)}
     write_answers(path, [by_id[sample_id] for sample_id in questions.ids])
     _finish(questions, path)
 
 
-def _finish(questions: Questions, path: Path) -> None:
+def _finish(questions: EvalSet, path: Path) -> None:
     """Check a complete file and remove its parts, which a kill right after merging leaves behind."""
     _refuse_foreign({answer.id for answer in read_answers(path)}, questions, path)
     for part in _parts(path, "*"):

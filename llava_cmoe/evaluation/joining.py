@@ -15,15 +15,15 @@ def score_by_id(
 
     Args:
         answers: pairs of a question's id and the text that answers it.
-        references: at least one; their ids are distinct.
+        references: at least one.
         scorer: judges the task.
         source: names the answers in errors.
         fix: says in errors what to do about the ids.
 
     Raises:
-        ValueError: an id is missing, doubled or unknown, or a row cannot be scored.
+        ValueError: an id is missing, doubled or unknown, two references share one, or a row cannot be scored.
     """
-    known = {reference.id: reference for reference in references}
+    known = _by_id(references)
     ids = [question_id for question_id, _ in answers]
     doubled = [question_id for question_id, count in Counter(ids).items() if count > 1]
     unknown = sorted(set(ids).difference(known))
@@ -36,3 +36,12 @@ def score_by_id(
         return scorer([texts[question_id] for question_id in known], list(known.values()))
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def _by_id(references: Iterable[Reference]) -> dict[str, Reference]:
+    known: dict[str, Reference] = {}
+    for place, reference in enumerate(references):
+        if known.setdefault(reference.id, reference) is not reference:
+            first = list(known).index(reference.id)
+            raise ValueError(f"rows {first} and {place} that are scored have the same id {reference.id!r}; keep one")
+    return known

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_cmoe.data.task_data import TaskData
+from llava_cmoe.evaluation.aggregate import aggregate
+from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_spec_of
 from llava_cmoe.evaluation.log import Results, RunFacts, read_results, write_results
-from llava_cmoe.evaluation.runner import Exam, aggregate
-from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.registry.schema import RegistryError
-from llava_cmoe.sequence import exam_of, fingerprints_of
 from llava_cmoe.settings.data import DataSettings
 from llava_cmoe.settings.evaluation import EvaluationSettings
 from llava_cmoe.settings.recipes import parse_settings
@@ -27,14 +27,14 @@ class Examined:
     Attributes:
         folder: where it lies.
         results: what came out.
-        exam: what it was asked.
+        eval_spec: what it was asked.
         root: data root of these questions.
         data_files: sha256 of each data file, as it was measured and as it is now.
     """
 
     folder: Path
     results: Results
-    exam: Exam
+    eval_spec: EvalSpec
     root: Path
     data_files: dict[str, str]
 
@@ -75,16 +75,17 @@ def open_examined(folder: Path, root: Path | None = None) -> Examined:
     asked = results.recipe["evaluation"] | {"routes": tuple(results.routes), "limit": None}
     if results.subset is not None:  # which an evaluation may have chosen against its recipe
         asked |= {"limit": results.subset.limit, "subset_seed": results.subset.seed}
-    files = fingerprints_of(data)
-    if fingerprint_all(files) != results.data:
+    tasks = TaskData.open(data, results.seed)
+    files = tasks.files
+    if tasks.fingerprint != results.data:
         changed = [name for name in files if results.data_files.get(name, files[name]) != files[name]]
         raise RegistryError(
             f"{source}: was measured on other data than {data.root} holds now{_listed(changed)}; "
             "bring those files back, or name the folder that has them with --root"
         )
-    exam = exam_of(data, parse_settings(EvaluationSettings, asked, source), results.seed, folder)
-    _check_answers(results, exam)
-    return Examined(folder, results, exam, data.root, files)
+    eval_spec = eval_spec_of(tasks, parse_settings(EvaluationSettings, asked, source), folder)
+    _check_answers(results, eval_spec)
+    return Examined(folder, results, eval_spec, data.root, files)
 
 
 def results_of(folder: Path) -> Results:
@@ -109,7 +110,7 @@ def rescore(
     told = examined.results.model_dump(include=set(RunFacts.model_fields))
     facts = RunFacts(**told | {"data_files": examined.data_files})  # an old file has none
     try:
-        now = aggregate(examined.exam, facts, examined.rows, progress)
+        now = aggregate(examined.eval_spec, facts, examined.rows, progress)
     except ValueError as error:
         raise RegistryError(str(error)) from error
     write_results(examined.folder / "results.json", now)
@@ -127,12 +128,12 @@ def changes(before: Results, now: Results) -> list[Change]:
     ]
 
 
-def _check_answers(results: Results, exam: Exam) -> None:
+def _check_answers(results: Results, eval_spec: EvalSpec) -> None:
     """No cell may vanish because its answers did."""
-    for route in exam.settings.routes:
+    for route in eval_spec.settings.routes:
         for j, row in enumerate(results.routes[route].matrix):
             for i, value in enumerate(row):
-                path = exam.answers_path(j, i, route)
+                path = eval_spec.answers_path(j, i, route)
                 if value is not None and not path.is_file():
                     raise RegistryError(
                         f"{path}: is missing, and results.json tells its accuracy; "

@@ -27,8 +27,8 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Added:
-    """What one task added, at one site or over all: its new experts and its router."""
+class Trained:
+    """What a task trains, at one site or over all: experts and router."""
 
     experts: Size = Size()
     router: Size = Size()
@@ -38,9 +38,9 @@ class Added:
         """Experts and router together."""
         return self.experts + self.router
 
-    def __add__(self, other: Added) -> Added:
+    def __add__(self, other: Trained) -> Trained:
         """Sum over sites or tasks."""
-        return Added(self.experts + other.experts, self.router + other.router)
+        return Trained(self.experts + other.experts, self.router + other.router)
 
 
 def expert_parameters(bank: ExpertBank) -> int:
@@ -48,37 +48,33 @@ def expert_parameters(bank: ExpertBank) -> int:
     return bank.rank * sum(stack.d_in + stack.d_out for stack in bank.stacks.values())
 
 
-def added_per_site(banks: Mapping[str, ExpertBank], task: int) -> dict[str, Added]:
-    """What one task added, by site name."""
-    return {site: _added(bank, task) for site, bank in banks.items()}
+def trained_per_site(banks: Mapping[str, ExpertBank]) -> dict[str, Trained]:
+    """What the task that is being learned trains, by site name; to be read before the banks are frozen."""
+    return {site: Trained(trainable(bank.experts), trainable(bank.router)) for site, bank in banks.items()}
 
 
-def added(banks: Mapping[str, ExpertBank], task: int) -> Added:
-    """What one task added over all sites: what its directory stores."""
-    return sum(added_per_site(banks, task).values(), start=Added())
+def trained(banks: Mapping[str, ExpertBank]) -> Trained:
+    """The same over all sites: what the task's directory stores."""
+    return sum(trained_per_site(banks).values(), start=Trained())
 
 
 def stored(banks: Mapping[str, ExpertBank]) -> Size:
     """All experts and routers of all tasks so far."""
-    grown = [module for bank in banks.values() for module in (bank.experts, bank.routers)]
+    grown = [module for bank in banks.values() for module in (bank.experts, bank.router)]
     return size_of(parameter for module in grown for parameter in module.parameters())
 
 
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What an optimizer made now would hold, by name."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
 def trainable(model: nn.Module) -> Size:
-    """What an optimizer made now would hold."""
-    return size_of(parameter for parameter in model.parameters() if parameter.requires_grad)
+    """The size of that."""
+    return size_of(trained_parameters(model).values())
 
 
 def size_of(tensors: Iterable[Tensor]) -> Size:
     """Parameters and bytes of some tensors."""
     sizes = (Size(tensor.numel(), tensor.numel() * tensor.element_size()) for tensor in tensors)
     return sum(sizes, start=Size())
-
-
-def _added(bank: ExpertBank, task: int) -> Added:
-    num_parameters = len(bank.routers.new_experts(task)) * expert_parameters(bank)
-    weight_ED = bank.routers.weight(task)
-    return Added(
-        experts=Size(num_parameters, num_parameters * bank.anchor.element_size()),
-        router=Size() if weight_ED is None else size_of([weight_ED]),
-    )

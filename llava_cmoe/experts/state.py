@@ -1,6 +1,6 @@
-"""What one task added to the banks, as named tensors, and back: the experts' share of a task's directory.
+"""What one task trained in the banks, as named tensors, and back: the experts' share of a task's directory.
 
-Names say where a tensor lives; B has LoRA's own shape, not the transposed one that `bank.py` computes with. Files,
+Names say where a tensor lives; B has LoRA's own shape, not the transposed one that `stack.py` computes with. Files,
 hashes and atomic writing are the registry's.
 """
 
@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from llava_cmoe.experts.bank import ExpertBank, LoraPair
+from llava_cmoe.experts.bank import ExpertBank
+from llava_cmoe.experts.stack import LoraPair
 
 
 @dataclass(frozen=True)
 class TaskState:
-    """The tensors one task added, over all sites, on the CPU.
+    """The tensors one task trained, over all sites, on the CPU.
 
     Attributes:
-        experts: `SITE/LINEAR.A` (E, R, d_in) and `SITE/LINEAR.B` (E, d_out, R) of the task's new experts; a site that
-            did not grow is absent.
-        routers: `SITE/router` (E_t, D) over all experts that existed then; a site without experts is absent.
+        experts: `SITE/LINEAR.A` (E, R, d_in) and `SITE/LINEAR.B` (E, d_out, R) of the experts that the task trained; a
+            site without any is absent. `SITE/ids` (E,) where they do not simply follow the experts before.
+        routers: `SITE/NAME` of what the site's router learned; `SITE/router` (E_t, D) of a router per task.
     """
 
     experts: Mapping[str, Tensor]
@@ -29,19 +31,19 @@ class TaskState:
 
 
 def state_of(banks: Mapping[str, ExpertBank], task: int) -> TaskState:
-    """What task `task` added; for banks that are never frozen, task 0 is all they hold."""
+    """What task `task` trained: the experts that are not frozen yet, and what the routers hold of that task."""
     experts: dict[str, Tensor] = {}
     routers: dict[str, Tensor] = {}
     for site, bank in banks.items():
-        new = bank.routers.new_experts(task)
-        for linear, stack in bank.stacks.items():
-            if new:
-                pair = stack.read(new)
-                experts[f"{site}/{linear}.A"] = pair.a_ERI.cpu()
-                experts[f"{site}/{linear}.B"] = pair.b_EOR.cpu()
-        weight_ED = bank.routers.weight(task)
-        if weight_ED is not None:
-            routers[f"{site}/router"] = weight_ED.detach().to("cpu", copy=True)
+        ids = bank.trainable_ids
+        for linear, stack in bank.stacks.items() if ids else ():
+            pair = stack.read(ids)
+            experts[f"{site}/{linear}.A"] = pair.a_ERI.cpu()
+            experts[f"{site}/{linear}.B"] = pair.b_EOR.cpu()
+        frozen = [expert for expert in bank.ids if expert not in ids]
+        if ids and ids != _following(frozen, len(ids)):
+            experts[f"{site}/ids"] = torch.tensor(ids)
+        routers |= {f"{site}/{name}": tensor for name, tensor in bank.router.state_of(task).items()}
     return TaskState(experts, routers)
 
 
@@ -68,21 +70,35 @@ def restore(banks: Mapping[str, ExpertBank], state: TaskState) -> None:
     if strangers:
         raise ValueError(f"{strangers[0]}: no such linear at an installed site; install the sites it was saved with")
     for site, bank in banks.items():
-        for linear, stack in bank.stacks.items():
-            if f"{site}/{linear}.A" in given:
-                stack.add(LoraPair(given[f"{site}/{linear}.A"], given[f"{site}/{linear}.B"]), like=bank.anchor)
-        weight_ED = given.get(f"{site}/router")
-        bank.routers.add(None if weight_ED is None else weight_ED.to(bank.anchor.device, copy=True))
+        if num_new := _num_new(site, bank, given):
+            named = given.get(f"{site}/ids")
+            ids = _following(bank.ids, num_new) if named is None else tuple(named.tolist())
+            for linear, stack in bank.stacks.items():
+                pair = LoraPair(given[f"{site}/{linear}.A"], given[f"{site}/{linear}.B"])
+                stack.add(ids, pair, like=bank.anchor)
+        mine = {name: given[f"{site}/{name}"] for name in bank.router.shapes_of_next(bank.num_experts)}
+        bank.router.restore_next(mine, bank.anchor.device)
+
+
+def _following(ids: tuple[int, ...] | list[int], num: int) -> tuple[int, ...]:
+    """The ids of `num` experts that simply come next."""
+    start = max(ids, default=-1) + 1
+    return tuple(range(start, start + num))
+
+
+def _num_new(site: str, bank: ExpertBank, given: Mapping[str, Tensor]) -> int:
+    names = [f"{site}/{linear}.{matrix}" for linear in bank.stacks for matrix in "AB"]
+    return next((len(given[name]) for name in names if name in given), 0)
 
 
 def _shapes(site: str, bank: ExpertBank, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a site must be given: experts if any of its tensors is there, and a router over all."""
-    names = [f"{site}/{linear}.{matrix}" for linear in bank.stacks for matrix in "AB"]
-    num_new = next((len(given[name]) for name in names if name in given), 0)
+    """Names and shapes of what a site must be given: experts if any of its tensors is there, and its router's."""
+    num_new = _num_new(site, bank, given)
     shapes: dict[str, tuple[int, ...]] = {}
     for linear, stack in bank.stacks.items() if num_new else ():
         shapes[f"{site}/{linear}.A"] = (num_new, bank.rank, stack.d_in)
         shapes[f"{site}/{linear}.B"] = (num_new, stack.d_out, bank.rank)
-    if bank.num_experts + num_new:
-        shapes[f"{site}/router"] = (bank.num_experts + num_new, bank.routers.hidden_size)
-    return shapes
+    if f"{site}/ids" in given:
+        shapes[f"{site}/ids"] = (num_new,)
+    of_router = bank.router.shapes_of_next(bank.num_experts + num_new)
+    return shapes | {f"{site}/{name}": shape for name, shape in of_router.items()}

@@ -6,18 +6,23 @@ bitsandbytes' `Linear4bit`, ...), only deeper: `mlp.up_proj.weight` becomes `mlp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llava_cmoe.backbones.sites import Site
-from llava_cmoe.experts.bank import ExpertBank, ExpertLinear, stack_name
-from llava_cmoe.experts.images import follow_images, unfollow_images
-from llava_cmoe.experts.plan import RouteContext
+from llava_cmoe.backbones.sites import Site, image_token_of
+from llava_cmoe.experts.bank import ExpertBank, ExpertLinear
+from llava_cmoe.experts.context import RouteContext
+from llava_cmoe.experts.forward_hook import follow, unfollow
+from llava_cmoe.experts.routers.base import Router
+from llava_cmoe.experts.stack import stack_name
+
+KindOfRouter = TypeVar("KindOfRouter", bound=Router)
 
 
 @dataclass(frozen=True)
@@ -27,24 +32,30 @@ class ExpertHost:
     context: RouteContext
     banks: Mapping[str, ExpertBank]
 
+    def routers(self, kind: type[KindOfRouter]) -> dict[str, KindOfRouter]:
+        """Site to its router, of banks that were installed with this kind."""
+        found = {site: bank.router for site, bank in self.banks.items()}
+        assert all(isinstance(router, kind) for router in found.values()), f"installed with other routers than {kind}"
+        return cast(dict[str, KindOfRouter], found)
+
     def freeze(self) -> None:
         """End a task in every bank: its experts and routers change no more."""
         for bank in self.banks.values():
             bank.freeze()
 
-    def drop_fresh(self) -> None:
+    def discard_trainable(self) -> None:
         """Forget, in every bank, the experts and routers since the last `freeze()`."""
         for bank in self.banks.values():
-            bank.drop_fresh()
+            bank.discard_trainable()
 
 
 def install(
     model: PreTrainedModel,
     sites: Iterable[Site],
+    make_router: Callable[[int], Router],
     *,
     rank: int,
     alpha: float,
-    top_k: int,
     dtype: torch.dtype = torch.float32,
 ) -> ExpertHost:
     """Freeze the model and put an empty bank at every site; what the model computes stays the same, bit for bit.
@@ -52,9 +63,9 @@ def install(
     Args:
         model: the backbone; all of its parameters stop requiring gradients.
         sites: places from `backbones/sites.py`.
+        make_router: makes a site's router from the width of its input.
         rank: LoRA rank of one expert.
         alpha: LoRA scale; an expert's output is multiplied by alpha / rank.
-        top_k: experts a token uses at a site.
         dtype: precision of the experts, whatever that of the frozen weights.
 
     Raises:
@@ -64,16 +75,15 @@ def install(
         raise ValueError("experts are installed in this model already; uninstall(model) first")
     linears = {site: {path: _linear(model, site, path) for path in site.linears} for site in sites}
     model.requires_grad_(False)
-    context, banks = RouteContext(), {}
+    context, banks = RouteContext(image_token_of(model)), {}
     for site, paths in linears.items():
         frozen = model.get_submodule(site.name)
-        bank = ExpertBank(site, frozen, context, rank=rank, alpha=alpha, top_k=top_k, dtype=dtype)
+        bank = ExpertBank(site, frozen, context, make_router, rank=rank, alpha=alpha, dtype=dtype)
         model.set_submodule(site.name, bank)
         for path, linear in paths.items():
             bank.set_submodule(_join("frozen", path), ExpertLinear(linear, partial(bank.delta, stack_name(path))))
-        banks[site.name] = bank
-    if any(site.of_images for site in linears):
-        follow_images(model, context)
+        banks[site.name] = bank.train(model.training)
+    follow(model, context, of_images=any(site.of_images for site in linears))
     return ExpertHost(context, banks)
 
 
@@ -92,7 +102,7 @@ def uninstall(model: PreTrainedModel) -> None:
             assert isinstance(wrapped, ExpertLinear)
             bank.set_submodule(_join("frozen", path), wrapped.frozen)
         model.set_submodule(name, bank.frozen)
-        unfollow_images(model, bank.context)
+    unfollow(model, next(iter(banks.values())).context)
 
 
 def _linear(model: nn.Module, site: Site, path: str) -> nn.Module:

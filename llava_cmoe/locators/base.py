@@ -14,14 +14,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from llava_cmoe.records import Located, Mixture
+from llava_cmoe.records import Located
 from llava_cmoe.settings.locators import LocatorSettings
 
 UNSEEN_QUANTILE, UNSEEN_FLOOR = 0.99, 3.0
@@ -145,11 +144,11 @@ def nearest_task(score_BN: Tensor, threshold_N: Tensor) -> Located:
     """Hard selection: the task with the lowest score, or -1 where even that one lies above its own threshold."""
     if score_BN.shape[1] == 0:
         nobody_B = torch.full(score_BN.shape[:1], -1, dtype=torch.long, device=score_BN.device)
-        return Located(task_B=nobody_B, score_BN=score_BN)
+        return Located.at(nobody_B, score_BN)
     best_B, task_B = score_BN.min(dim=1)
     # Written as "known if below", so that a score that is not a number is unknown.
     known_B = best_B <= threshold_N[task_B]
-    return Located(task_B=torch.where(known_B, task_B, -1), score_BN=score_BN)
+    return Located.at(torch.where(known_B, task_B, -1), score_BN)
 
 
 def nearest_tasks(located: Located, num: int, temperature: float) -> Located:
@@ -157,12 +156,13 @@ def nearest_tasks(located: Located, num: int, temperature: float) -> Located:
 
     What hard selection sends to the base model still goes there: softness is about which tasks, not about whether.
     """
-    score_BK, tasks_BK = located.score_BN.topk(min(num, located.score_BN.shape[1]), dim=1, largest=False)
+    score_BN = located.score_BN
+    assert score_BN is not None, "a locator scores"
+    score_BK, tasks_BK = score_BN.topk(min(num, score_BN.shape[1]), dim=1, largest=False)
     known_B1 = (located.task_B >= 0).unsqueeze(1)
     weights_BK = (-score_BK / temperature).softmax(dim=1)
     # Not a product with 0: the scores of an unknown prompt may be no numbers.
-    mixture = Mixture(torch.where(known_B1, tasks_BK, -1), torch.where(known_B1, weights_BK, 0.0))
-    return replace(located, mixture=mixture)
+    return Located(torch.where(known_B1, tasks_BK, -1), torch.where(known_B1, weights_BK, 0.0), score_BN)
 
 
 def _normalised(feature_BD: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class StandIns:
+class MergeMap:
     """A stand-in per expert of a site.
 
     Attributes:
@@ -53,6 +53,6 @@ class StandIns:
 
 
 @cache
-def _share_ES(stand_ins: StandIns, device: torch.device) -> Tensor:
+def _share_ES(stand_ins: MergeMap, device: torch.device) -> Tensor:
     """One where column s stands in for row e; made once per device, as each layer asks for it at each decoding step."""
     return (torch.tensor(stand_ins.of_E).unsqueeze(1) == torch.tensor(stand_ins.kept)).float().to(device)

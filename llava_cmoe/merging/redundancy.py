@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llava_cmoe.experts.bank import StackedExperts
+from llava_cmoe.experts.stack import StackedExperts
 from llava_cmoe.experts.surgery import ExpertHost
-from llava_cmoe.merging.merge_map import StandIns
+from llava_cmoe.merging.merge_map import MergeMap
 
 EPSILON = 1e-6
 """Least share of a stand-in in its mean: an expert that takes all of it leaves the ratio of the two finite."""
@@ -128,14 +128,14 @@ class Redundancy:
                 busy |= {step.stand_in} - {-1}
                 yield step
 
-    def _see(self, site: str, linear: str, stack: nn.Module, args: tuple[Tensor, Tensor]) -> None:
+    def _see(self, site: str, linear: str, stack: nn.Module, args: tuple[Tensor, Tensor, int]) -> None:
         assert isinstance(stack, StackedExperts)
         of_images = self._host.banks[site].site.of_images
-        plan = self._host.context.plan_on(args[0].device)
-        assert plan is not None and plan.mask_BT is not None, "watched passes need a plan with a mask"
-        x_JI, gate_JE = (value.flatten(0, 1) if of_images else value[plan.mask_BT] for value in args)
+        running = self._host.context.forward_pass(args[0].device)
+        assert running is not None and running.mask_BT is not None, "watched passes need a plan and a batch with a mask"
+        x_JI, gate_JE = (value.flatten(0, 1) if of_images else value[running.mask_BT] for value in args[:2])
         for some_x_JI, some_gate_JE in zip(torch.split(x_JI, TOKENS), torch.split(gate_JE, TOKENS), strict=True):
-            self._add((plan.newest, site, linear), _outputs(stack, some_x_JI), some_gate_JE)
+            self._add((running.plan.max_task, site, linear), _outputs(stack, some_x_JI), some_gate_JE)
 
     def _add(self, key: tuple[int, str, str], out_JEO: Tensor, gate_JE: Tensor) -> None:
         gate_JE = functional.pad(gate_JE, (0, out_JEO.shape[1] - gate_JE.shape[-1]))  # experts younger than the task
@@ -145,7 +145,7 @@ class Redundancy:
         self._added[key] = self._added[key] + added if key in self._added else added
 
 
-def stand_ins_of(steps: Sequence[Step], host: ExpertHost) -> Mapping[str, StandIns]:
+def merge_map_of(steps: Sequence[Step], host: ExpertHost) -> Mapping[str, MergeMap]:
     """The merge that some steps make, by site; sites without experts are absent."""
     of_E = {site: list(range(bank.num_experts)) for site, bank in host.banks.items() if bank.num_experts}
     part_E = {site: [1.0] * len(stand_ins) for site, stand_ins in of_E.items()}
@@ -153,7 +153,7 @@ def stand_ins_of(steps: Sequence[Step], host: ExpertHost) -> Mapping[str, StandI
         of_E[step.site][step.expert] = step.stand_in
         # To the stand-in's own part of one as the share is to the rest; several may have the same stand-in.
         part_E[step.site][step.expert] = step.share / max(1 - step.share, EPSILON)
-    return {site: StandIns(tuple(of_E[site]), _shares(of_E[site], part_E[site])) for site in of_E}
+    return {site: MergeMap(tuple(of_E[site]), _shares(of_E[site], part_E[site])) for site in of_E}
 
 
 def _shares(of_E: Sequence[int], part_E: Sequence[float]) -> tuple[float, ...]:

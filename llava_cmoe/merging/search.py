@@ -1,8 +1,8 @@
 """Merging a finished run: as many experts left out as every task bears, checked on rows that it never learned.
 
 The pool of experts grows with every task; some are little used, some compute what another one computes. Those are left
-out in the order of what that changes (`experts/redundancy.py`), as many as keep every task's held-out loss within a
-bound. Learning goes on from the run as it was: a merge is an entry beside it, for answering (`registry/merges.py`).
+out in the order of what that changes (`redundancy.py`), as many as keep every task's held-out loss within a
+bound. Learning goes on from the run as it was: a merge is an entry beside it, for answering (`store.py`).
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from rich import box
 from rich.table import Table
-from torch.utils.data import DataLoader
 
-from llava_cmoe.data.coin import read_train
-from llava_cmoe.data.collator import Collator
-from llava_cmoe.data.conversation import IGNORED, tokenizer_of
+from llava_cmoe.data.batches import batches
+from llava_cmoe.data.conversation import IGNORED
 from llava_cmoe.data.encoding import SampleRows
-from llava_cmoe.evaluation.generate import Candidate
-from llava_cmoe.evaluation.runner import Exam, encode_questions, evaluate_after, score_after
+from llava_cmoe.data.task_data import TaskData
+from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_sets_of
+from llava_cmoe.evaluation.generate import EvalModel
+from llava_cmoe.evaluation.runner import evaluate_after
+from llava_cmoe.evaluation.scoring import score_after
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
-from llava_cmoe.merging.redundancy import Redundancy, Step, stand_ins_of
+from llava_cmoe.merging.merged_bank import merge, unmerge
+from llava_cmoe.merging.redundancy import Redundancy, Step, merge_map_of
 from llava_cmoe.merging.store import BeforeAfter, MergeRecord, Merges
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import versions
-from llava_cmoe.registry.restore import restore_stage
-from llava_cmoe.registry.schema import RegistryError
-from llava_cmoe.sequence import Progress, Run, check_data, leave, open_run
+from llava_cmoe.runs.run import Progress, Run, check_learned, open_learned
 from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.methods.cmoe import CmoeSettings
 from llava_cmoe.settings.run import Recipe
 
 BATCH = 32
@@ -73,9 +73,9 @@ def merge_run(
     with redundancy.watch():
         before = losses(subject, partial(progress, "use and likeness"))
     steps = tuple(redundancy.steps())
-    steps, after = most(subject, steps, before, bound, progress)
-    accuracy_before = accuracies(subject, subject.run.exam.folder, progress)
-    bytes_before, merge = expert_bytes(subject), stand_ins_of(steps, host)
+    steps, after = largest_feasible(subject, steps, before, bound, progress)
+    accuracy_before = accuracies(subject, subject.run.eval_spec.folder, progress)
+    bytes_before, merge = expert_bytes(subject), merge_map_of(steps, host)
     with merged(subject, steps):
         accuracy_after = accuracies(subject, merges.prepare() / "answers", progress)
         bytes_after = expert_bytes(subject)
@@ -95,37 +95,28 @@ def merge_run(
 
 def open_subject(recipe: Recipe, num_rows: int) -> Subject:
     """Bring a run's learned tasks back, and read rows of theirs that were not learned."""
-    run = open_run(recipe)
-    if not isinstance(run.method, Cmoe):
+    if not isinstance(recipe.method, CmoeSettings):
         raise RecipeError(f"{recipe.run}: method {recipe.method.name} has no pool of experts to merge; cmoe has")
-    check_data(run)
-    records = run.registry.records()
-    if not records:
-        raise RegistryError(f"{recipe.run}: nothing is learned yet; train the run, then merge it")
-    tasks = run.sequence.tasks[: len(records)]
-    held_out = {}
-    for task in tasks:
-        rows = leave(read_train(recipe.data.root, task), recipe.data.train_rows, recipe.seed)
-        if not len(rows):
+    num_learned, data = check_learned(recipe), TaskData.open(recipe.data, recipe.seed)
+    tasks = data.sequence.tasks[:num_learned]
+    rows = {task.name: data.held_out(task.name) for task in tasks}
+    for name, left in rows.items():
+        if not len(left):
             raise RecipeError(
-                f"{recipe.run}: all training rows of {task.name} were learned, none is held out to check a merge on; "
+                f"{recipe.run}: all training rows of {name} were learned, none is held out to check a merge on; "
                 "learn with a data.train_rows below their number"
             )
-        chosen: Dataset = rows.select(range(min(num_rows, len(rows))))
-        held_out[task.name] = SampleRows(
-            chosen,
-            run.backbone.processor,
-            recipe.training.max_length,
-            task.geometry,
-            keep=True,
-            max_pixels=recipe.data.max_pixels,
-        )
-    for index in range(len(records)):
-        restore_stage(run.method, run.registry, index, run.backbone)
+    run = open_learned(recipe)
+    assert isinstance(run.method, Cmoe)
+    held_out = {}
+    for task in tasks:
+        chosen = rows[task.name].select(range(min(num_rows, len(rows[task.name]))))
+        encoding = data.encoding(task, run.backbone.processor, keep=True)
+        held_out[task.name] = SampleRows(chosen, encoding, recipe.training.max_length)
     return Subject(run, run.method, held_out)
 
 
-def most(
+def largest_feasible(
     subject: Subject, steps: Sequence[Step], before: Mapping[str, float], bound: float, progress: Progress
 ) -> tuple[tuple[Step, ...], dict[str, float]]:
     """Steps that every task bears together, taken in order where they can be, and the losses with them.
@@ -153,25 +144,25 @@ def most(
 def merged(subject: Subject, steps: Sequence[Step]) -> Iterator[None]:
     """Some experts are left out inside."""
     banks = subject.method.host.banks
-    whole = {site: banks[site].merge(stand_ins) for site, stand_ins in stand_ins_of(steps, subject.method.host).items()}
+    whole = {
+        site: merge(banks[site], stand_ins) for site, stand_ins in merge_map_of(steps, subject.method.host).items()
+    }
     try:
         yield
     finally:
-        for site, blocks in whole.items():
-            banks[site].unmerge(blocks)
+        for site, before in whole.items():
+            unmerge(banks[site], before)
 
 
 @torch.no_grad()
 def losses(subject: Subject, at: Progress) -> dict[str, float]:
     """Mean loss per answer token of every learned task's held-out rows, on its own route."""
     method, found = subject.method, {}
-    collator = Collator(tokenizer_of(method.processor).pad_token_id)
     for task, (name, rows) in enumerate(subject.held_out.items()):
         total, num_tokens = 0.0, 0
-        for batch in DataLoader(rows, batch_size=BATCH, collate_fn=collator):
-            inputs = {key: tensor.to(method.model.device) for key, tensor in batch.items()}
+        for inputs in batches(rows, method.processor, BATCH, method.model.device):
             num_learned = int((inputs["labels"][:, 1:] != IGNORED).sum())
-            with method.host.context.use(RoutePlan.single(task, inputs["attention_mask"].bool())):
+            with method.host.context.use(RoutePlan.single(task), inputs):
                 total += num_learned * float(method.model(**inputs, use_cache=False).loss)
             num_tokens += num_learned
         found[name] = total / num_tokens
@@ -181,14 +172,14 @@ def losses(subject: Subject, at: Progress) -> dict[str, float]:
 def accuracies(subject: Subject, folder: Path, progress: Progress) -> dict[str, float]:
     """Located accuracy of every learned task, in percent; answers that lie in `folder` are not asked again."""
     run = subject.run
-    exam: Exam = replace(
-        run.exam, folder=folder, settings=run.recipe.evaluation.model_copy(update={"routes": ("located",)})
+    eval_spec: EvalSpec = replace(
+        run.eval_spec, folder=folder, settings=run.recipe.evaluation.model_copy(update={"routes": ("located",)})
     )
-    candidate = Candidate(subject.method, subject.method.model, run.backbone.processor)
-    questions = encode_questions(exam, run.backbone.processor)
+    eval_model = EvalModel(subject.method, subject.method.model, run.backbone.processor)
+    questions = eval_sets_of(eval_spec, run.backbone.processor)
     last = len(subject.held_out) - 1
-    evaluate_after(exam, questions, candidate, last, run.processes, partial(progress, "answers"))
-    return {exam.sequence.names[cell.task]: cell.accuracy for cell in score_after(exam, last)}
+    evaluate_after(eval_spec, questions, eval_model, last, run.processes, partial(progress, "answers"))
+    return {eval_spec.sequence.names[cell.task]: cell.accuracy for cell in score_after(eval_spec, last)}
 
 
 def expert_bytes(subject: Subject) -> int:

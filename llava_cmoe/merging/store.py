@@ -3,7 +3,7 @@
     runs/NAME/merges/01/            merge.json  answers/
 
 No task's directory changes, and no tensor is written: what stays is made from the tasks' own files. Deleting an entry
-takes a merge back. How one is found is `merging.py`'s.
+takes a merge back. How one is found is `search.py`'s.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import re
 import shutil
 from pathlib import Path
 
+from llava_cmoe.merging.merge_map import MergeMap
+from llava_cmoe.merging.merged_bank import merge
+from llava_cmoe.methods.base import Method
 from llava_cmoe.registry.schema import Manifest, RegistryError
 from llava_cmoe.registry.store import Registry
 
@@ -47,6 +50,18 @@ class MergeRecord(Manifest):
     """Bytes of all experts in memory; routers and locators are as before."""
     versions: dict[str, str]
     """Python and the packages that had a hand in the numbers."""
+
+
+def restore_merge(method: Method, registry: Registry, number: int) -> None:
+    """Leave out of a restored method the experts that merge `number` leaves out, for good.
+
+    Raises:
+        RegistryError: no such merge, or it was found for other learned tasks.
+    """
+    record = Merges(registry).load(number)
+    assert method.host is not None, "only a run with a pool of experts has merges"
+    for site, of_E in record.stand_ins.items():
+        merge(method.host.banks[site], MergeMap(of_E, record.shares[site]))
 
 
 class Merges:

@@ -2,15 +2,35 @@
 
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.methods.ewc import Ewc
 from llava_cmoe.methods.joint import Joint
+from llava_cmoe.methods.lora_per_task import LoraPerTask
+from llava_cmoe.methods.lwf import Lwf
 from llava_cmoe.methods.moelora import MoeLora
+from llava_cmoe.methods.o_lora import OLora
+from llava_cmoe.methods.pmoe import Pmoe
+from llava_cmoe.methods.r2moe import R2moe
+from llava_cmoe.methods.replay import Replay
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.methods.zero_shot import ZeroShot
+from llava_cmoe.settings.methods import MethodSettings
 
 METHODS: dict[str, type[Method]] = {
     "zero_shot": ZeroShot,
     "sequential_lora": SequentialLora,
     "joint": Joint,
+    "replay": Replay,
+    "ewc": Ewc,
+    "lwf": Lwf,
+    "o_lora": OLora,
+    "lora_per_task": LoraPerTask,
     "moelora": MoeLora,
+    "pmoe": Pmoe,
+    "r2moe": R2moe,
     "cmoe": Cmoe,
 }
+
+
+def method_of(settings: MethodSettings) -> type[Method]:
+    """The class of the method that these are the settings of."""
+    return METHODS[settings.name]

@@ -1,54 +1,57 @@
 """The contract between a method and everything that drives it: a few verbs, the same for every method.
 
 The trainer, the registry and the evaluation never ask which method they serve. A method keeps nothing between tasks
-that it does not return from `after_task`, so what is on disk is all there is.
+that it does not return from `learn`, so what is on disk is all there is.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from llava_cmoe.backbones.feature_store import FeatureStore
+from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.data.encoding import PromptRows, SampleRows
-from llava_cmoe.records import Growth, Learned, Located, Mixture, StageReport
+from llava_cmoe.experts.surgery import ExpertHost
+from llava_cmoe.records import Growth, Learned, Located, StageReport
 
-Batch = Mapping[str, Tensor]
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """A task's tensors by file stem, as `Learned.tensors` holds them and the registry gives them back."""
 
-ExtraLoss = Callable[[], Tensor | float]
-"""Read after the forward pass: what a method adds to the language-modelling loss of the batch."""
+ExtraLoss = Callable[[ModelOutput], Tensor | float]
+"""Called with what the model returned: what a method adds to the language-modelling loss of the batch."""
 
-LateVerdict = Callable[[], Located | None]
-"""Read after the model has read the prompts: which task each belongs to; None for a method that does not ask."""
+TrainingContext = Callable[[Batch], AbstractContextManager[ExtraLoss]]
+"""Opened around a training forward pass of a batch. The batch also holds `row` (B,): the place of each sample among
+those that `fit` was given, -1 for a sample that only fills up a batch."""
 
-Learning = Callable[[Batch], AbstractContextManager[ExtraLoss]]
-"""Opened around a training forward pass of a batch."""
+DeferredLocation = Callable[[], Located | None]
+"""Called after the model has read the prompts: which task each belongs to; None where no locator decided."""
 
 
-class Teach(Protocol):
+class FitFn(Protocol):
     """Trains the model's trainable parameters on some rows, with the run's training settings where none are given."""
 
     def __call__(
         self,
         samples: Dataset[dict[str, Tensor]],
-        learning: Learning,
+        training_context: TrainingContext,
         *,
         label: str,
         epochs: float | None = None,
         learning_rate: float | None = None,
         batch_size: int | None = None,
     ) -> StageReport:
-        """One `transformers.Trainer` from start to end."""
+        """One `transformers.Trainer` from start to end; may be called as often as a method likes."""
         ...
 
 
@@ -78,6 +81,8 @@ class StageData:
         prompts: the same rows without answers.
         seed: of everything random in it.
         features: where its prompts' features are kept on disk; None to read them from the model.
+        past: the samples of each earlier stage, in order, encoded when they are read; empty for a method that may not
+            use them (`Method.uses_past`).
     """
 
     index: int
@@ -86,6 +91,7 @@ class StageData:
     prompts: PromptRows
     seed: int
     features: FeatureStore | None = None
+    past: Sequence[SampleRows] = ()
 
 
 class Method(ABC):
@@ -94,57 +100,80 @@ class Method(ABC):
     Attributes:
         model: what is trained and generates; the backbone with whatever the method put around or into it.
         processor: the backbone's processor.
+        host: the banks that hold its experts; None for a method without.
+        locates: whether `answering` finds the task of a prompt by itself.
+        uses_past: whether it learns from rows of earlier tasks.
     """
 
     model: PreTrainedModel
     processor: Processor
+    host: ExpertHost | None = None
+    locates: ClassVar[bool] = False
+    uses_past: ClassVar[bool] = False
 
     @abstractmethod
     def __init__(self, settings: Any, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Prepare the backbone; `seed` draws whatever is initialised at random."""
 
-    def stages(self, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
+    @classmethod
+    def refusal(cls, settings: Any, zero_stage: int) -> str | None:
+        """Why it cannot learn under DeepSpeed's ZeRO of this stage, and what to choose instead; None if it can."""
+        del settings, zero_stage
+        return None
+
+    @classmethod
+    def stages(cls, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
         """The stages of a run: one per task, measured after each, unless a method says otherwise."""
         return tuple(Stage(name, (index,), index) for index, name in enumerate(task_names))
 
-    def before_task(self, data: StageData, teach: Teach) -> Growth:
-        """Decide what to add for this task, add it and make it trainable; by default nothing is added."""
-        del data, teach
+    def learn(self, data: StageData, fit: FitFn) -> Learned:
+        """Learn one stage, and return everything that it taught."""
+        growth = self.before_task(data, fit)
+        report = fit(data.samples, self.training_context, label="training")
+        return with_report(self.after_task(data), growth, report)
+
+    def before_task(self, data: StageData, fit: FitFn) -> Growth:
+        """Add what this task needs and make it trainable; by default nothing is added."""
+        del data, fit
         return Growth(new_experts={})
 
     @contextmanager
-    def learning(self, batch: Batch) -> Iterator[ExtraLoss]:
+    def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:
         """Context of a training forward pass; by default the plain model and no extra loss."""
         del batch
-        yield float
+        yield no_extra_loss
 
     @abstractmethod
-    def after_task(self, data: StageData, growth: Growth) -> Learned:
-        """Freeze, fit and hand over everything this task taught."""
+    def after_task(self, data: StageData) -> Learned:
+        """Freeze, fit and return everything that this task taught."""
 
     @abstractmethod
     def restore(self, tensors: Tensors) -> None:
-        """Add the next task from what its `after_task` handed over; tasks come back in order."""
+        """Add the next task from what `learn` returned; tasks come back in order."""
 
-    def locate(self, batch: Batch) -> Located | None:
-        """Which task each prompt belongs to; None for a method that does not ask."""
-        del batch
-        return None
+    def answering(self, batch: Batch, task_B: Tensor | None = None) -> AbstractContextManager[DeferredLocation]:
+        """Answer these prompts inside.
 
-    def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
-        """Answer with these tasks' routers inside, one or a mixture a sample (-1: the base model).
-
-        Ignored by methods without routers.
+        Args:
+            batch: the prompts.
+            task_B: whose routers answer each sample, -1 for the base model; the method finds out where absent. Without
+                effect on a method that answers alike for all tasks.
         """
-        del choice
-        return nullcontext()
+        del batch, task_B
+        return nullcontext(lambda: None)
 
-    @contextmanager
-    def locating(self, batch: Batch) -> Iterator[LateVerdict]:
-        """Answer these prompts inside, each with the routers of the task it is located at.
 
-        By default `locate` looks at them first. A method that can locates while the model reads them.
-        """
-        located = self.locate(batch)
-        with self.routed(located.choice if located else None):
-            yield lambda: located
+def no_extra_loss(output: ModelOutput) -> float:
+    """The loss term of a method without any."""
+    del output
+    return 0.0
+
+
+def with_report(learned: Learned, growth: Growth, report: StageReport) -> Learned:
+    """What was learned, with how it grew and trained in its facts, and what that took in its seconds."""
+    facts = {
+        part: {key: value for key, value in asdict(values).items() if not key.endswith("seconds")}
+        for part, values in (("growth", growth), ("training", report))
+    }
+    seconds = {"probing": growth.probe_seconds, "training": report.seconds}
+    return replace(learned, facts={**learned.facts, **facts}, seconds={**seconds, **learned.seconds})

@@ -9,6 +9,7 @@ from llava_cmoe.methods.sequential_lora import SequentialLora
 class Joint(SequentialLora):
     """One stage over all tasks; only the last row of the matrix can be measured."""
 
-    def stages(self, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
+    @classmethod
+    def stages(cls, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
         """All tasks at once."""
         return (Stage("joint", tuple(range(len(task_names))), len(task_names) - 1),)

@@ -7,25 +7,29 @@ is split over the experts, as in CoIN's code (rank 128 over 8 experts is 16 each
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.sites import linear_sites
+from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.state import TaskState, restore, state_of
-from llava_cmoe.experts.surgery import install
-from llava_cmoe.methods.base import Batch, ExtraLoss, Method, StageData, Tensors
-from llava_cmoe.records import Growth, Learned, Mixture
+from llava_cmoe.experts.surgery import ExpertHost, install
+from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, Method, StageData, Tensors, no_extra_loss
+from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.moelora import MoeLoraSettings
 
 
 class MoeLora(Method):
     """Shared experts and one shared router per linear, index 0 for every task."""
+
+    host: ExpertHost
 
     def __init__(self, settings: MoeLoraSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Put all experts beside every linear of the LLM's attention and FFNs."""
@@ -35,23 +39,22 @@ class MoeLora(Method):
         self.host = install(
             model,
             linear_sites(model),
+            lambda width: TaskRouters(width, top_k=settings.num_experts),
             rank=rank,
             alpha=settings.alpha * rank / settings.rank,
-            top_k=settings.num_experts,
         )
-        generator = torch.Generator().manual_seed(seed)
-        for bank in self.host.banks.values():
+        generator, routers = torch.Generator().manual_seed(seed), self.host.routers(TaskRouters)
+        for site, bank in self.host.banks.items():
             bank.grow(settings.num_experts, generator=generator)
-            bank.add_router(generator=generator)
+            routers[site].add_task(settings.num_experts, bank.anchor.device, generator)
 
     @contextmanager
-    def learning(self, batch: Batch) -> Iterator[ExtraLoss]:
+    def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:
         """The shared router for every sample; no balance term, as in CoIN."""
-        del batch
-        with self.routed(None):
-            yield float
+        with self.answering(batch):
+            yield no_extra_loss
 
-    def after_task(self, data: StageData, growth: Growth) -> Learned:
+    def after_task(self, data: StageData) -> Learned:
         """All experts and routers as they are now: the next task changes all of them."""
         state = state_of(self.host.banks, 0)
         parameters = ledger.trainable(self.model).parameters
@@ -59,9 +62,12 @@ class MoeLora(Method):
 
     def restore(self, tensors: Tensors) -> None:
         """Replace experts and routers by those of the next task."""
-        self.host.drop_fresh()
+        self.host.discard_trainable()
         restore(self.host.banks, TaskState(tensors["experts"], tensors["routers"]))
 
-    def routed(self, choice: Tensor | Mixture | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def answering(self, batch: Batch, task_B: Tensor | None = None) -> Iterator[DeferredLocation]:
         """The one shared router, whatever the task."""
-        return self.host.context.use(RoutePlan.single(0))
+        del task_B
+        with self.host.context.use(RoutePlan.single(0), batch):
+            yield lambda: None

@@ -10,24 +10,25 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from llava_cmoe.data.collator import Collator
-from llava_cmoe.data.conversation import IGNORED
+from llava_cmoe.data.batches import batches, share_of
+from llava_cmoe.data.conversation import IGNORED, Processor
 from llava_cmoe.experts import ledger
-from llava_cmoe.experts.bank import ExpertBank, LoraPair
+from llava_cmoe.experts.bank import ExpertBank
 from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.routers.per_task import TaskRouters
+from llava_cmoe.experts.stack import LoraPair
 from llava_cmoe.experts.surgery import ExpertHost
-from llava_cmoe.methods.base import Learning, StageData, Teach
+from llava_cmoe.methods.base import FitFn, StageData, TrainingContext
 from llava_cmoe.records import Growth
 from llava_cmoe.settings.methods.cmoe import ProbeSettings
 
@@ -36,7 +37,7 @@ COUNT_BATCH = 32
 
 
 @dataclass(frozen=True)
-class Start:
+class ExpertInit:
     """How the new experts of a site begin.
 
     Attributes:
@@ -52,21 +53,21 @@ def probe(
     model: PreTrainedModel,
     host: ExpertHost,
     data: StageData,
-    collator: Collator,
+    processor: Processor,
     settings: ProbeSettings,
-    learning: Callable[[float], Learning],
-    teach: Teach,
-) -> tuple[Growth, Mapping[str, Start]]:
+    training_context: Callable[[float], TrainingContext],
+    fit: FitFn,
+) -> tuple[Growth, Mapping[str, ExpertInit]]:
     """Find the sites that need experts for a task; the banks are afterwards what they were before.
 
     Args:
         model: the backbone that carries the banks.
         host: the frozen pool.
         data: the task.
-        collator: makes batches to count on.
+        processor: the backbone's.
         settings: what share of the task is read, and how use becomes a decision.
-        learning: from the weight of the balance loss to the context of a training step under the newest routers.
-        teach: trains whatever requires gradients, here probes and their routers.
+        training_context: from the weight of the balance loss to the context of a training step.
+        fit: trains whatever requires gradients, here probes and their routers.
     """
     began = time.monotonic()
     generator = torch.Generator().manual_seed(data.seed)
@@ -74,32 +75,33 @@ def probe(
         : max(2, round(len(data.samples) * settings.fraction))
     ]
     num_counted = max(1, round(len(order) * settings.holdout))
-    for bank in host.banks.values():
+    routers = host.routers(TaskRouters)
+    for site, bank in host.banks.items():
         bank.grow(settings.max_new_experts, generator=generator)
-        bank.add_router(generator=generator)
+        routers[site].add_task(bank.num_experts, bank.anchor.device, generator)
     probe_parameters = sum(ledger.trainable(bank).parameters for bank in host.banks.values())
-    teach(
+    fit(
         Subset(data.samples, order[num_counted:].tolist()),
-        learning(settings.balance_weight),
+        training_context(settings.balance_weight),
         label="probing",
         epochs=1,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
     )
     rows, plan = Subset(data.samples, order[:num_counted].tolist()), RoutePlan.single(data.index)
-    counts = count(model, rows, collator, host, plan, settings.counted)
+    counts = count(model, rows, processor, host, plan, settings.counted)
     counts = {site: counts_E for site, counts_E in counts.items() if counts_E.any()}  # no picture: nothing to decide
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
     thresholds = thresholds_of(frequencies, settings)
     chosen = chosen_of(frequencies, thresholds, settings, generator)
-    origins = {site: origin(frequencies[site], settings) for site in chosen}
-    means = mean_tokens(model, rows, collator, host)
+    origins = {site: source_expert(frequencies[site], settings) for site in chosen}
+    means = mean_tokens(model, rows, processor, host)
     num_copied = settings.max_new_experts if settings.init == "probe" else 1
     starts = {
-        site: Start(None if index is None else host.banks[site].expert(index, num_copied), means[site])
+        site: ExpertInit(None if index is None else host.banks[site].expert(index, num_copied), means[site])
         for site, index in origins.items()
     }
-    host.drop_fresh()
+    host.discard_trainable()
     growth = Growth(
         new_experts=dict.fromkeys(chosen, settings.max_new_experts),
         init_from={site: index for site, index in origins.items() if index is not None},
@@ -115,7 +117,7 @@ def probe(
 def count(
     model: PreTrainedModel,
     samples: Subset[dict[str, Tensor]],
-    collator: Collator,
+    processor: Processor,
     host: ExpertHost,
     plan: RoutePlan,
     counted: Literal["all", "answer"] = "all",
@@ -126,9 +128,9 @@ def count(
     that reads images counts all patches, whichever tokens are counted in the LLM.
     """
     with host.context.observe() as seen:
-        for inputs, labels_BT in _share(model, samples, collator):
-            mask_BT = inputs["attention_mask"].bool() if counted == "all" else labels_BT != IGNORED
-            with host.context.use(replace(plan, mask_BT=mask_BT)):
+        for inputs, labels_BT in _share(model, samples, processor):
+            counted_BT = inputs["attention_mask"].bool() if counted == "all" else labels_BT != IGNORED
+            with host.context.use(plan, {"attention_mask": counted_BT}):
                 model.base_model(**inputs, use_cache=False)
     # Each process sums each site, also one that had no row to count: a sum waits for all of them.
     none = {
@@ -139,14 +141,14 @@ def count(
 
 @torch.no_grad()
 def mean_tokens(
-    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], collator: Collator, host: ExpertHost
+    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], processor: Processor, host: ExpertHost
 ) -> dict[str, Tensor]:
     """Mean input of every site in the frozen model over some rows, over all processes: (D,).
 
     Over the non-pad tokens or, at a site that reads images, over all patches; NaN where the rows have no image.
     """
     sums = {
-        site: torch.zeros(bank.routers.hidden_size, dtype=torch.float64, device=model.device)
+        site: torch.zeros(bank.hidden_size, dtype=torch.float64, device=model.device)
         for site, bank in host.banks.items()
     }
     num_tokens = dict.fromkeys(sums, 0)
@@ -158,7 +160,7 @@ def mean_tokens(
 
     hooks = [bank.register_forward_pre_hook(partial(add, site)) for site, bank in host.banks.items()]
     try:
-        for inputs, _ in _share(model, samples, collator):
+        for inputs, _ in _share(model, samples, processor):
             mask_BT = inputs["attention_mask"].bool()
             with host.context.use(None):
                 model.base_model(**inputs, use_cache=False)
@@ -170,14 +172,11 @@ def mean_tokens(
 
 
 def _share(
-    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], collator: Collator
+    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], processor: Processor
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """This process's share of some rows in batches on the model's device: what the model reads, and the labels."""
-    state = PartialState()
-    mine = Subset(samples, list(range(len(samples)))[state.process_index :: state.num_processes])
     model.eval()  # type: ignore[no-untyped-call]
-    for batch in DataLoader(mine, batch_size=COUNT_BATCH, collate_fn=collator):
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    for inputs in batches(share_of(samples), processor, COUNT_BATCH, model.device):
         labels_BT = inputs.pop("labels")
         yield inputs, labels_BT
 
@@ -208,7 +207,7 @@ def chosen_of(
     settings: ProbeSettings,
     generator: torch.Generator,
 ) -> list[str]:
-    """Sites that grow: those whose probe is used more than their threshold or, as a control, as many by lot."""
+    """Sites that grow: those whose probe is used more than their threshold or, as a control, as many at random."""
     chosen = [site for site, used in frequencies.items() if probe_use(used, settings) > thresholds[site]]
     if settings.scope != "random":
         return chosen
@@ -221,7 +220,7 @@ def probe_use(used: Sequence[float], settings: ProbeSettings) -> float:
     return statistics.fmean(used[-settings.max_new_experts :])
 
 
-def origin(used: Sequence[float], settings: ProbeSettings) -> int | None:
+def source_expert(used: Sequence[float], settings: ProbeSettings) -> int | None:
     """Expert that new ones copy (Eq. 3: the most used of the pool), or the first probe; None for a fresh LoRA init."""
     pool = used[: -settings.max_new_experts]
     match settings.init:

@@ -12,7 +12,7 @@ from llava_cmoe.backbones.sites import linear_sites
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.base import Method, StageData, Tensors
-from llava_cmoe.records import Growth, Learned
+from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
 
 
@@ -35,7 +35,7 @@ class SequentialLora(Method):
         set_seed(seed)  # PEFT draws A from the global source
         self.model, self.processor = get_peft_model(model, config), processor
 
-    def after_task(self, data: StageData, growth: Growth) -> Learned:
+    def after_task(self, data: StageData) -> Learned:
         """The whole adapter as it is now: the next task changes all of it."""
         adapter = {
             name: value.detach().to("cpu", copy=True) for name, value in get_peft_model_state_dict(self.model).items()

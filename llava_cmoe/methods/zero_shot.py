@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.methods.base import Method, Stage, StageData, Tensors
-from llava_cmoe.records import Growth, Learned
+from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.zero_shot import ZeroShotSettings
 
 
@@ -18,11 +18,12 @@ class ZeroShot(Method):
         del settings, seed
         self.model, self.processor = model, processor
 
-    def stages(self, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
+    @classmethod
+    def stages(cls, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
         """One stage that learns from no task."""
         return (Stage("zero_shot", (), len(task_names) - 1),)
 
-    def after_task(self, data: StageData, growth: Growth) -> Learned:
+    def after_task(self, data: StageData) -> Learned:
         """Nothing was learned."""
         raise AssertionError("zero_shot has no task to finish")
 

@@ -99,7 +99,7 @@ def activations(method: Method, settings: TrainingSettings, length: int) -> Acti
     """What one batch of whole samples keeps, one picture each.
 
     Args:
-        method: as `course.py` makes and grows it; its outline is used up.
+        method: as `course.py` makes and grows it; its meta_model is used up.
         settings: batch size and precision.
         length: tokens of every sample, those of its picture among them.
 
@@ -112,10 +112,10 @@ def activations(method: Method, settings: TrainingSettings, length: int) -> Acti
         mask_BT = torch.ones(batch_size, length, dtype=torch.long)
         labels_BT = torch.zeros(batch_size, length, dtype=torch.long)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16")
-        with Saved(model) as saved, autocast, method.learning({"attention_mask": mask_BT}) as extra_loss:
+        with Saved(model) as saved, autocast, method.training_context({"attention_mask": mask_BT}) as extra_loss:
             embedded_BTD = _embedded(model, batch_size, length)
-            loss = model(inputs_embeds=embedded_BTD, labels=labels_BT, use_cache=False).loss
-            loss = loss + extra_loss()
+            output = model(inputs_embeds=embedded_BTD, labels=labels_BT, use_cache=False)
+            loss = output.loss + extra_loss(output)
     return saved.read()
 
 
@@ -131,7 +131,7 @@ def _embedded(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
         return torch.empty(batch_size, length, width, dtype=dtype)
     vision = model.config.vision_config
     pixels_BCHW = torch.empty(batch_size, 3, vision.image_size, vision.image_size, dtype=dtype)
-    image_banks[0].context.read_images(torch.arange)
+    image_banks[0].context.begin_pass(is_prefill=True, sample_of=torch.arange)
     encode: Any = model.get_image_features
     image_BID = torch.stack(list(encode(pixel_values=pixels_BCHW).pooler_output))
     if length < image_BID.shape[1]:

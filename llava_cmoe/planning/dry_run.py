@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,15 @@ from rich.console import Group
 from rich.table import Table
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone, reads_images
-from llava_cmoe.data.coin import read_eval, read_train, refuse_pictures
-from llava_cmoe.data.encoding import PromptRows, SampleRows
+from llava_cmoe.data.coin import refuse_pictures
+from llava_cmoe.data.encoding import Encoding, PromptRows, SampleRows
 from llava_cmoe.data.rows import TRAIN_FEATURES
-from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.base import Stage, StageData
 from llava_cmoe.records import StageReport
 from llava_cmoe.registry.restore import build_method
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import draw, sequence_of
 from llava_cmoe.settings.run import Recipe
 
 
@@ -60,8 +60,8 @@ class Preview:
 
 def preview(recipe: Recipe) -> Preview:
     """Count rows, load the backbone and grow it for the first stage; nothing is trained and nothing written."""
-    sequence = sequence_of(recipe)
-    tasks = count_rows(recipe, sequence)
+    data = TaskData.open(recipe.data, recipe.seed)
+    sequence, tasks = data.sequence, count_rows(data)
     if recipe.data.root.exists() and not reads_images(recipe.backbone):
         refuse_pictures(recipe.data.root, sequence.tasks)
     backbone = load_backbone(recipe.backbone)
@@ -69,8 +69,9 @@ def preview(recipe: Recipe) -> Preview:
     method = build_method(recipe, backbone)
     stages = method.stages(sequence.names)
     if stages[0].learns:
-        method.before_task(_no_rows(stages[0], backbone, recipe), _untaught)
-    banks = getattr(getattr(method, "host", None), "banks", {})
+        with suppress(_FirstFit):
+            method.learn(_no_rows(stages[0], backbone, recipe), _stop)
+    banks = {} if method.host is None else method.host.banks
     return Preview(
         run=recipe.run,
         method=recipe.method.name,
@@ -83,19 +84,11 @@ def preview(recipe: Recipe) -> Preview:
     )
 
 
-def count_rows(recipe: Recipe, sequence: TaskSequence) -> tuple[TaskRows, ...]:
-    """The rows of every task that a recipe would learn from and be asked; None where its data root is missing."""
-    root, data, seed = recipe.data.root, recipe.data, recipe.seed
-    if not root.exists():
-        return tuple(TaskRows(task.name, None, None) for task in sequence.tasks)
-    return tuple(
-        TaskRows(
-            task.name,
-            len(draw(read_train(root, task), data.train_rows, seed)),
-            len(draw(read_eval(root, task), data.eval_rows, seed)),
-        )
-        for task in sequence.tasks
-    )
+def count_rows(data: TaskData) -> tuple[TaskRows, ...]:
+    """The rows of every task that would be learned and asked; None where the data root is missing."""
+    if not data.settings.root.exists():
+        return tuple(TaskRows(name, None, None) for name in data.sequence.names)
+    return tuple(TaskRows(name, len(data.train[name]), len(data.evaluate[name])) for name in data.sequence.names)
 
 
 def _no_rows(stage: Stage, backbone: Backbone, recipe: Recipe) -> StageData:
@@ -104,14 +97,18 @@ def _no_rows(stage: Stage, backbone: Backbone, recipe: Recipe) -> StageData:
     return StageData(
         index=0,
         name=stage.name,
-        samples=SampleRows(rows, backbone.processor, recipe.training.max_length),
-        prompts=PromptRows(rows, backbone.processor),
+        samples=SampleRows(rows, Encoding(backbone.processor), recipe.training.max_length),
+        prompts=PromptRows(rows, Encoding(backbone.processor)),
         seed=recipe.seed,
     )
 
 
-def _untaught(*_: Any, **__: Any) -> StageReport:
-    return StageReport(steps=0, samples=0, first_loss=0.0, last_loss=0.0, seconds=0.0)
+class _FirstFit(Exception):
+    """A method is about to train; never leaves this file."""
+
+
+def _stop(*_: Any, **__: Any) -> StageReport:
+    raise _FirstFit
 
 
 def render(found: Preview) -> Group:

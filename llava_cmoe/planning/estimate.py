@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from llava_cmoe.backbones.meta_model import outline
+from llava_cmoe.backbones.meta_model import meta_model
+from llava_cmoe.data.task_data import TaskData, sequence_of
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
 from llava_cmoe.methods.cmoe import Cmoe
@@ -18,7 +19,6 @@ from llava_cmoe.planning.activations import Activations, activations
 from llava_cmoe.planning.dry_run import count_rows
 from llava_cmoe.planning.growth_schedule import Grown, TaskSize, expected_sites, grow, growth_of, on_paper, task_sizes
 from llava_cmoe.planning.memory import STRATEGIES, Load, Memory, backbone_bytes, memory_of
-from llava_cmoe.sequence import sequence_of
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.methods.cmoe import CmoeSettings
 from llava_cmoe.settings.run import Recipe
@@ -113,9 +113,9 @@ def budget(
             hours of unknown data.
         BackboneError: no config to be found.
     """
-    frame, empty = outline(recipe.backbone), on_paper(recipe)
+    frame, empty = meta_model(recipe.backbone), on_paper(recipe)
     banks = empty.host.banks if isinstance(empty, Cmoe) else {}
-    num_tasks = sum(bool(stage.learns) for stage in empty.stages(sequence_of(recipe).names))
+    num_tasks = sum(bool(stage.learns) for stage in empty.stages(sequence_of(recipe.data).names))
     if num_tasks == 0:
         raise RecipeError(f"method {recipe.method.name} learns nothing, so there is nothing to plan")
     courses = _courses(recipe, tuple(banks), num_tasks, num_grown)
@@ -159,7 +159,7 @@ def _needs(recipe: Recipe, course: Course, sites: tuple[str, ...], length: int, 
 
     Probing has as large a pool, a probe at every site, and batches of its own.
     """
-    frame, method, training = outline(recipe.backbone), recipe.method, recipe.training
+    frame, method, training = meta_model(recipe.backbone), recipe.method, recipe.training
     stages: dict[str, tuple[tuple[Grown, ...], int]] = {"every task": ((), training.batch_size)}
     if isinstance(method, CmoeSettings):
         tasks = growth_of(method, sites, len(course.tasks), course.num_grown or 0)
@@ -188,7 +188,7 @@ def _needs(recipe: Recipe, course: Course, sites: tuple[str, ...], length: int, 
 
 def _samples(recipe: Recipe, rows: int | None) -> int:
     """How many samples go forward and backward over the sequence."""
-    counts = [task.train if rows is None else rows for task in count_rows(recipe, sequence_of(recipe))]
+    counts = [task.train if rows is None else rows for task in count_rows(TaskData.open(recipe.data, recipe.seed))]
     known = [count for count in counts if count is not None]
     if len(known) < len(counts):
         raise RecipeError(f"{recipe.data.root} does not exist, so its rows are not known; give --rows, a task's mean")

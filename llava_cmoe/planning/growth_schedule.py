@@ -1,4 +1,4 @@
-"""A sequence learned on paper: the real method on a backbone's outline, grown task by task, and counted.
+"""A sequence learned on paper: the real method on a backbone's meta_model, grown task by task, and counted.
 
 Nothing is trained and no weight exists, so where a task would grow is given, not probed. Memory is `memory.py`'s.
 """
@@ -13,13 +13,14 @@ from typing import cast
 import torch
 from transformers import ProcessorMixin
 
-from llava_cmoe.backbones.meta_model import outline
+from llava_cmoe.backbones.meta_model import meta_model
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
 from llava_cmoe.locators import LOCATORS
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.records import Growth
 from llava_cmoe.settings.locators import LocatorSettings
 from llava_cmoe.settings.methods.cmoe import CmoeSettings, ProbeSettings
 from llava_cmoe.settings.run import Recipe
@@ -48,22 +49,22 @@ class TaskSize:
 
 
 def on_paper(recipe: Recipe) -> Method:
-    """A recipe's method around its backbone's outline, before the first task."""
-    model = outline(recipe.backbone).requires_grad_(False)
+    """A recipe's method around its backbone's meta_model, before the first task."""
+    model = meta_model(recipe.backbone).requires_grad_(False)
     unasked = cast(ProcessorMixin, None)  # a processor reads data, and there is none
     with torch.device("meta"):
         return METHODS[recipe.method.name](recipe.method, model, unasked, recipe.seed)
 
 
-def grow(method: Cmoe, tasks: Sequence[Grown]) -> None:
-    """Grow as learning these tasks would; what the last one adds stays trainable."""
-    generator = torch.Generator()
+def grow(method: Cmoe, tasks: Sequence[Grown]) -> list[ledger.Trained]:
+    """Grow as learning these tasks would, and what each trains; what the last one adds stays trainable."""
+    trained = []
     with torch.device("meta"):
         for grown in tasks:
             method.host.freeze()
-            for site, bank in method.host.banks.items():
-                bank.grow(grown.get(site, 0), generator=generator)
-                bank.add_router(generator=generator)
+            method.grow(Growth(grown), {}, seed=0)
+            trained.append(ledger.trained(method.host.banks))
+    return trained
 
 
 def task_sizes(recipe: Recipe, tasks: Sequence[Grown]) -> tuple[TaskSize, ...]:
@@ -76,10 +77,9 @@ def task_sizes(recipe: Recipe, tasks: Sequence[Grown]) -> tuple[TaskSize, ...]:
     method = on_paper(recipe)
     if not isinstance(method, Cmoe):
         return (TaskSize(ledger.trainable(method.model)),) * len(tasks)
-    grow(method, tasks)
+    trained = grow(method, tasks)
     locator = locator_size(method.settings.locator, int(method.model.config.get_text_config().hidden_size))
-    added = [ledger.added(method.host.banks, task) for task in range(len(tasks))]
-    return tuple(TaskSize(one.experts, one.router, locator) for one in added)
+    return tuple(TaskSize(one.experts, one.router, locator) for one in trained)
 
 
 def growth_of(settings: CmoeSettings, sites: Sequence[str], num_tasks: int, num_grown: int) -> tuple[Grown, ...]:

@@ -160,7 +160,7 @@ def moments(trained: Size, optimizer: str) -> int:
 
 
 def backbone_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Bytes of a backbone by quantization, from its outline: only the LLM's linears are ever quantized."""
+    """Bytes of a backbone by quantization, from its meta_model: only the LLM's linears are ever quantized."""
     plain = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     linears = list(_llm_weights(model))
     rest = plain - sum(weight.numel() * weight.element_size() for weight in linears)

@@ -23,11 +23,11 @@ from llava_cmoe.settings.training import TrainingSettings
 MANIFEST = "manifest.json"
 
 
-class _Told(BaseModel):
+class _Recorded(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Hardware(_Told):
+class Hardware(_Recorded):
     """The machine of the main process."""
 
     processor: str
@@ -36,7 +36,7 @@ class Hardware(_Told):
     gpus: tuple[str, ...]
 
 
-class Call(_Told):
+class Call(_Recorded):
     """One call that learned or asked something.
 
     Attributes:
@@ -56,10 +56,11 @@ class Call(_Told):
     hardware: Hardware
 
 
-class Manifest(_Told):
+class Manifest(_Recorded):
     """`manifest.json`: the result, and the calls that made it, the first one first."""
 
-    results_sha256: str
+    results_sha256: str | None
+    """Null where a stage is learned and nothing is measured yet."""
     calls: tuple[Call, ...]
 
 
@@ -68,15 +69,22 @@ def effective_batch(training: TrainingSettings, processes: int) -> int:
     return training.batch_size * training.accumulation * processes
 
 
-def tell(folder: Path, call: Call) -> None:
-    """Add a call to a folder's manifest, once its results are written; a call that did nothing new adds nothing."""
+def read_invocations(folder: Path) -> tuple[Call, ...]:
+    """The calls that a folder's manifest holds; none where there is no manifest."""
+    path = folder / MANIFEST
+    return Manifest.model_validate_json(path.read_bytes()).calls if path.exists() else ()
+
+
+def append_invocation(folder: Path, before: tuple[Call, ...], call: Call) -> None:
+    """Write a folder's manifest: the calls before, and what this one did so far; nothing new adds nothing."""
     path, results = folder / MANIFEST, folder / "results.json"
-    earlier = Manifest.model_validate_json(path.read_bytes()) if path.exists() else None
-    before = earlier.calls if earlier else ()
-    calls = (*before, call) if call.learned or call.asked else before
-    manifest = Manifest(results_sha256=fingerprint_file(results), calls=calls)
-    if manifest != earlier:
-        write_atomically(path, (manifest.model_dump_json(indent=1) + "\n").encode())
+    manifest = Manifest(
+        results_sha256=fingerprint_file(results) if results.exists() else None,
+        calls=(*before, call) if call.learned or call.asked else before,
+    )
+    content = (manifest.model_dump_json(indent=1) + "\n").encode()
+    if not path.exists() or path.read_bytes() != content:
+        write_atomically(path, content)
 
 
 def revision() -> str | None:

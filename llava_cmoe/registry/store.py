@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 RECORD = "record.json"
 PARTIAL = ".partial"
+REMEDY = "bring those files back, learn the new ones in a run folder of their own, or go on with --anyway"
 
 
 class Registry:
@@ -52,8 +53,7 @@ class Registry:
 
         Args:
             run: the run's output directory.
-            writer: True in the one process that commits: it removes what a killed commit left. All others only read, so
-                that looking at a run (evaluation, chat) never disturbs the training that is going on in it.
+            writer: True in the one process that commits: it removes what a killed commit left. All others only read.
         """
         self.run = run
         self._run_file, self._tasks = run / "run.json", run / "tasks"
@@ -64,24 +64,24 @@ class Registry:
                 shutil.rmtree(leftover)
 
     def open_run(
-        self, recipe: Recipe, processes: int = 1, anyway: bool = False, sources: Sources | None = None
+        self, recipe: Recipe, processes: int = 1, force: bool = False, sources: Sources | None = None
     ) -> None:
         """Begin a run with a recipe, or go on with the one that began it.
 
         Args:
             recipe: what is learned, and how.
             processes: that learn it.
-            anyway: go on with others than began the run, which `run.json` holds from then on.
+            force: go on with others than began the run, which `run.json` holds from then on.
             sources: data and backbone; those that `run.json` holds, if any, stay where absent.
 
         Raises:
             RegistryError: the run was begun, or a task learned, with others; names what differs and both values.
         """
-        self.check_recipe(recipe, processes, anyway)
-        if sources is not None:
-            self.check_sources(recipe, sources, anyway)
+        self.check_recipe(recipe, processes, force)
         begun = self._begun()
-        if sources is None and begun is not None:
+        if sources is not None:
+            self.check_sources(recipe, sources, force)
+        elif begun is not None:
             sources = begun.sources
         record = RunRecord(recipe=recipe_facts(recipe), processes=processes, sources=sources)
         if begun != record:
@@ -90,7 +90,7 @@ class Registry:
             write_atomically(self._run_file, record.to_json().encode())
             _sync(self.run)
 
-    def check_recipe(self, recipe: Recipe, processes: int = 1, anyway: bool = False) -> None:
+    def check_recipe(self, recipe: Recipe, processes: int = 1, force: bool = False) -> None:
         """Stop, or with `anyway` only warn, unless a recipe may begin the run or go on with it.
 
         Raises:
@@ -107,16 +107,16 @@ class Registry:
                 differ(
                     f"{source}: this run was begun with another recipe: {', '.join(differences)}; "
                     "restore these values, give the new recipe a run folder of its own, or go on with --anyway",
-                    anyway,
+                    force,
                 )
         if begun.processes != processes:
             differ(
                 f"{path}: this run was begun on another number of processes, {begun.processes}, now it is {processes}: "
                 "a step would learn from another number of samples; launch as many, or go on with --anyway",
-                anyway,
+                force,
             )
 
-    def check_sources(self, recipe: Recipe, sources: Sources, anyway: bool = False) -> None:
+    def check_sources(self, recipe: Recipe, sources: Sources, force: bool = False) -> None:
         """Stop, or with `anyway` only warn, unless data and backbone are those that a run was begun with.
 
         What is learned already never comes back on another backbone: that is an error with `anyway`, too.
@@ -124,31 +124,43 @@ class Registry:
         Args:
             recipe: says where they lie.
             sources: what is there now.
-            anyway: only warn.
+            force: only warn.
 
         Raises:
             RegistryError: the run was begun, or a task learned, with others; names the files, or both fingerprints.
         """
-        path, begun, root = self._run_file, self._begun(), recipe.data.root
-        now, backbone = fingerprint_all(sources.data_files), sources.backbone_fingerprint
-        began = sources if begun is None or begun.sources is None else begun.sources
-        remedy = "bring those files back, learn the new ones in a run folder of their own, or go on with --anyway"
-        if changed := ", ".join(sorted({name for name, _ in began.data_files.items() ^ sources.data_files.items()})):
-            differ(f"{path}: this run was begun with other data than {root} holds now: {changed}; {remedy}", anyway)
+        self.check_data(recipe, sources.data_files, force)
+        begun, backbone = self._begun(), sources.backbone_fingerprint
         for record in self.records():
             self.check_backbone(record, backbone)
+        began = sources if begun is None or begun.sources is None else begun.sources
+        if began.backbone_fingerprint != backbone:
+            differ(
+                f"{self._run_file}: this run was begun on another backbone than {recipe.backbone.path} is now "
+                f"(fingerprint {began.backbone_fingerprint[:12]}, now {backbone[:12]}); {REMEDY}",
+                force,
+            )
+
+    def check_data(self, recipe: Recipe, files: Mapping[str, str], force: bool = False) -> None:
+        """Stop, or with `anyway` only warn, unless the data is what a run was begun with; needs no model.
+
+        Raises:
+            RegistryError: the run was begun, or a task learned, from other data; names the files, or both fingerprints.
+        """
+        begun, root, now = self._begun(), recipe.data.root, fingerprint_all(files)
+        began = files if begun is None or begun.sources is None else begun.sources.data_files
+        if changed := ", ".join(sorted({name for name, _ in began.items() ^ files.items()})):
+            differ(
+                f"{self._run_file}: this run was begun with other data than {root} holds now: {changed}; {REMEDY}",
+                force,
+            )
+        for record in self.records():
             if record.data_fingerprint != now:
                 differ(
                     f"{self.run}: {record.name} was learned from other data than {root} holds now "
-                    f"(fingerprint {record.data_fingerprint[:12]}, now {now[:12]}); {remedy}",
-                    anyway,
+                    f"(fingerprint {record.data_fingerprint[:12]}, now {now[:12]}); {REMEDY}",
+                    force,
                 )
-        if began.backbone_fingerprint != backbone:
-            differ(
-                f"{path}: this run was begun on another backbone than {recipe.backbone.path} is now "
-                f"(fingerprint {began.backbone_fingerprint[:12]}, now {backbone[:12]}); {remedy}",
-                anyway,
-            )
 
     def check_backbone(self, record: TaskRecord, fingerprint: str) -> None:
         """Stop unless a task was learned on the backbone of this fingerprint."""
@@ -264,8 +276,11 @@ class Registry:
         records = self.records()
         if not 0 <= index < len(records):
             raise RegistryError(f"{self._tasks}: task {index} is not learned yet, there are {len(records)}")
-        record = records[index]
-        folder = self._folder(index, record.name)
+        return self.tensors_of(records[index])
+
+    def tensors_of(self, record: TaskRecord) -> dict[str, dict[str, Tensor]]:
+        """The same of a record that `records` returned: the chain is verified there, once for all tasks."""
+        folder = self._folder(record.index, record.name)
         remedy = f"restore it from a copy, or delete {folder.name} and what follows to learn them again"
         for name, written in record.files.items():
             path = folder / name
@@ -296,21 +311,21 @@ class Registry:
         assert self._writer, "only the process that opened the registry with writer=True may write to it"
 
 
-def differ(message: str, anyway: bool) -> None:
+def differ(message: str, force: bool) -> None:
     """Stop at a difference to how a run was begun, or with `anyway` only warn."""
-    if not anyway:
+    if not force:
         raise RegistryError(message)
     logger.warning(message)
 
 
 def _write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
     """One synced safetensors file per group; equal tensors give equal bytes."""
-    paths = [folder / f"{group}.safetensors" for group in groups]
-    for path, tensors in zip(paths, groups.values(), strict=True):
+    paths = {group: folder / f"{group}.safetensors" for group in groups}
+    for group, path in paths.items():
         # A copy of its own for each: safetensors refuses views of one storage, which slices of a stacked bank are.
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+        save_file({name: one.detach().cpu().contiguous().clone() for name, one in groups[group].items()}, path)
         _sync(path)
-    return paths
+    return list(paths.values())
 
 
 def _describe(path: Path) -> FileRecord:

@@ -14,7 +14,7 @@ import numpy as np
 from llava_cmoe.evaluation.bootstrap import DESCRIPTION, Floats, interval, p_value, resampled_means
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.evaluation.rescoring import open_examined, results_of
-from llava_cmoe.evaluation.runner import score_cell
+from llava_cmoe.evaluation.scoring import score_cell
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.comparison import Comparison, Difference, published_columns, run_column, warnings_of
 from llava_cmoe.report.published import published
@@ -68,14 +68,14 @@ def compare(folders: Sequence[Path], published_name: str | None = None, root: Pa
 def final_scores(folder: Path, root: Path | None = None) -> Scores:
     """Score of every question of the headline route's last row; of tasks whose accuracy is the mean of these alone."""
     examined = open_examined(folder, root)
-    exam, last = examined.exam, examined.rows[-1]
-    route = exam.settings.routes[0]
+    eval_spec, last = examined.eval_spec, examined.rows[-1]
+    route = eval_spec.settings.routes[0]
     scores = {}
-    for task, name in enumerate(exam.sequence.names):
+    for task, name in enumerate(eval_spec.sequence.names):
         if examined.results.headline.matrix[last][task] is not None:
-            cell = score_cell(exam, last, task, route)
+            cell = score_cell(eval_spec, last, task, route)
             if cell.is_mean:
-                scores[name] = dict(zip(exam.rows[name]["id"], cell.scores, strict=True))
+                scores[name] = dict(zip(eval_spec.rows[name]["id"], cell.scores, strict=True))
     return scores
 
 

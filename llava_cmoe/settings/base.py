@@ -1,8 +1,15 @@
-"""What all settings share: frozen values, and an error that names the key and the fix."""
+"""What all settings share: frozen values, an error that names the key and the fix, and old names that still load."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import logging
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+logger = logging.getLogger(__name__)
 
 
 class RecipeError(ValueError):
@@ -10,6 +17,28 @@ class RecipeError(ValueError):
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, and an unknown key is an error."""
+    """Base of all settings: frozen, and an unknown key is an error.
+
+    Attributes:
+        renamed: old name of a setting to its name now; recipes and runs that have the old one still load.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_names(cls, document: Any) -> Any:
+        for old, new in cls.renamed.items() if isinstance(document, Mapping) else ():
+            if old in document:
+                if new in document:
+                    raise ValueError(f"{old} is the old name of {new}; give one of them")
+                _say_once(old, new)
+                document = {(new if key == old else key): value for key, value in document.items()}
+        return document
+
+
+@cache
+def _say_once(old: str, new: str) -> None:
+    logger.warning("the setting %s is called %s now", old, new)

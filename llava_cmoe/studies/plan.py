@@ -21,15 +21,15 @@ from pydantic import Field, field_validator
 from rich.markup import escape
 from rich.table import Table
 
-from llava_cmoe.analyses.refit_locator import expert_settings
+from llava_cmoe.analyses.refit_locator import can_refit, expert_settings
 from llava_cmoe.data.paths import files_of
 from llava_cmoe.data.problems import DataError, Problem
+from llava_cmoe.data.task_data import lacks_pocket, sequence_of
 from llava_cmoe.data.tasks import TaskSpec
 from llava_cmoe.evaluation.log import Results, read_results
 from llava_cmoe.evaluation.scorers import get_scorer
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import lacks_pocket, sequence_of
 from llava_cmoe.settings.base import RecipeError, Settings
 from llava_cmoe.settings.recipes import load_recipe, parse_settings, read_yaml, shipped
 from llava_cmoe.settings.run import Recipe
@@ -181,7 +181,7 @@ def _plan(file: Path, folder: Path, first: dict[str, PlannedRun]) -> StudyPlan:
 
 def _shared(run: PlannedRun, first: dict[str, PlannedRun]) -> PlannedRun:
     """The run beside the first one, of any study planned with it, that learns the same experts."""
-    if run.recipe.method.name != "cmoe":
+    if not can_refit(run.recipe):
         return run
     source = first.setdefault(json.dumps(expert_settings(run.recipe)), run)
     return run if source is run else replace(run, source=source)
@@ -197,7 +197,7 @@ def _run(study: Study, folder: Path, variant: tuple[str, tuple[str, ...]], seed:
     words = (*study.common, *overrides, f"seed={seed}", f"run={run}")
     try:
         recipe = load_recipe(base, words)
-        return PlannedRun(study.name, name, recipe, sequence_of(recipe).tasks, (str(base), *words))
+        return PlannedRun(study.name, name, recipe, sequence_of(recipe.data).tasks, (str(base), *words))
     except RecipeError as error:
         raise RecipeError(f"variant {name}: {error}") from error
 
@@ -207,7 +207,7 @@ def _check_data(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         for task in run.tasks:
             get_scorer(task.scorer, run.recipe.evaluation)
-    needed = {(run.recipe.data.root, task) for run in runs if not lacks_pocket(run.recipe) for task in run.tasks}
+    needed = {(run.recipe.data.root, task) for run in runs if not lacks_pocket(run.recipe.data) for task in run.tasks}
     for root, task in sorted(needed, key=str):
         for path in files_of(root, task):
             if not path.is_file():

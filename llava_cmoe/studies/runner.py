@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from llava_cmoe.data.task_data import lacks_pocket
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.figures import draw_study
 from llava_cmoe.report.studies import StudySummary, study_markdown, summarise_study
-from llava_cmoe.sequence import lacks_pocket
 from llava_cmoe.studies.jobs import Watcher, learn_all, slots
 from llava_cmoe.studies.plan import PlannedRun, StudyPlan
 
@@ -21,7 +21,7 @@ from llava_cmoe.studies.plan import PlannedRun, StudyPlan
 def render_missing(plans: Sequence[StudyPlan], progress: Callable[[str, int, int], None]) -> None:
     """Render each missing pocket sequence once, before several runs would render it at the same time."""
     runs = [run for plan in plans for run in plan.runs]
-    for root in dict.fromkeys(run.recipe.data.root for run in runs if lacks_pocket(run.recipe)):
+    for root in dict.fromkeys(run.recipe.data.root for run in runs if lacks_pocket(run.recipe.data)):
         make_pocket_root(root, progress)
 
 

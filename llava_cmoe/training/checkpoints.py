@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
+from llava_cmoe.experts.ledger import trained_parameters
 from llava_cmoe.provenance.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -42,14 +43,14 @@ class CheckpointTrainer(Trainer):
         if output_dir is not None and not self.is_deepspeed_enabled and self.args.should_save:
             os.makedirs(output_dir, exist_ok=True)
             save_file(
-                {name: value.detach().cpu().contiguous() for name, value in trained(self.model).items()},
+                {name: value.detach().cpu().contiguous() for name, value in trained_parameters(self.model).items()},
                 Path(output_dir) / TRAINED,
             )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / TRAINED)
         with torch.no_grad():
-            for name, parameter in trained(self.model).items():
+            for name, parameter in trained_parameters(self.model).items():
                 parameter.copy_(saved[name])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -58,16 +59,16 @@ class CheckpointTrainer(Trainer):
             engine.save_checkpoint = partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
         super()._save_optimizer_and_scheduler(output_dir)
 
-    def resume(self, folder: Path, made_from: str) -> None:
+    def resume(self, folder: Path, config_hash: str) -> None:
         """Train, from the last complete checkpoint in a folder that the same recipe, processes and engine left.
 
         A stage that keeps checkpoints itself begins with removing all others from the folder.
 
         Args:
             folder: of the stage's checkpoints.
-            made_from: whatever decides what is learned, as one string.
+            config_hash: whatever decides what is learned, as one string.
         """
-        origin, processes = {**self._origin(), "made_from": made_from}, PartialState()
+        origin, processes = {**self._origin(), "config_hash": config_hash}, PartialState()
         self.add_callback(_Complete(origin))
         # One that keeps none may be looking on (a calibration) while the folder's owner learns.
         if self.args.save_strategy != SaveStrategy.NO and processes.is_main_process:
@@ -126,11 +127,6 @@ def _origin_of(checkpoint: Path) -> dict[str, Any] | None:
     path = checkpoint / COMPLETE
     left: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return left
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
-    return {name: value for name, value in model.named_parameters() if value.requires_grad}
 
 
 def _forgive(frozen: set[str], module: nn.Module, incompatible: Any) -> None:

@@ -9,14 +9,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler, Subset
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset
 from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from llava_cmoe.data.collator import ROW
 
 Kind = tuple[bool, int]
 """Whether a row has a picture, and its length in whatever unit."""
 
 
-class LikeRows(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Steps of rows that are alike, in an order drawn anew in each epoch; the rows that fill no step come last.
 
     The order depends on seed and epoch alone, so it is the same on every process and after a restart.
@@ -51,6 +54,24 @@ class LikeRows(Sampler[int]):
         yield from rest
 
 
+class NumberedRows(Dataset[dict[str, Tensor]]):
+    """Rows that carry their place among these rows as `row` (1,), so that a method can tell whose they are."""
+
+    def __init__(self, rows: Dataset[dict[str, Tensor]]) -> None:
+        """Nothing is read before a row is."""
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {**self._rows[index], ROW: torch.tensor([index])}
+
+    def kinds(self) -> list[Kind]:
+        """Those of the rows."""
+        return kinds_of(self._rows)
+
+
 def kinds_of(samples: Dataset[Any]) -> list[Kind]:
     """The kinds of some rows, or of a part of them, without encoding one.
 
@@ -60,7 +81,9 @@ def kinds_of(samples: Dataset[Any]) -> list[Kind]:
     if isinstance(samples, Subset):
         kinds = kinds_of(samples.dataset)
         return [kinds[index] for index in samples.indices]
+    if isinstance(samples, ConcatDataset):
+        return [kind for part in samples.datasets for kind in kinds_of(part)]
     if not hasattr(samples, "kinds"):
         raise ValueError(f"{type(samples).__name__} has no kinds(): which rows have a picture, and how long they are")
-    told: list[Kind] = samples.kinds()
-    return told
+    kinds_of_rows: list[Kind] = samples.kinds()
+    return kinds_of_rows

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from llava_cmoe.settings.methods.cmoe import CmoeSettings
+from llava_cmoe.methods import method_of
 from llava_cmoe.settings.run import Recipe
 
 
@@ -49,19 +49,16 @@ def check_engine_holds(recipe: Recipe) -> None:
     """Stop before a backbone is loaded for an engine that could not hold it, or what is learned on it.
 
     Raises:
-        LaunchError: ZeRO-3 on weights in 8 or 4 bits, or experts in bfloat16 under DeepSpeed.
+        LaunchError: ZeRO-3 on weights in 8 or 4 bits, or a method that cannot learn under it.
     """
     if not deepspeed_asked():
         return
-    quantization, method = recipe.backbone.quantization, recipe.method
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" and quantization != "none":
+    quantization = recipe.backbone.quantization
+    zero_stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))  # accelerate's default
+    if zero_stage == 3 and quantization != "none":
         raise LaunchError(
             f"ZeRO-3 cannot spread weights in {quantization}: bitsandbytes packs them; choose zero_configs/zero2.yaml, "
             "or backbone.quantization: none"
         )
-    # ZeRO-1 and 2 would make them float32 in silence, ZeRO-3 stops with an assertion (DeepSpeed 0.19).
-    if isinstance(method, CmoeSettings) and method.experts.dtype != "float32":
-        raise LaunchError(
-            f"DeepSpeed learns in one precision; experts are in {method.experts.dtype}, routers in float32: choose "
-            "zero_configs/ddp.yaml, or method.experts.dtype: float32"
-        )
+    if reason := method_of(recipe.method).refusal(recipe.method, zero_stage):
+        raise LaunchError(reason)

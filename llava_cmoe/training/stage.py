@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
-from llava_cmoe.data.collator import Collator, silenced
-from llava_cmoe.methods.base import ExtraLoss, Learning
+from llava_cmoe.data.collator import ROW, Collator, dummy_image_row
+from llava_cmoe.methods.base import ExtraLoss, TrainingContext, no_extra_loss
 from llava_cmoe.records import StageReport
 from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training.checkpoints import CheckpointTrainer
-from llava_cmoe.training.order import LikeRows, kinds_of
+from llava_cmoe.training.order import LengthGroupedSampler, NumberedRows, kinds_of
 from llava_cmoe.training.processes import deepspeed_asked, processes
-from llava_cmoe.training.trackers import elsewhere, in_folder, trackers_of
-from llava_cmoe.training.zero import check_engine, leave_engine, tell_engine
+from llava_cmoe.training.trackers import tensorboard_callbacks, trackers_of, trainer_integrations
+from llava_cmoe.training.zero import check_engine, configure_deepspeed, teardown_deepspeed
 
 Progress = Callable[[int, int], None]
 """Called with the optimizer steps done and all steps."""
@@ -39,16 +39,17 @@ LOGGED = 5
 class StageTrainer(CheckpointTrainer):
     """The stock Trainer, with the method's context around each forward pass and its terms added to the loss."""
 
-    def __init__(self, learning: Learning, grouped: bool = False, **kwargs: Any) -> None:
-        """`learning` comes from the method, everything else is the Trainer's; `grouped` rows come with their like."""
+    def __init__(self, training_context: TrainingContext, grouped: bool = False, **kwargs: Any) -> None:
+        """`training_context` comes from the method, all else is the Trainer's; `grouped` rows come with their like."""
         with _hide_quantized_flag(kwargs["model"]):
             super().__init__(**kwargs)
-        self._learning, self._grouped = learning, grouped
-        self._extra_loss: ExtraLoss = float
+        self._training_context, self._grouped = training_context, grouped
+        self._extra_loss: ExtraLoss = no_extra_loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward inside the method's context: checkpointing runs layers again in backward."""
-        with self._learning(inputs) as self._extra_loss:
+        with self._training_context(inputs) as self._extra_loss:
+            inputs = {name: value for name, value in inputs.items() if name != ROW}
             return super().training_step(model, inputs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
@@ -57,7 +58,7 @@ class StageTrainer(CheckpointTrainer):
         if not self._grouped or rows is None:
             return super()._get_train_sampler(train_dataset)
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LikeRows(kinds_of(rows), step, self.args.seed)
+        return LengthGroupedSampler(kinds_of(rows), step, self.args.seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, num_items_in_batch: Any = None, **kwargs: Any
@@ -66,9 +67,9 @@ class StageTrainer(CheckpointTrainer):
 
         The method's terms are means per forward pass; a step's is the mean of these.
         """
-        loss: Any = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # else the Trainer divides the sum
-        return loss + self._extra_loss() / (self.current_gradient_accumulation_steps if scaled else 1)
+        return loss + self._extra_loss(output) / (self.current_gradient_accumulation_steps if scaled else 1)
 
 
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -96,7 +97,7 @@ def _hide_quantized_flag(model: Any) -> Iterator[None]:
 
 
 class _Report(TrainerCallback):
-    """Tells how far the stage is."""
+    """Reports how far the stage is."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -108,14 +109,14 @@ class _Report(TrainerCallback):
 def train_stage(
     model: PreTrainedModel,
     samples: Dataset[dict[str, Tensor]],
-    learning: Learning,
+    training_context: TrainingContext,
     settings: TrainingSettings,
     *,
     pad_token_id: int,
     seed: int,
     folder: Path,
     progress: Progress = lambda *_: None,
-    made_from: str = "",
+    config_hash: str = "",
     workers: int = 0,
     logs: Path | None = None,
 ) -> StageReport:
@@ -124,13 +125,13 @@ def train_stage(
     Args:
         model: the backbone with a method's parameters in it.
         samples: encoded rows with labels.
-        learning: the method's context around a forward pass; yields its loss terms.
+        training_context: the method's context around a forward pass; yields its loss term.
         settings: one stage's settings.
         pad_token_id: fills short rows of a batch, on the right.
         seed: of the rows' order and of dropout.
         folder: where its checkpoints are, if any are kept.
-        progress: told after every optimizer step.
-        made_from: fingerprint of recipe, data and backbone; only a checkpoint made from the same is gone on from.
+        progress: called after every optimizer step.
+        config_hash: fingerprint of recipe, data and backbone; only a checkpoint made from the same is gone on from.
         workers: processes that encode rows.
         logs: folder for TensorBoard's files; without it nothing is reported to any tracker.
     """
@@ -139,14 +140,14 @@ def train_stage(
     on_cpu = model.device.type == "cpu"
     with _as_found(model, *PREPARED):
         state = _train(
-            learning,
+            training_context,
             settings.group_by_length,
-            made_from,
+            config_hash,
             model=model,
-            args=training_arguments(settings, seed, folder, on_cpu, workers, elsewhere(trackers)),
-            train_dataset=samples,
-            data_collator=Collator(pad_token_id, silent=_silent(samples)),
-            callbacks=[_Report(progress), *(in_folder(trackers, logs) if logs else ())],
+            args=training_arguments(settings, seed, folder, on_cpu, workers, trainer_integrations(trackers)),
+            train_dataset=NumberedRows(samples),
+            data_collator=Collator(pad_token_id, dummy=_dummy_row(samples)),
+            callbacks=[_Report(progress), *(tensorboard_callbacks(trackers, logs) if logs else ())],
         )
     gc.collect()  # engine, optimizer and hooks refer to each other: the next stage needs their memory
     if settings.gradient_checkpointing:
@@ -163,25 +164,25 @@ def train_stage(
     )
 
 
-def _train(learning: Learning, grouped: bool, made_from: str, **kwargs: Any) -> TrainerState:
-    """One Trainer from start to end; nothing of it is left but what it tells."""
-    trainer = StageTrainer(learning, grouped, **kwargs)
+def _train(training_context: TrainingContext, grouped: bool, config_hash: str, **kwargs: Any) -> TrainerState:
+    """One Trainer from start to end; nothing of it is left but its state."""
+    trainer = StageTrainer(training_context, grouped, **kwargs)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):  # the run has a progress bar of its own
             trainer.remove_callback(callback)
     check_engine(trainer)
-    trainer.resume(Path(str(trainer.args.output_dir)), made_from)
-    leave_engine(trainer)
+    trainer.resume(Path(str(trainer.args.output_dir)), config_hash)
+    teardown_deepspeed(trainer)
     return trainer.state
 
 
-def _silent(samples: Dataset[dict[str, Tensor]]) -> dict[str, Tensor] | None:
+def _dummy_row(samples: Dataset[dict[str, Tensor]]) -> dict[str, Tensor] | None:
     """A row for batches of text alone: ZeRO-3 and DDP wait for all processes in the vision encoder, too."""
     if processes().num_processes == 1:
         return None
     pictured = (index for index, (has_picture, _) in enumerate(kinds_of(samples)) if has_picture)
     first = next(pictured, None)
-    return None if first is None else silenced(samples[first])
+    return None if first is None else dummy_image_row(samples[first])
 
 
 def training_arguments(
@@ -217,6 +218,6 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    tell_engine(arguments, bf16)
+    configure_deepspeed(arguments, bf16)
     arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs one process takes one, not a copy of the model on each
     return arguments

@@ -33,12 +33,12 @@ def trackers_of(settings: TrainingSettings) -> tuple[str, ...]:
     return settings.report_to
 
 
-def elsewhere(trackers: Sequence[str]) -> list[str]:
+def trainer_integrations(trackers: Sequence[str]) -> list[str]:
     """The trackers that the Trainer starts itself; TensorBoard's files get a place of this project's choice."""
     return [name for name in trackers if name != "tensorboard"]
 
 
-def in_folder(trackers: Sequence[str], folder: Path) -> list[TrainerCallback]:
+def tensorboard_callbacks(trackers: Sequence[str], folder: Path) -> list[TrainerCallback]:
     """TensorBoard writing into `folder`, if it is among the trackers."""
     if "tensorboard" not in trackers:
         return []

@@ -20,7 +20,7 @@ LEFT = ("_original_parameters", "_external_params", "pre_bwd_fn", "post_bwd_fn")
 """What ZeRO-3 leaves in modules: parameters that are gone, which the next engine would gather, and old engines."""
 
 
-def tell_engine(arguments: TrainingArguments, bf16: bool) -> None:
+def configure_deepspeed(arguments: TrainingArguments, bf16: bool) -> None:
     """Complete the engine's configuration, where a launch asked for one; the Trainer fills in what is `auto`.
 
     bf16 is autocast, as without DeepSpeed. Its own `bf16.enabled` would cast experts and routers, whose float32 is part
@@ -52,7 +52,7 @@ def check_engine(trainer: Trainer) -> None:
         )
 
 
-def leave_engine(trainer: Trainer) -> None:
+def teardown_deepspeed(trainer: Trainer) -> None:
     """End what training put around and into the model: hooks, shards, buffers; all processes call this.
 
     DeepSpeed leaves its hooks; what answers now must compute as a restored model does. Parameters that ZeRO-3 had

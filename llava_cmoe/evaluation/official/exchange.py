@@ -21,13 +21,13 @@ from typing import Any
 
 from llava_cmoe.data.coin import raw_ids
 from llava_cmoe.data.rows import MARKER
+from llava_cmoe.data.task_data import TaskData
+from llava_cmoe.evaluation.aggregate import aggregate
+from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_spec_of
 from llava_cmoe.evaluation.generate import RouteName
 from llava_cmoe.evaluation.log import Answer, Results, RunFacts, read_answers, write_answers, write_results
 from llava_cmoe.evaluation.rescoring import Examined
-from llava_cmoe.evaluation.runner import Exam, aggregate
-from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.registry.schema import RegistryError, recipe_facts
-from llava_cmoe.sequence import exam_of, fingerprints_of
 from llava_cmoe.settings.run import Recipe
 
 ANSWERS, RESULT = "merge.jsonl", "Result.text"
@@ -59,20 +59,20 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
     Raises:
         RegistryError: the folder holds something, or no such route was measured.
     """
-    results, exam = examined.results, examined.exam
-    chosen = next((name for name in exam.settings.routes if route in (None, name)), None)
+    results, eval_spec = examined.results, examined.eval_spec
+    chosen = next((name for name in eval_spec.settings.routes if route in (None, name)), None)
     if chosen is None:
         raise RegistryError(f"{examined.folder}: no route {route} was measured, only {', '.join(results.routes)}")
     _refuse_full(to)
     written = []
-    for i, task in enumerate(exam.sequence.tasks):
+    for i, task in enumerate(eval_spec.sequence.tasks):
         ids = raw_ids(examined.root, task)
         for j in range(len(results.routes[chosen].matrix)):
             protocol, accuracy = _as_coin(results, chosen, j, i)
             if accuracy is not None:
-                folder = to / task.name / exam.sequence.names[j]
+                folder = to / task.name / eval_spec.sequence.names[j]
                 folder.mkdir(parents=True)
-                by_id = {answer.id: answer for answer in read_answers(exam.answers_path(j, i, chosen))}
+                by_id = {answer.id: answer for answer in read_answers(eval_spec.answers_path(j, i, chosen))}
                 lines = [
                     _line(by_id[name], ids[name], f"{results.run} after {results.tasks[j]}")
                     for name in ids
@@ -130,27 +130,27 @@ def import_answers(
     """
     _refuse_full(recipe.run)
     settings = recipe.evaluation.model_copy(update={"routes": (ROUTE,)})
-    exam = exam_of(recipe.data, settings, recipe.seed, recipe.run)
-    cells = _cells(source, exam)
+    data = TaskData.open(recipe.data, recipe.seed)
+    eval_spec = eval_spec_of(data, settings, recipe.run)
+    cells = _cells(source, eval_spec)
     said = {cell: _stated(path.with_name(RESULT)) for cell, path in cells.items() if path.with_name(RESULT).is_file()}
     answers = {}
     for number, (cell, path) in enumerate(cells.items(), start=1):
-        answers[cell] = _read(path, exam.rows[exam.sequence.names[cell[1]]], len(exam.rows))
+        answers[cell] = _read(path, eval_spec.rows[eval_spec.sequence.names[cell[1]]], len(eval_spec.rows))
         progress("reading", number, len(cells))
     for (after, task), found in answers.items():
-        write_answers(exam.answers_path(after, task, ROUTE), found)
-    files = fingerprints_of(recipe.data)
+        write_answers(eval_spec.answers_path(after, task, ROUTE), found)
     facts = RunFacts(
         run=recipe.run.name,
         method=method,
         seed=recipe.seed,
         recipe={key: value for key, value in recipe_facts(recipe).items() if key in ("seed", "data", "evaluation")},
         base=base,
-        data=fingerprint_all(files),
-        data_files=files,
+        data=data.fingerprint,
+        data_files=data.files,
     )
     try:
-        results = aggregate(exam, facts, sorted({after for after, _ in cells}), progress)
+        results = aggregate(eval_spec, facts, sorted({after for after, _ in cells}), progress)
     except ValueError as error:
         raise RegistryError(str(error)) from error
     write_results(recipe.run / "results.json", results)
@@ -158,21 +158,21 @@ def import_answers(
     for (after, task), accuracy in said.items():
         protocol, scored = _as_coin(results, ROUTE, after, task)
         if scored is not None:
-            names = exam.sequence.names[task], exam.sequence.names[after]
+            names = eval_spec.sequence.names[task], eval_spec.sequence.names[after]
             stated.append(Stated(*names, stated=accuracy, scored=scored, protocol=protocol))
     return results, stated
 
 
-def _cells(source: Path, exam: Exam) -> dict[tuple[int, int], Path]:
+def _cells(source: Path, eval_spec: EvalSpec) -> dict[tuple[int, int], Path]:
     """(stage, task), both from 0, to the file of its answers."""
-    index = {name.casefold(): position for position, name in enumerate(exam.sequence.names)}
+    index = {name.casefold(): position for position, name in enumerate(eval_spec.sequence.names)}
     cells: dict[tuple[int, int], Path] = {}
     for path in sorted(source.glob(f"*/*/{ANSWERS}")):
         for folder in (path.parent.parent, path.parent):
             if folder.name.casefold() not in index:
                 raise RegistryError(
-                    f"{folder}: no task of {exam.sequence.name} is called so; name folders TASK/STAGE, the stage "
-                    f"by the task learned last: {', '.join(exam.sequence.names)}"
+                    f"{folder}: no task of {eval_spec.sequence.name} is called so; name folders TASK/STAGE, the stage "
+                    f"by the task learned last: {', '.join(eval_spec.sequence.names)}"
                 )
         cell = index[path.parent.name.casefold()], index[path.parent.parent.name.casefold()]
         if cell in cells:

@@ -2,7 +2,8 @@
 
     {"question_id": 4, "prompt": "...", "text": "A", "answer_id": "...", "model_id": "...", "metadata": {}}     a line
 
-What the answers are worth is left to `released.py` (as CoIN's scripts do it) and `joining.py` (protocol `strict`).
+What the answers are worth is left to `released_scripts.py` (as CoIN's scripts do it) and `joining.py` (protocol
+`strict`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from llava_cmoe.data.strict_json import parse_json
 
 ROWS = {
     "ScienceQA": "test.json",
@@ -41,20 +44,28 @@ class Line:
 
 @dataclass(frozen=True)
 class Annotations:
-    """The folder with a task's official files; `read` holds the names of those that were."""
+    """The folder with a task's official files.
+
+    Attributes:
+        folder: where they lie.
+        read: names of those that were read.
+        strict: whether an object with a key twice is an error; the released scripts keep the last one.
+    """
 
     folder: Path
     read: list[str] = field(default_factory=list)
+    strict: bool = False
 
     def load(self, name: str) -> Any:
         """One file as JSON.
 
         Raises:
-            ScoringError: it is not there, or no JSON.
+            ScoringError: it is not there, no JSON, or (if `strict`) has a key twice in one object.
         """
         path = self.folder / name
         with blamed(str(path), "put the official file there"):
-            document = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            document = parse_json(text) if self.strict else json.loads(text)
         self.read.append(name)
         return document
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from llava_cmoe.data.annotations import answers_by_id, choices_by_id
 from llava_cmoe.data.coin_rows import box_of, row_id_of
+from llava_cmoe.data.demands import DEMANDS
+from llava_cmoe.data.spelling import is_blank
 from llava_cmoe.evaluation.official.files import Annotations, blamed
 from llava_cmoe.evaluation.scorers.base import Reference
 
@@ -16,8 +20,10 @@ def references_of(task: str, annotations: Annotations) -> list[Reference]:
     """One per row of the task's file, in its order.
 
     Raises:
-        ScoringError: a file or row is not as CoIN publishes it, or an id occurs twice.
+        ScoringError: a file or row is not as CoIN publishes it, an id or key occurs twice, or the task's scorer could
+            not judge a row; names the file and the rows.
     """
+    annotations = replace(annotations, strict=True)
     further = _further(task, annotations)
     name, rows = annotations.rows(task)
     place = str(annotations.folder / name)
@@ -29,11 +35,12 @@ def references_of(task: str, annotations: Annotations) -> list[Reference]:
         with blamed(f"{place}, row {index}", FIX):
             row_id = row_id_of(row)
             if row_id in references:
-                raise ValueError(f"id {row_id!r} occurs in an earlier row")
+                raise ValueError(f"id {row_id!r} occurs in an earlier row, {list(references).index(row_id)}")
             if further is not None and row_id not in further:
                 raise ValueError(f"no entry for id {row_id!r} in {annotations.read[0]}")
             extra = {} if further is None else further[row_id]
             references[row_id] = Reference(id=row_id, **_truth(task, row), **extra)
+            DEMANDS[task.lower()](references[row_id])
     return list(references.values())
 
 
@@ -43,13 +50,11 @@ def _further(task: str, annotations: Annotations) -> dict[str, dict[str, Any]] |
         case "ScienceQA":
             problems = annotations.load("problems.json")
             with blamed(str(annotations.folder / "problems.json"), FIX):
-                return {pid: {"choices": tuple(map(str, problem["choices"]))} for pid, problem in problems.items()}
+                return {pid: {"choices": tuple(choices)} for pid, choices in choices_by_id(problems).items()}
         case "TextVQA":
             document = annotations.load("TextVQA_0.5.1_val.json")
             with blamed(str(annotations.folder / "TextVQA_0.5.1_val.json"), FIX):
-                return {
-                    str(row["question_id"]): {"answers": tuple(map(str, row["answers"]))} for row in document["data"]
-                }
+                return {row_id: {"answers": tuple(answers)} for row_id, answers in answers_by_id(document).items()}
     return None
 
 
@@ -65,6 +70,6 @@ def _truth(task: str, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or is_blank(value):
         raise ValueError(f"no {key} (a string)")
     return value

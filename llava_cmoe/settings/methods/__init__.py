@@ -7,13 +7,31 @@ from typing import Annotated
 from pydantic import Field
 
 from llava_cmoe.settings.methods.cmoe import CmoeSettings
+from llava_cmoe.settings.methods.ewc import EwcSettings
 from llava_cmoe.settings.methods.joint import JointSettings
+from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
+from llava_cmoe.settings.methods.lwf import LwfSettings
 from llava_cmoe.settings.methods.moelora import MoeLoraSettings
+from llava_cmoe.settings.methods.o_lora import OLoraSettings
+from llava_cmoe.settings.methods.pmoe import PmoeSettings
+from llava_cmoe.settings.methods.r2moe import R2moeSettings
+from llava_cmoe.settings.methods.replay import ReplaySettings
 from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
 from llava_cmoe.settings.methods.zero_shot import ZeroShotSettings
 
 MethodSettings = Annotated[
-    ZeroShotSettings | SequentialLoraSettings | JointSettings | MoeLoraSettings | CmoeSettings,
+    ZeroShotSettings
+    | SequentialLoraSettings
+    | JointSettings
+    | ReplaySettings
+    | EwcSettings
+    | LwfSettings
+    | OLoraSettings
+    | LoraPerTaskSettings
+    | MoeLoraSettings
+    | PmoeSettings
+    | R2moeSettings
+    | CmoeSettings,
     Field(discriminator="name"),
 ]
 """Settings of any method; `name` says whose."""

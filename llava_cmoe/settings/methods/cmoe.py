@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -11,7 +11,9 @@ from llava_cmoe.settings.locators import LocatorSettings
 
 
 class ExpertSettings(Settings):
-    """LoRA experts and their routers (METHOD: y = W0 x + sum_e gate_e * alpha/rank * B_e A_e x)."""
+    """LoRA experts and their routers (y = W0 x + sum_e gate_e * alpha/rank * B_e A_e x)."""
+
+    renamed: ClassVar = {"head_start": "router_init_logit"}
 
     rank: int = Field(64, gt=0)
     """LoRA rank of one expert."""
@@ -28,7 +30,7 @@ class ExpertSettings(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision experts are held and learned in; routers keep float32. bfloat16 halves their memory, and loses updates
     below 1/256 of a weight, as small learning rates make them."""
-    head_start: float = Field(6.0, ge=0)
+    router_init_logit: float = Field(6.0, ge=0)
     """Logit by which a new router starts in favour of the task's own experts, at the task's mean token. With 0 its
     tokens begin spread over the whole pool, of which ever less can learn: the later a task comes, the worse."""
     balance_weight: float = Field(0.01, ge=0)

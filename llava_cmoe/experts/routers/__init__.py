@@ -1,0 +1,1 @@
+"""When each expert of a site is used: one file per kind of router."""

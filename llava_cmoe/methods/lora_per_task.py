@@ -1,0 +1,81 @@
+"""LoRA per task: a fresh stock adapter for every task, frozen after it, and a locator that chooses whose answers.
+
+    y = W0 x + (alpha / r) B_t* A_t* x        t* located per sample, as in LLaVA-CMoE
+
+The plain control of every method that locates: nothing is shared, nothing is mixed, nothing can be forgotten. What such
+a method gains beyond this row, it does not owe to its locator.
+
+An adapter is one expert of rank r in every linear of the LLM's attention and FFNs, which computes what PEFT's LoRA does
+(a test compares them), follows a plan per sample, and so answers a batch of mixed tasks at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from llava_cmoe.backbones.sites import linear_sites
+from llava_cmoe.data.batches import Batch
+from llava_cmoe.data.conversation import Processor
+from llava_cmoe.experts import ledger
+from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.routers.constant import OwnExpert
+from llava_cmoe.experts.state import TaskState, restore, state_of
+from llava_cmoe.experts.surgery import ExpertHost, install
+from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, FitFn, Method, StageData, Tensors, no_extra_loss
+from llava_cmoe.methods.locating import TaskLocating
+from llava_cmoe.records import Growth, Learned
+from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
+
+
+class LoraPerTask(Method):
+    """One adapter per task; task t's is expert t of every linear."""
+
+    host: ExpertHost
+    locates = True
+
+    def __init__(self, settings: LoraPerTaskSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
+        """Make room for adapters beside every linear of the LLM's attention and FFNs."""
+        del seed
+        self.model, self.processor = model, processor
+        self.host = install(model, linear_sites(model), lambda _: OwnExpert(), rank=settings.rank, alpha=settings.alpha)
+        self.routers = self.host.routers(OwnExpert)
+        self.locating = TaskLocating(settings.locator, model, processor, self.host.context)
+
+    def before_task(self, data: StageData, fit: FitFn) -> Growth:
+        """Add the task's adapter as LoRA begins: A random, B zero."""
+        del fit
+        generator = torch.Generator().manual_seed(data.seed)
+        for site, bank in self.host.banks.items():
+            bank.grow(1, generator=generator)
+            self.routers[site].add_task()
+        return Growth(dict.fromkeys(self.host.banks, 1))
+
+    @contextmanager
+    def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:
+        """The task's own adapter for every sample."""
+        newest = next(iter(self.routers.values())).num_tasks - 1
+        with self.host.context.use(RoutePlan.single(newest), batch):
+            yield no_extra_loss
+
+    def after_task(self, data: StageData) -> Learned:
+        """Freeze the adapter for good, and fit the task's locator."""
+        state, trained = state_of(self.host.banks, data.index), ledger.trained(self.host.banks)
+        self.host.freeze()
+        location = self.locating.learn_task(data)
+        facts = {"trainable_parameters": trained.total.parameters, **location.facts}
+        return Learned({"experts": state.experts, **location.tensors}, facts, location.seconds)
+
+    def restore(self, tensors: Tensors) -> None:
+        """Add the next task's adapter and locator as they were committed."""
+        restore(self.host.banks, TaskState(tensors["experts"], {}))
+        self.host.freeze()
+        self.locating.restore(dict(tensors["locator"]))
+
+    def answering(self, batch: Batch, task_B: Tensor | None = None) -> AbstractContextManager[DeferredLocation]:
+        """Each sample's task, given or located, names its adapter."""
+        return self.locating.answering(batch, task_B)

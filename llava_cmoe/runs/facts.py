@@ -1,0 +1,46 @@
+"""What goes on record about a run and about the call that works on it."""
+
+from __future__ import annotations
+
+import torch
+
+from llava_cmoe.evaluation.log import RunFacts
+from llava_cmoe.provenance.invocations import Call, effective_batch, hardware, revision
+from llava_cmoe.provenance.versions import versions
+from llava_cmoe.registry.schema import recipe_facts
+from llava_cmoe.runs.run import Run
+
+
+def facts_of_run(run: Run) -> RunFacts:
+    """What the results hold about the run, read from the registry."""
+    recipe, records = run.recipe, run.registry.records()
+    return RunFacts(
+        run=recipe.run.name,
+        method=recipe.method.name,
+        seed=recipe.seed,
+        recipe=recipe_facts(run.registry.recipe()),  # an evaluation may have measured with other settings than it says
+        base=run.backbone.fingerprint,
+        data=run.data.fingerprint,
+        data_files=run.data.files,
+        sites=() if run.method.host is None else tuple(run.method.host.banks),
+        growth={record.name: record.facts["growth"]["new_experts"] for record in records},
+        trainable_parameters={record.name: record.facts["trainable_parameters"] for record in records},
+        stored_bytes={record.name: sum(file.bytes for file in record.files.values()) for record in records},
+        processes=run.processes.num_processes,
+        threads=torch.get_num_threads(),
+        versions=versions(),
+        seconds={record.name: record.seconds for record in records},
+    )
+
+
+def call_of(run: Run, learned: tuple[str, ...], evaluated: dict[str, float]) -> Call:
+    """What this call did so far, and on what."""
+    num_processes = run.processes.num_processes
+    return Call(
+        learned=learned,
+        asked=evaluated,
+        processes=num_processes,
+        effective_batch=effective_batch(run.recipe.training, num_processes),
+        revision=revision(),
+        hardware=hardware(),
+    )
