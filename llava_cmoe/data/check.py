@@ -39,7 +39,7 @@ def check_sequence(
     Args:
         root: the data root.
         sequence: the tasks.
-        progress: told after every file and every few pictures.
+        progress: called after every file and every few pictures.
         processes: how many open pictures; 1 opens them here.
     """
     scans: list[_Scan] = []

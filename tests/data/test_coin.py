@@ -3,9 +3,10 @@
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -18,12 +19,14 @@ from llava_cmoe.data.tasks import COIN_FOLDERS, TaskSequence, TaskSpec
 Edit = Callable[[str, Callable[[list[dict[str, Any]]], object]], Path]
 
 
-def test_training_rows_keep_turns_and_marker_and_get_absolute_paths(root: Path, sequence: TaskSequence) -> None:
+def test_training_rows_keep_turns_and_get_the_marker_first_and_absolute_paths(
+    root: Path, sequence: TaskSequence
+) -> None:
     science, text, _ = (read_train(root, task) for task in sequence.tasks)
     assert science[0] == {
         "id": "1",
         "image": str(root.resolve() / "cl_dataset/ScienceQA/images/train/1/image.png"),
-        "turns": [{"role": "user", "text": "Which one?\nA. up\nB. down\n<image>"}, {"role": "assistant", "text": "A"}],
+        "turns": [{"role": "user", "text": "<image>\nWhich one?\nA. up\nB. down"}, {"role": "assistant", "text": "A"}],
     }
     assert science[1]["image"] is None
     assert text[0]["id"] == "7"
@@ -95,7 +98,7 @@ def test_an_absolute_path_is_refused_even_inside_the_root(root: Path, sequence: 
 
 def test_an_evaluation_row_may_place_the_marker_itself(root: Path, sequence: TaskSequence, edit: Edit) -> None:
     edit("Grounding/test.json", lambda rows: rows[0].update(text="Where?\n<image>"))
-    assert read_eval(root, sequence.tasks[2])[0]["turns"] == [{"role": "user", "text": "Where?\n<image>"}]
+    assert read_eval(root, sequence.tasks[2])[0]["turns"] == [{"role": "user", "text": "<image>\nWhere?"}]
 
 
 def test_rows_of_pictures_lost_everywhere_are_left_out_and_logged(
@@ -141,6 +144,14 @@ BROKEN_ROWS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "overlong name": ("train", _set(image="x" * 5000), "is missing"),
     "zero byte": ("train", _set(image="a\0b"), "image must be a path relative to cl_dataset/"),
     "picture is a number": ("train", _set(image=3), "image must be a path relative to cl_dataset/, found 3"),
+    "two pictures": ("train", _set(images=["a.jpg", "b.jpg"]), "`images` names 2 pictures; only one picture a row"),
+    "two pictures at once": ("test", _set(image=["a.jpg", "b.jpg"]), "`image` names 2 pictures"),
+    "another picture": ("test", _set(images=["a.jpg"]), "`image` and `images` name different pictures"),
+    "a video": ("train", _set(video="a.mp4"), "field `video`: only one picture a row is read; take such rows out"),
+    "a system prompt": ("train", _set(system="Be brief."), "field `system`: no system prompt is learned"),
+    "an unknown text": ("test", _set(remark="look left"), "field `remark`: what it holds would be left out; delete it"),
+    "invisible answer": ("train", _turns(ASK, SAY | {"value": "\u200b"}), "turn 1 (gpt) has no text"),
+    "invisible question": ("test", _set(text="\ufeff"), "no text (the question)"),
     "absolute path": (
         "train",
         _set(image="/etc/hostname"),
@@ -225,7 +236,7 @@ def test_doubled_ids_are_an_error_in_evaluation_files_only(root: Path, sequence:
     edit("Grounding/train.json", lambda rows: rows.append(rows[0]))
     assert len(read_train(root, sequence.tasks[2])) == 2
     edit("Grounding/test.json", lambda rows: rows.append(rows[0] | {"question_id": "1"}))
-    with pytest.raises(DataError, match=r"test.json, row 1 \(id 1\): the id occurs in an earlier row"):
+    with pytest.raises(DataError, match=r"test.json, row 1 \(id 1\): the id occurs in an earlier row, 0"):
         read_eval(root, sequence.tasks[2])
 
 
@@ -241,6 +252,10 @@ def test_doubled_ids_are_an_error_in_evaluation_files_only(root: Path, sequence:
         (b'{"id": 1}\n{"id": 2}', "broken JSON at line 2, column 1: Extra data; one object a line"),
         (b'["\xff"]', "not UTF-8 text at byte 2"),
         (b'["x"]', "a row is an object, found a string"),
+        (
+            b'[{"id": 1, "image": "a", "image": "b"}]',
+            "key 'image' occurs twice in the object with id 1, as its entries 1",
+        ),
         (None, "cannot read the file (No such file or directory)"),
     ],
 )
@@ -303,3 +318,88 @@ def test_a_box_may_end_a_rounding_outside_the_picture():
     assert box_of("[-0.0002, 0.1, 0.5, 1.00002]") == [-0.0002, 0.1, 0.5, 1.00002]
     with pytest.raises(Unusable, match="each from 0 to 1"):
         box_of("[0, 0.1, 0.5, 1.01]")
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_picture_that_is_there_in_another_unicode_form_is_hinted_at(
+    root: Path, sequence: TaskSequence, edit: Edit, form: Literal["NFC", "NFD"], folder: bool
+) -> None:
+    name = "caf\u00e9/1.jpg" if folder else "caf\u00e9.jpg"
+    there = root / "cl_dataset" / unicodedata.normalize(form, name)
+    there.parent.mkdir(exist_ok=True)
+    shutil.copy(root / "cl_dataset/COCO2014/train2014/000000000001.jpg", there)
+    asked = unicodedata.normalize("NFC" if form == "NFD" else "NFD", name)
+    if (root / "cl_dataset" / asked).exists():
+        pytest.skip("this file system knows one form alone")
+    edit("Grounding/train.json", lambda rows: rows[0].update(image=asked))
+    composed, decomposed = "caf\\\\xe9", "cafe\\\\u0301"
+    says, disk = (composed, decomposed) if form == "NFD" else (decomposed, composed)
+    with pytest.raises(DataError, match=rf"is missing.*the row says {says}\S*, the disk {disk}\S*; rename either"):
+        read_train(root, sequence.tasks[2])
+
+
+def test_a_full_width_name_is_hinted_at_and_an_unlike_one_is_not(
+    root: Path, sequence: TaskSequence, edit: Edit
+) -> None:
+    (root / "cl_dataset/\uff11.jpg").touch()
+    edit("Grounding/train.json", lambda rows: rows[0].update(image="1.jpg"))
+    with pytest.raises(DataError, match=r"the row says 1\.jpg, the disk \\uff11\.jpg"):
+        read_train(root, sequence.tasks[2])
+    edit("Grounding/train.json", lambda rows: rows[0].update(image="2.jpg"))
+    with pytest.raises(DataError, match=r"2\.jpg is missing \(looked for \S+\)$"):
+        read_train(root, sequence.tasks[2])
+
+
+@pytest.mark.parametrize("keys", [{"images": ["{}"]}, {"image": ["{}"]}, {"image": "{}", "images": ["{}"]}])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_list_of_one_picture_is_that_picture(
+    root: Path, sequence: TaskSequence, edit: Edit, keys: dict[str, Any], split: str
+) -> None:
+    read = read_train if split == "train" else read_eval
+    expected = read(root, sequence.tasks[2])[0]
+
+    def list_it(rows: list[dict[str, Any]]) -> None:
+        name = rows[0].pop("image")
+        rows[0].update(json.loads(json.dumps(keys).replace("{}", name)))
+
+    edit(f"Grounding/{split}.json", list_it)
+    assert read(root, sequence.tasks[2])[0] == expected
+
+
+QUESTIONS = ["Where?", "Which one?\nA. up\nB. down", "Where is it?\n\nAnswer briefly.", "\u00bfD\u00f3nde?"]
+
+
+@pytest.mark.parametrize("words", QUESTIONS)
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "learned", ["<image>\n{}", "{}\n<image>", "<image>{}", "{} <image>", " <image>\n {} \n", "{}<image>\n"]
+)
+@pytest.mark.parametrize("asked", ["{}", "{}\n", " {}", "<image>\n{}", "{}\n<image>"])
+def test_what_is_learned_and_what_is_asked_is_one_prompt(
+    root: Path, sequence: TaskSequence, edit: Edit, words: str, ends: str, learned: str, asked: str
+) -> None:
+    turns = [{"from": "human", "value": learned.format(words).replace("\n", ends)}, SAY]
+    edit("Grounding/train.json", lambda rows: rows[0].update(conversations=turns))
+    edit("Grounding/test.json", lambda rows: rows[0].update(text=asked.format(words).replace("\n", ends)))
+    train, evaluate = read_train(root, sequence.tasks[2])[0], read_eval(root, sequence.tasks[2])[0]
+    assert train["turns"][0] == evaluate["turns"][0] == {"role": "user", "text": f"<image>\n{words}"}
+
+
+def test_a_text_only_question_and_later_turns_are_one_prompt_too(
+    root: Path, sequence: TaskSequence, edit: Edit
+) -> None:
+    turns = [ASK, SAY, {"from": "human", "value": " Which\r\ncolour? "}, SAY]
+    edit("Grounding/train.json", lambda rows: rows[0].update(conversations=turns))
+    assert read_train(root, sequence.tasks[2])[0]["turns"][2]["text"] == "Which\ncolour?"
+    edit("Grounding/test.json", lambda rows: (rows[0].pop("image"), rows[0].update(text=" Which\r\ncolour? ")))
+    assert read_eval(root, sequence.tasks[2])[0]["turns"][0]["text"] == "Which\ncolour?"
+
+
+def test_a_question_that_is_the_picture_alone_is_learned_and_asked_alike(
+    root: Path, sequence: TaskSequence, edit: Edit
+) -> None:
+    edit("Grounding/train.json", lambda rows: rows[0].update(conversations=[ASK | {"value": "<image>\n"}, SAY]))
+    edit("Grounding/test.json", lambda rows: rows[0].update(text="<image>"))
+    train, evaluate = read_train(root, sequence.tasks[2])[0], read_eval(root, sequence.tasks[2])[0]
+    assert train["turns"][0] == evaluate["turns"][0] == {"role": "user", "text": "<image>"}
