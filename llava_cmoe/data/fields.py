@@ -1,4 +1,4 @@
-"""Which fields of a raw row may stand there unread: what would leave something out of the lesson is refused by name.
+"""Which fields of a raw row may stand there unread: one that carries content is refused by name, never dropped.
 
 LLaVA's readers look at `id`, `image` and `conversations` and drop the rest, so a row with a `video` is learned as text
 alone. Here a field that no reader looks at is
