@@ -30,6 +30,10 @@ class Judged(Protocol):
     """What a row is judged by: an evaluation row's truth, as the scorers' references hold it, too."""
 
     @property
+    def id(self) -> str:
+        """The row's id."""
+
+    @property
     def answer(self) -> str:
         """The one reference answer."""
 
@@ -50,6 +54,7 @@ class Judged(Protocol):
 class Truth:
     """The truth of an evaluation row."""
 
+    id: str
     answer: str
     answers: Sequence[str]
     choices: Sequence[str]
@@ -67,7 +72,7 @@ def check_demand(scorer: str, row: EvalRow) -> None:
         Unusable: it cannot; says why and what to mend.
     """
     if scorer in DEMANDS:
-        DEMANDS[scorer](Truth(row["answer"], row["answers"], row["choices"], row["box"]))
+        DEMANDS[scorer](Truth(row["id"], row["answer"], row["answers"], row["choices"], row["box"]))
 
 
 def letter_of_a_choice(row: Judged) -> None:
@@ -79,8 +84,8 @@ def letter_of_a_choice(row: Judged) -> None:
         raise Unusable(f"the row has {len(row.choices)} choices, more than there are letters: check the row's choices")
     if len(row.answer) != 1 or row.answer not in letters:
         raise Unusable(
-            f"the answer {row.answer!r} is not the letter of one of the {len(row.choices)} choices "
-            f"({', '.join(letters)}): correct the row's answer, or its choices in the annotations"
+            f"the answer {row.answer!r} to question {row.id!r} is not the letter of one of the "
+            f"{len(row.choices)} choices ({', '.join(letters)}): correct the row's answer, or its choices in the annotations"
         )
 
 

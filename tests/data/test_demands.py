@@ -71,7 +71,7 @@ def test_what_strict_refuses_is_refused_before(name: str, reference: Reference) 
         (
             "scienceqa",
             Reference(answer="b", choices=("cat", "dog")),
-            r"'b' is not the letter of one of the 2 .*\(A, B\)",
+            r"'b' to .* is not the letter of one of the 2 .*\(A, B\)",
         ),
         ("scienceqa", Reference(answer="A"), "no choices: set the task's annotations"),
         ("textvqa", Reference(answers=("a",) * 9), "9 annotators' answers"),
@@ -116,7 +116,9 @@ def test_rows_that_scoring_would_refuse_are_problems_of_the_check(
 def test_reading_for_training_stops_at_the_first_of_them(
     root: Path, sequence: TaskSequence, two_wrong_letters: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"test\.json, row 2 \(id 2\): the answer 'b' is not the letter"):
+    with pytest.raises(
+        DataError, match=r"test\.json, row 2 \(id 2\): the answer 'b' to question '2' is not the letter"
+    ):
         read_eval(root, sequence.tasks[0])
 
 

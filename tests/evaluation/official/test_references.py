@@ -115,5 +115,7 @@ def test_a_key_that_occurs_twice_is_an_error_in_strict_and_the_last_one_as_relea
 def test_a_row_that_the_scorer_could_not_judge_is_an_error_with_its_place(answer: str, tmp_path: Path) -> None:
     write_json(tmp_path, "problems.json", {"4": {"choices": ["yes", "no"]}, "5": {"choices": ["yes", "no"]}})
     write_rows(tmp_path, "test.json", {"4": "B", "5": answer})
-    with pytest.raises(ScoringError, match=rf"test\.json, row 1: the answer '{answer}' is not the letter"):
+    with pytest.raises(
+        ScoringError, match=rf"test\.json, row 1: the answer '{answer}' to question '5' is not the letter"
+    ):
         references_of("ScienceQA", Annotations(tmp_path))
