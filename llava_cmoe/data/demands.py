@@ -85,7 +85,8 @@ def letter_of_a_choice(row: Judged) -> None:
     if len(row.answer) != 1 or row.answer not in letters:
         raise Unusable(
             f"the answer {row.answer!r} to question {row.id!r} is not the letter of one of the "
-            f"{len(row.choices)} choices ({', '.join(letters)}): correct the row's answer, or its choices in the annotations"
+            f"{len(row.choices)} choices ({', '.join(letters)}): correct the row's answer, or its choices in "
+            "the annotations"
         )
 
 
