@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.sequence import learn
@@ -24,7 +25,7 @@ from llava_cmoe.sequence import learn
 RECORDED = Path(__file__).parent / "recorded"
 METHODS = ("cmoe", "sequential_lora", "moelora")
 TOLERANCE = 1e-5
-MEASURED = ("routes", "locator", "growth", "trainable_parameters", "num_samples")
+MEASURED = {"routes", "locator", "growth", "trainable_parameters", "num_samples"}
 """What a results file holds beside names, versions and times."""
 
 
@@ -49,9 +50,8 @@ def learn_beside(folder: Path, backbone: Path, method: str) -> Path:
 
 
 def measured(run: Path) -> dict[str, Any]:
-    """What was measured in a run."""
-    results = json.loads((run / "results.json").read_text())
-    return {key: results[key] for key in MEASURED}
+    """What was measured in a run, by the names that it has now."""
+    return read_results(run / "results.json").model_dump(include=MEASURED)
 
 
 @pytest.fixture(scope="module")
