@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from inspect import get_annotations
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,9 @@ from tiny import Lesson
 
 from llava_cmoe.cli import main
 from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.evaluation.scorers import PROTOCOLS
 from llava_cmoe.methods import METHODS
+from llava_cmoe.methods.base import Method
 from llava_cmoe.planning.estimate import Budget
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, readme_markdown
@@ -57,7 +60,12 @@ GLOSSARY = {
     *("route", "located route", "oracle route", "immediate", "last", "MAA", "BWT", "forgetting", "forward transfer"),
     *("locator accuracy", "oracle gap", "false rejection", "protocol"),
 }
-DEFAULTS: dict[object, tuple[str, ...]] = {(): ("none",), False: ("off",), None: ("calibrated", "as in training")}
+DEFAULTS: dict[object, tuple[str, ...]] = {
+    (): ("none",),
+    False: ("off",),
+    True: ("on",),
+    None: ("calibrated", "as in training"),
+}
 """How the tables of methods.md write a default that is neither a number nor a word."""
 
 
@@ -317,8 +325,9 @@ def test_every_setting_that_is_named_exists(page: Path):
     assert set(named) - files - known_keys().keys() == set()
 
 
-def method_section(name: str) -> str:
-    [part] = re.findall(rf"^## `{name}`\n(.*?)(?=^## )", TEXT[REPOSITORY / "docs/methods.md"], re.MULTILINE | re.DOTALL)
+def part_of_methods(heading: str) -> str:
+    text = TEXT[REPOSITORY / "docs/methods.md"]
+    [part] = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     return str(part)
 
 
@@ -342,15 +351,33 @@ def states(word: str, default: object) -> bool:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_methods_section_has_every_part_and_names_every_setting(name: str):
-    section = method_section(name)
+    section = part_of_methods(f"`{name}`")
     parts = re.findall(r"^\*\*([^.:*]+)[.:]", section, re.MULTILINE)
     assert list(dict.fromkeys(parts)) == list(SECTION)
+    if "(#the-locator)" in section:
+        section += part_of_methods("The locator")
     defaults = leaves(parse_recipe({"run": "x", "method": {"name": name}}, source=name).method)
     assert [key for key in defaults if f"`{key}`" not in section] == []
     for keys, stated in re.findall(r"^\| (`method\.[^|]+) \| ([^|]+) \|", section, re.MULTILINE):
         values = [defaults[key] for key in re.findall(r"`([^`]+)`", keys)]
         words = stated.split(", ") * (len(values) if len(stated.split(", ")) == 1 else 1)
         assert all(map(states, words, values)), keys
+
+
+def test_the_page_on_training_names_every_recipe():
+    named = set(re.findall(r"`(\w+\.yaml)`", TEXT[REPOSITORY / "docs/training.md"]))
+    assert {path.name for path in (REPOSITORY / "train/recipes").glob("*.yaml")} - named == set()
+
+
+def test_the_page_on_data_names_every_scorer():
+    text = TEXT[REPOSITORY / "docs/data.md"].split("\n## Scorers\n")[1]
+    assert [name for name in PROTOCOLS["strict"].scorers if f"`{name}`" not in text] == []
+
+
+def test_the_contract_on_the_page_is_that_of_the_code():
+    rows = re.findall(r"^\| `(\w+)` \|", part_of_methods("A method of your own"), re.MULTILINE)
+    members = {name for name in {**vars(Method), **get_annotations(Method)} if not name.startswith("_")} | {"__init__"}
+    assert sorted(rows) == sorted(members - {"model", "processor"})
 
 
 def test_layers_under_other_names_are_settings():
