@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from pydantic import BaseModel
 
-from llava_cmoe.analyses.expert_similarity import measure_diversity
+from llava_cmoe.analyses.expert_similarity import measure_similarity
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.merging.store import Merges
 from llava_cmoe.merging.summary import summarise_merges
@@ -74,7 +74,7 @@ def similarity(
 ) -> None:
     """Cosines between what experts add, task by task."""
     with _user_errors():
-        _write(out, measure_diversity(run))
+        _write(out, measure_similarity(run))
 
 
 def _write(out: Path, document: BaseModel) -> None:

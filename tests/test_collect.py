@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import Lesson
 
-from llava_cmoe.analyses.expert_similarity import measure_diversity
+from llava_cmoe.analyses.expert_similarity import measure_similarity
 from llava_cmoe.merging.search import merge_run
 from llava_cmoe.merging.summary import MergeSummary
 from llava_cmoe.report.headline import Headline
@@ -67,5 +67,5 @@ def test_the_last_merge_of_a_run_is_taken(lesson_of: Callable[..., Lesson], coll
 def test_experts_of_a_run_are_compared(lesson_of: Callable[..., Lesson], collect, tmp_path: Path):
     run, out = lesson_of("cmoe").recipe.run, tmp_path / "diversity.json"
     assert collect("similarity", run, "--out", out) == 0
-    assert json.loads(out.read_text()) == measure_diversity(run).model_dump(mode="json")
+    assert json.loads(out.read_text()) == measure_similarity(run).model_dump(mode="json")
     assert collect("similarity", tmp_path, "--out", out) == 2
