@@ -325,6 +325,16 @@ def test_every_setting_that_is_named_exists(page: Path):
     assert set(named) - files - known_keys().keys() == set()
 
 
+def test_every_option_that_is_named_exists():
+    """Options of `llava-cmoe` and of the scripts: given by name, or made by typer from a parameter's."""
+    sources = [*(REPOSITORY / "llava_cmoe/cli").glob("*.py"), *(REPOSITORY / "eval").glob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in sources)
+    pages = (text for page, text in WRITTEN.items() if page.parent.name != "zero_configs")  # accelerate's
+    named = {option for text in pages for option in re.findall(r"`--([a-z][a-z-]+)", FENCE.sub("", text))}
+    unknown = [name for name in named if f'"--{name}"' not in code and f" {name.replace('-', '_')}: " not in code]
+    assert named and unknown == []
+
+
 def part_of_methods(heading: str) -> str:
     text = TEXT[REPOSITORY / "docs/methods.md"]
     [part] = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
