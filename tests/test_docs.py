@@ -101,7 +101,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def workplace(
+def checkout(
     lesson_of: Callable[..., Lesson], pocket: Path, tiny_data: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch
 ) -> Path:
     """A checkout without the library, and in it whatever the commands name."""
@@ -166,7 +166,7 @@ SCRIPTS = ("eval/collect.py", "eval/results_page.py", "eval/score.py")
 """Scripts of which the same holds."""
 
 
-def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+def attempt(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit status of a command, or of its dry run; one that is not known here fails."""
     words = [name for word in shlex.split(command) for name in (sorted(glob.glob(word)) if "*" in word else [word])]
     if words[:2] == ["accelerate", "launch"]:
@@ -177,9 +177,9 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
         words = ["accelerate", "launch", *words]
     match words:
         case ["make", target]:
-            return subprocess.run(["make", "-n", target], cwd=workplace, capture_output=True).returncode
+            return subprocess.run(["make", "-n", target], cwd=checkout, capture_output=True).returncode
         case ["source", ".venv/bin/activate"]:
-            return 0 if "BIN := .venv/bin\n" in (workplace / "Makefile").read_text() else 1
+            return 0 if "BIN := .venv/bin\n" in (checkout / "Makefile").read_text() else 1
         case ["accelerate", "launch", "train/continual.py" as script, *_]:
             words = [*words[2:], "--dry-run"]
         case ["accelerate", "launch", "eval/evaluate.py" as script, *_]:
@@ -195,18 +195,18 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
         case ["llava-cmoe", "train" | "study", *_]:
             return start(main, [*words, *(["--dry-run"] if "--dry-run" not in words else [])], monkeypatch)
         case ["llava-cmoe", "data", "make-pocket", "ROOT", *_]:
-            (workplace / "ROOT").unlink()
+            (checkout / "ROOT").unlink()
             return start(main, words, monkeypatch)
         case ["llava-cmoe", "convert", *_]:
-            (workplace / BASE).unlink()
-            write_parts(workplace)
+            (checkout / BASE).unlink()
+            write_parts(checkout)
             for name, given in (("llm", "vicuna-7b-v1.5"), ("vision", "clip-vit-large-patch14-336")):
-                (workplace / name).rename(workplace / given)
+                (checkout / name).rename(checkout / given)
             return start(main, words, monkeypatch)
         case ["llava-cmoe", "plan", "train/recipes/coin_cmoe_llava_7b.yaml", *_]:
             left = start(main, [*words, "--json", "plan.json"], monkeypatch)
             stated = " ".join(TEXT[REPOSITORY / "docs/training.md"].split())
-            numbers = planned(Budget.model_validate_json((workplace / "plan.json").read_bytes()))
+            numbers = planned(Budget.model_validate_json((checkout / "plan.json").read_bytes()))
             assert [number for number in numbers if number not in stated] == []
             return left
         case ["llava-cmoe", "chat", "runs/spare", *_]:
@@ -222,7 +222,7 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
             return start(main, [*words, "--dry-run"], monkeypatch)
         case ["llava-cmoe", "answers", "import", folder, *_]:
             start(main, ["llava-cmoe", "answers", "export", "runs/pocket_cmoe", "--to", folder], monkeypatch)
-            data = read_results(workplace / "runs/pocket_cmoe/results.json").recipe["data"]  # not the pocket sequence
+            data = read_results(checkout / "runs/pocket_cmoe/results.json").recipe["data"]  # not the pocket sequence
             return start(main, [*words, *(f"data.{key}={data[key]}" for key in ("sequence", "root"))], monkeypatch)
         case ["llava-cmoe", command, *_] if command in NEED_NOTHING_MORE:
             return start(main, words, monkeypatch)
@@ -234,15 +234,15 @@ def attempt(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> i
 
 
 @pytest.mark.parametrize("command", sorted(set(commands())))
-def test_a_command_runs_as_it_stands(command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch):
-    assert attempt(command, workplace, monkeypatch) == 0
+def test_a_command_runs_as_it_stands(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch):
+    assert attempt(command, checkout, monkeypatch) == 0
     for page in (REPOSITORY / "README.md", GENERATED):  # one of the commands writes both from the committed JSON
-        assert (workplace / page.relative_to(REPOSITORY)).read_text(encoding="utf-8") == TEXT[page]
+        assert (checkout / page.relative_to(REPOSITORY)).read_text(encoding="utf-8") == TEXT[page]
 
 
-def test_a_command_that_no_test_knows_fails(workplace: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_command_that_no_test_knows_fails(checkout: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(pytest.fail.Exception, match="no test knows how to run"):
-        attempt("llava-cmoe forget everything", workplace, monkeypatch)
+        attempt("llava-cmoe forget everything", checkout, monkeypatch)
 
 
 @pytest.mark.parametrize(
