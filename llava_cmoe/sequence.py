@@ -63,7 +63,9 @@ def evaluate_run(recipe: Recipe, progress: Progress = lambda *_: None) -> Result
     stages, folder = done_stages(recipe), subset_folder(recipe)
     run = open_run(recipe)
     run.registry.check_sources(recipe, run.sources)
-    return run_stages(replace(run, eval_spec=replace(run.eval_spec, folder=folder / run.eval_spec.folder.name)), stages, progress)
+    return run_stages(
+        replace(run, eval_spec=replace(run.eval_spec, folder=folder / run.eval_spec.folder.name)), stages, progress
+    )
 
 
 def run_stages(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Results:
@@ -84,7 +86,7 @@ def run_stages(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Resul
         evaluate(run, questions, stage, at)
         if is_new:
             done.evaluated[stage.name] = time.monotonic() - began
-        if is_new or stage is stages[-1]:
+        if is_new or index in (len(records) - 1, len(stages) - 1):  # the call before may have died before it reported
             results = report(run, stages[: index + 1])
             append(run, done)
     assert results is not None, "every method has a stage"

@@ -6,10 +6,11 @@ so is an ordinary run; learning goes on from it like from any other (`sequence.p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.evaluation.log import Results, read_answers, write_answers
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import installed
@@ -36,7 +37,7 @@ def refit_locator(recipe: Recipe, source: Path, progress: Progress = lambda *_: 
     Args:
         recipe: of the new run.
         source: folder of the run that has the experts; it may have learned a part of the sequence.
-        progress: told what is being done.
+        progress: called with what is being done.
         force: go on with another recipe, data, backbone or number of processes than began the new run.
 
     Raises:
@@ -50,7 +51,10 @@ def refit_locator(recipe: Recipe, source: Path, progress: Progress = lambda *_: 
 
 
 def check_source(recipe: Recipe, source: Registry) -> None:
-    """Stop unless a recipe is the source's but for the locator, and for the evaluation; loads no model."""
+    """Stop unless a run's experts can be taken over: a recipe that differs in locator and evaluation, the same data.
+
+    Loads no model; whether the backbone is the same is seen once it is loaded.
+    """
     if not can_refit(recipe):
         raise RecipeError(f"{recipe.run}: method {recipe.method.name} does not locate; cmoe does")
     if differences := list(differing_keys(expert_settings(source.recipe()), expert_settings(recipe))):
@@ -58,6 +62,13 @@ def check_source(recipe: Recipe, source: Registry) -> None:
             f"{source.run}: its experts were learned with another recipe: {', '.join(differences)}; only "
             "method.locator and evaluation may differ where experts are taken over"
         )
+    data = TaskData.open(recipe.data, recipe.seed)
+    for record in source.records()[len(Registry(recipe.run).records()) :]:
+        is_same = {
+            "other data": record.data_fingerprint == data.fingerprint,
+            "other versions": installed(record.versions),
+        }
+        _check_same(source, record, is_same)
 
 
 def can_refit(recipe: Recipe) -> bool:
@@ -84,16 +95,7 @@ def take_over(run: Run, source: Registry, progress: Progress, force: bool = Fals
 
 
 def _take(run: Run, source: Registry, record: TaskRecord, at: Callable[[str, int, int], None]) -> None:
-    for other, same in (
-        ("other data", record.data_fingerprint == run.data.fingerprint),
-        ("another backbone", record.backbone_fingerprint == run.backbone.fingerprint),
-        ("other versions", installed(record.versions)),
-    ):
-        if not same:
-            raise RegistryError(
-                f"{source.run}: {record.name} was learned with {other} than now; "
-                "train the new run instead of taking experts over"
-            )
+    _check_same(source, record, {"another backbone": record.backbone_fingerprint == run.backbone.fingerprint})
     at("locating", 0, 1)
     assert isinstance(run.method, Cmoe), "checked with the recipe"
     data = stage_data(run, record.index, run.stages[record.index])
@@ -109,6 +111,15 @@ def _take(run: Run, source: Registry, record: TaskRecord, at: Callable[[str, int
             seconds={**record.seconds, **learned.seconds},
         )
     run.processes.wait_for_everyone()
+
+
+def _check_same(source: Registry, record: TaskRecord, same: Mapping[str, bool]) -> None:
+    for other, is_same in same.items():
+        if not is_same:
+            raise RegistryError(
+                f"{source.run}: {record.name} was learned with {other} than now; "
+                "train the new run instead of taking experts over"
+            )
 
 
 def _copy_answers(run: Run, source: Registry, after: int) -> None:

@@ -134,7 +134,12 @@ class SyntheticRows(Dataset[dict[str, Tensor]]):
 
 
 def measure_training(
-    model: str, random_weights: bool, device: str, load: Workload, backbone: BackboneSettings, training: TrainingSettings
+    model: str,
+    random_weights: bool,
+    device: str,
+    load: Workload,
+    backbone: BackboneSettings,
+    training: TrainingSettings,
 ) -> dict[str, Any]:
     """Paces of plain LoRA and of LLaVA-CMoE in their default ranks on one backbone, and how they compare.
 

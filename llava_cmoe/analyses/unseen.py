@@ -76,9 +76,9 @@ class UnseenResults(RunFacts):
     """Their version."""
     unseen: dict[str, UnseenTask]
     """Never-learned task to what became of its questions."""
-    false_alarms: dict[str, float]
+    false_rejections: dict[str, float]
     """Learned task to the percent of its own evaluation prompts that were sent to the base model."""
-    false_alarm_rate: float
+    false_rejection_rate: float
     """The same over the prompts of all learned tasks."""
 
 
@@ -91,7 +91,7 @@ def measure_unseen(
         recipe: of the run.
         sequence: the never-learned tasks.
         root: their data root.
-        progress: told after every batch.
+        progress: called after every batch.
 
     Raises:
         RecipeError: the run's method does not locate, or one of the tasks is learned.
@@ -122,8 +122,8 @@ def measure_unseen(
         protocol=recipe.evaluation.protocol,
         protocol_version=PROTOCOLS[recipe.evaluation.protocol].version,
         unseen=unseen,
-        false_alarms={name: _percent(away) for name, away in turned_away.items()},
-        false_alarm_rate=_percent([flag for away in turned_away.values() for flag in away]),
+        false_rejections={name: _percent(away) for name, away in turned_away.items()},
+        false_rejection_rate=_percent([flag for away in turned_away.values() for flag in away]),
     )
 
 
@@ -131,7 +131,7 @@ def check_unseen(recipe: Recipe, sequence: TaskSequence) -> tuple[str, ...]:
     """The run's learned tasks, once it is clear that there is something to measure; loads no model.
 
     Raises:
-        RecipeError: the run's method does not locate, or one of the tasks is learned.
+        RecipeError: the run's method does not locate, one of the tasks is learned, or its scorer is not known.
         RegistryError: nothing is learned yet.
     """
     if not method_of(recipe.method).locates:
@@ -143,6 +143,8 @@ def check_unseen(recipe: Recipe, sequence: TaskSequence) -> tuple[str, ...]:
     for name in sequence.names:
         if name in learned:
             raise RecipeError(f"{recipe.run}: {name} is learned; give a --sequence of tasks that it never learned")
+    for task in sequence.tasks:
+        get_scorer(task.scorer, recipe.evaluation)
     return learned
 
 
@@ -203,7 +205,7 @@ def _percent(flags: Sequence[bool]) -> float:
 
 
 def render(results: UnseenResults) -> Table:
-    """A row per never-learned task; the false alarms below."""
+    """A row per never-learned task; the false rejections below."""
     title = f"{results.run}: questions of tasks it never learned, in percent"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("task", style="bold", no_wrap=True)
@@ -219,10 +221,10 @@ def render(results: UnseenResults) -> Table:
     for name, task in results.unseen.items():
         numbers = (task.to_base, task.located, task.base_alone, task.lost_at_base)
         table.add_row(name, str(task.rows), *map(number, numbers), _listed(task.to_tasks))
-    wrong = {name: share for name, share in results.false_alarms.items() if share}
+    wrong = {name: share for name, share in results.false_rejections.items() if share}
     table.caption = (
-        f"false alarms: {number(results.false_alarm_rate)} of the learned tasks' own questions are left to the base "
-        f"model ({_listed(wrong)})"
+        f"false rejections: {number(results.false_rejection_rate)} of the learned tasks' own questions are left to the "
+        f"base model ({_listed(wrong)})"
     )
     table.caption_justify = "left"
     return table

@@ -72,6 +72,8 @@ def open_session(run: Path, after: int | None = None, merge: int | None = None) 
     if after is not None and after > len(records):
         raise RegistryError(f"{run}: {len(records)} stages are learned, not {after}")
     if merge is not None:
+        if after is not None and after < len(records):
+            raise RegistryError(f"{run}: merge {merge} is of all {len(records)} learned stages; leave out --after")
         Merges(registry).load(merge)
     names = [record.name for record in records[:after]]
     stages, tasks = method_of(recipe.method).stages(sequence_of(recipe.data).names), sequence_of(recipe.data).tasks
@@ -120,7 +122,7 @@ class ChatSession:
         Raises:
             DataError: the picture is missing, broken or too large, or the backbone reads text alone.
         """
-        prompt = self._prompt(image, question)
+        prompt = self._worker.submit(self._prompt, image, question).result()
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         deferred: list[DeferredLocation] = []
         answering = self._worker.submit(self._answer, prompt, streamer, deferred)
@@ -132,15 +134,24 @@ class ChatSession:
         return Reply(self._verdict(deferred[0]()), chain([first], _rest(streamer, answering)))
 
     def _prompt(self, image: Path | None, question: str) -> dict[str, Tensor]:
-        """The question as a batch of one, its picture squared as the task squares pictures that it is located at."""
+        """The question as a batch of one, its picture squared as the task squares pictures that it is located at.
+
+        Where several ways to square it agree with the task that is located then, the closest task is taken; where no
+        task fits, the first way.
+        """
         distinct = list(dict.fromkeys(self._geometries))
         if image is None or len(distinct) == 1:
             return self._batch(image, question, distinct[0])
-        for geometry in distinct:
-            batch = self._batch(image, question, geometry)
-            task = self._located_at(batch)
-            if task < 0 or self._geometries[task] == geometry:
-                return batch
+        batches = {geometry: self._batch(image, question, geometry) for geometry in distinct}
+        located = {geometry: self._located(batch) for geometry, batch in batches.items()}
+        agreeing = [
+            geometry for geometry, (task, _) in located.items() if task >= 0 and self._geometries[task] == geometry
+        ]
+        if agreeing:
+            return batches[min(agreeing, key=lambda geometry: located[geometry][1])]
+        for geometry, (task, _) in located.items():
+            if task < 0:
+                return batches[geometry]
         reason = "its task cannot be told: squared as one task squares pictures, it is located at another"
         raise DataError(Problem(image, f"{reason}; square the picture yourself"))
 
@@ -152,12 +163,14 @@ class ChatSession:
         return on_device(collate([encoded]), self._method.model.device)
 
     @torch.no_grad()
-    def _located_at(self, batch: dict[str, Tensor]) -> int:
+    def _located(self, batch: dict[str, Tensor]) -> tuple[int, float]:
+        """The task of a prompt, -1 for none, and its score."""
         with self._method.answering(batch) as location:
             self._method.model.base_model(**batch, use_cache=False)
         located = location()
-        assert located is not None, "a method that locates"
-        return int(located.task_B[0])
+        assert located is not None and located.score_BN is not None, "a method that locates"
+        task = int(located.task_B[0])
+        return task, float(located.score_BN[0, task]) if task >= 0 else float("inf")
 
     def _verdict(self, located: Located | None) -> Verdict | None:
         if located is None or located.score_BN is None:

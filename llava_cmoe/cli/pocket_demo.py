@@ -48,7 +48,7 @@ def run_demo(
 
     Args:
         folder: gets `data/`, a run folder per method, and the results.
-        progress: told about every step.
+        progress: called after every step.
         size: how much is learned.
         overrides: of the recipes' settings.
     """

@@ -22,7 +22,7 @@ def fetch_sources(sequence: TaskSequence, root: Path, say: Callable[[str], None]
     Args:
         sequence: names the sources.
         root: the data root that they fill.
-        say: told what is being downloaded.
+        say: called with what is being downloaded.
     """
     problems = []
     for source in sequence.sources:

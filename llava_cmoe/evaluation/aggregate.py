@@ -19,7 +19,10 @@ BASE = "base"
 
 
 def aggregate(
-    eval_spec: EvalSpec, facts: RunFacts, rows: Iterable[int], progress: Callable[[str, int, int], None] = lambda *_: None
+    eval_spec: EvalSpec,
+    facts: RunFacts,
+    rows: Iterable[int],
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> Results:
     """Everything `results.json` holds, from the answers files and what the caller knows about the run.
 
@@ -27,7 +30,7 @@ def aggregate(
         eval_spec: what was asked.
         facts: about the run.
         rows: of the matrix, whose models the run holds; answers of a task that was deleted may still lie there.
-        progress: told how many answers files are scored, and how many there are.
+        progress: called with how many answers files are scored, and how many there are.
     """
     names, cells = eval_spec.sequence.names, []
     places = [(after, task, route) for after in rows for task, route in complete(eval_spec, after)]
@@ -75,9 +78,11 @@ def _route_results(cells: Sequence[Cell], last: int, num_tasks: int) -> RouteRes
         metrics=metrics,
         intervals=_matrix(intervals, last, num_tasks),
         metric_intervals=metric_intervals(means, last + 1) if whole else dict.fromkeys(metrics),
-        beside={
-            protocol: _matrix({(cell.after, cell.task): cell.beside.get(protocol) for cell in cells}, last, num_tasks)
-            for protocol in sorted({protocol for cell in cells for protocol in cell.beside})
+        other_protocols={
+            protocol: _matrix(
+                {(cell.after, cell.task): cell.other_protocols.get(protocol) for cell in cells}, last, num_tasks
+            )
+            for protocol in sorted({protocol for cell in cells for protocol in cell.other_protocols})
         },
     )
 

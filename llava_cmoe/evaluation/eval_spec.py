@@ -43,7 +43,7 @@ class EvalSpec:
     subset: Subset | None = None
 
     def __post_init__(self) -> None:
-        """A misspelt scorer, or one that lacks something, is told before anything is learned."""
+        """Raises for a misspelt scorer, or one that lacks something, before anything is learned."""
         for task in self.sequence.tasks:
             get_scorer(task.scorer, self.settings)
 
@@ -75,7 +75,9 @@ def eval_sets_of(eval_spec: EvalSpec, processor: Any, keep: bool = True) -> dict
         task.name: EvalSet(
             ids=tuple(eval_spec.rows[task.name]["id"]),
             texts=tuple(turns[0]["text"] for turns in eval_spec.rows[task.name]["turns"]),
-            prompts=PromptRows(eval_spec.rows[task.name], Encoding(processor, task.geometry, eval_spec.max_pixels, keep)),
+            prompts=PromptRows(
+                eval_spec.rows[task.name], Encoding(processor, task.geometry, eval_spec.max_pixels, keep)
+            ),
             max_new_tokens=task.max_new_tokens,
         )
         for task in eval_spec.sequence.tasks
@@ -92,7 +94,9 @@ def discard_answers(eval_spec: EvalSpec, after: int) -> None:
 def answered(eval_spec: EvalSpec, after: int) -> bool:
     """Whether every question of one row of the matrix is answered."""
     return all(
-        eval_spec.answers_path(after, task, route).exists() for task in range(after + 1) for route in eval_spec.settings.routes
+        eval_spec.answers_path(after, task, route).exists()
+        for task in range(after + 1)
+        for route in eval_spec.settings.routes
     )
 
 
@@ -101,6 +105,8 @@ def complete(eval_spec: EvalSpec, after: int) -> list[tuple[int, RouteName]]:
     return [
         (task, route)
         for route in eval_spec.settings.routes
-        for task in range(len(eval_spec.sequence.names))  # answers of a task not learned yet may have been brought along
+        for task in range(
+            len(eval_spec.sequence.names)
+        )  # answers of a task not learned yet may have been brought along
         if eval_spec.answers_path(after, task, route).exists()
     ]

@@ -214,7 +214,9 @@ def answer_batch(eval_model: EvalModel, questions: EvalSet, batch: Sequence[int]
     prompts = on_device(collate([questions.prompts[index] for index in batch]), eval_model.model.device)
     task_B = route.given_tasks(ids)
     with eval_model.method.answering(prompts, task_B) as location:
-        tokens_BT = eval_model.model.generate(**prompts, **greedy(eval_model.model, tokenizer, questions.max_new_tokens))
+        tokens_BT = eval_model.model.generate(
+            **prompts, **greedy(eval_model.model, tokenizer, questions.max_new_tokens)
+        )
     texts = tokenizer.batch_decode(tokens_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
     chosen = _choices(location(), len(ids))
     return [

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from llava_cmoe.evaluation.bootstrap import Interval
 from llava_cmoe.provenance.files import write_atomically
@@ -73,7 +73,7 @@ def write_answers(path: Path, answers: Iterable[Answer]) -> None:
 
 
 class _Logged(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_by_name=True)
 
 
 class RunFacts(_Logged):
@@ -138,7 +138,7 @@ class RouteResults(_Logged):
     (`captions`); empty in a file of format 1."""
     metric_intervals: dict[str, Interval | None] = {}
     """The same of each metric; null, too, where it rests on such an accuracy."""
-    beside: dict[str, tuple[Row, ...]] = {}
+    other_protocols: dict[str, tuple[Row, ...]] = Field({}, validation_alias=AliasChoices("other_protocols", "beside"))
     """The matrix under each other protocol: what it makes of the same answers, null for tasks that it does not judge;
     empty in older files."""
 
@@ -151,7 +151,7 @@ class LocatorResults(_Logged):
     confusion: tuple[tuple[int, ...], ...]
     """Number of prompts; row: true task, column: chosen."""
     accuracy: dict[str, float]
-    """Percent of a task's prompts that were located right."""
+    """Locator accuracy: percent of a task's prompts that were located at it."""
     mean_accuracy: float
     """Mean of these over the tasks."""
 
@@ -171,7 +171,7 @@ class Results(RunFacts):
     """The part of the questions that these are; null where all were asked."""
     failed: dict[str, int] = {}
     """Answers file (`after_03/gqa.located`) to the number of its questions that could not be answered, where there are
-    any; they count as wrong, and the file tells why."""
+    any; they count as wrong, and the file states why."""
     protocol: str
     """Scoring rules."""
     protocol_version: int

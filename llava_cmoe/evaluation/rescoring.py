@@ -107,8 +107,8 @@ def rescore(
     examined: Examined, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> tuple[Results, list[Change]]:
     """Score the stored answers again and write `results.json`; equal scores give the same bytes."""
-    told = examined.results.model_dump(include=set(RunFacts.model_fields))
-    facts = RunFacts(**told | {"data_files": examined.data_files})  # an old file has none
+    known = examined.results.model_dump(include=set(RunFacts.model_fields))
+    facts = RunFacts(**known | {"data_files": examined.data_files})  # an old file has none
     try:
         now = aggregate(examined.eval_spec, facts, examined.rows, progress)
     except ValueError as error:
@@ -136,7 +136,7 @@ def _check_answers(results: Results, eval_spec: EvalSpec) -> None:
                 path = eval_spec.answers_path(j, i, route)
                 if value is not None and not path.is_file():
                     raise RegistryError(
-                        f"{path}: is missing, and results.json tells its accuracy; "
+                        f"{path}: is missing, and results.json states its accuracy; "
                         "bring it back, or ask its questions again with `llava-cmoe eval`"
                     )
 

@@ -28,7 +28,7 @@ class Cell:
         scores: of each row, in the rows' order; the accuracy is their mean, unless the scorer judges a task as a whole.
         detail: means of the scorer's further numbers (grounding: `iou`).
         failed: rows that could not be answered; they count as wrong.
-        beside: accuracy of the same answers in percent under each other protocol that judges this task.
+        other_protocols: accuracy of the same answers in percent under each other protocol that judges this task.
     """
 
     after: int
@@ -38,7 +38,7 @@ class Cell:
     scores: tuple[float, ...]
     detail: Mapping[str, float] = field(default_factory=dict)
     failed: int = 0
-    beside: Mapping[str, float] = field(default_factory=dict)
+    other_protocols: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def is_mean(self) -> bool:
@@ -57,14 +57,16 @@ def score_cell(eval_spec: EvalSpec, after: int, task: int, route: RouteName) -> 
     path = eval_spec.answers_path(after, task, route)
     answers, rows = read_answers(path), eval_spec.rows[spec.name]
     score = score_answers(answers, rows, get_scorer(spec.scorer, eval_spec.settings), source=str(path))
-    others = [name for name in PROTOCOLS if name != eval_spec.settings.protocol and spec.scorer in PROTOCOLS[name].scorers]
-    beside = {}
+    others = [
+        name for name in PROTOCOLS if name != eval_spec.settings.protocol and spec.scorer in PROTOCOLS[name].scorers
+    ]
+    other_protocols = {}
     for protocol in others:
         settings = eval_spec.settings.model_copy(update={"protocol": protocol})
         judged = score_answers(answers, rows, get_scorer(spec.scorer, settings), source=f"{path} ({protocol})")
-        beside[protocol] = 100 * judged.accuracy
+        other_protocols[protocol] = 100 * judged.accuracy
     failed = sum(answer.failed is not None for answer in answers)
-    return Cell(after, task, route, 100 * score.accuracy, score.values, score.detail, failed, beside)
+    return Cell(after, task, route, 100 * score.accuracy, score.values, score.detail, failed, other_protocols)
 
 
 def score_answers(answers: Sequence[Answer], rows: Dataset, scorer: Scorer, source: str) -> TaskScore:

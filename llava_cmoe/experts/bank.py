@@ -16,8 +16,8 @@ of a matrix product, so with the experts stacked along the concatenated rank E*R
 with the gate in between. Every expert takes part on every process, so no collective waits for one that does not.
 
 Experts have ids, the columns of the gate, which never change. They lie in two blocks, the frozen and the trainable
-ones: an optimizer holds all of a block or nothing of it. A column whose expert is in no block adds nothing (a null expert, or
-one that was removed).
+ones: an optimizer holds all of a block or nothing of it. A column whose expert is in no block adds nothing (a null
+expert, or one that was removed).
 
 What the gate says is `routers/`'s; where banks sit in the model is `surgery.py`; what grows when is the method's.
 Shape letters: B batch, T tokens, D hidden, E experts, R rank, I and O input and output width of a linear.

@@ -66,6 +66,10 @@ def restore(banks: Mapping[str, ExpertBank], state: TaskState) -> None:
                 f"{name}: shape {tuple(given[name].shape)}, this site needs {shape}; "
                 "use the run's own settings and restore tasks in the order they were learned"
             )
+    for site, bank in banks.items():
+        named = given.get(f"{site}/ids")
+        if taken := sorted(set(bank.ids) & set([] if named is None else named.tolist())):
+            raise ValueError(f"{site}/ids: experts {taken} are there already; restore each task once, in order")
     strangers = sorted(given.keys() - expected.keys())
     if strangers:
         raise ValueError(f"{strangers[0]}: no such linear at an installed site; install the sites it was saved with")

@@ -28,7 +28,7 @@ class Whole:
 
 
 class MergedRouter(Router):
-    """Another router's gate, given to the experts that stay; its choices, and what is counted of them, are unchanged."""
+    """Another router's gate, given to the experts that stay; its choices, and what is counted of them, stay too."""
 
     def __init__(self, router: Router, stand_ins: MergeMap) -> None:
         """Wrap a router."""
@@ -60,16 +60,22 @@ def merge(bank: ExpertBank, stand_ins: MergeMap) -> Whole:
     """Leave out experts that others stand in for; returns what the bank was, for `unmerge`. It then only answers.
 
     Raises:
-        ValueError: the stand-ins are those of another number of experts.
+        ValueError: the stand-ins are those of another number of experts, or some experts are still learning or are
+            not numbered from 0 on. Nothing has changed then.
     """
     if len(stand_ins.of_E) != bank.num_experts:
         raise ValueError(
             f"{bank.site.name}: stand-ins for {len(stand_ins.of_E)} experts, the site has {bank.num_experts}; "
             "merge a run as it was when the merge was found"
         )
+    if bank.trainable_ids or bank.ids != tuple(range(bank.num_experts)):
+        raise ValueError(
+            f"{bank.site.name}: only frozen experts that are numbered from 0 on can be merged; the site has the ids "
+            f"{bank.ids}, of which {bank.trainable_ids} are still learning"
+        )
     blocks = {}
     for key, stack in bank.stacks.items():
-        assert stack.frozen is not None and stack.trainable is None, "frozen experts alone are kept or left"
+        assert stack.frozen is not None, "a merge map is of some experts"
         blocks[key] = stack.frozen
         stack.frozen = _kept(stack.frozen, stand_ins)
     whole = Whole(bank.router, blocks)

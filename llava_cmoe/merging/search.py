@@ -61,7 +61,7 @@ def merge_run(
         recipe: of the run.
         bound: the most by which a task's held-out loss may rise, in nats per answer token.
         num_rows: held-out rows per task, at most.
-        progress: told what is being measured.
+        progress: called with what is being measured.
 
     Raises:
         RecipeError: the run's method has no experts, or it learned all training rows, so that none is held out.

@@ -92,6 +92,9 @@ class Merges:
             RegistryError: no such entry, or the run has learned or lost tasks since.
         """
         path = self._folder / f"{number:02d}" / FILE
+        if not path.is_file():
+            known = ", ".join(map(str, self._numbers)) or "none yet; `llava-cmoe merge` makes one"
+            raise RegistryError(f"{self._registry.run}: there is no merge {number}; there is {known}")
         record, learned = MergeRecord.read(path), self._registry.records()
         if not learned or record.parent != learned[-1].sha256:
             raise RegistryError(f"{path}: was found for other learned tasks than the run holds now; merge it again")
@@ -112,6 +115,10 @@ class Merges:
         return self._folder / ".next.partial"
 
     @property
-    def _next(self) -> int:
+    def _numbers(self) -> list[int]:
         names = [path.name for path in self._folder.iterdir()] if self._folder.is_dir() else []
-        return 1 + max((int(name) for name in names if re.fullmatch(r"\d+", name)), default=0)
+        return sorted(int(name) for name in names if re.fullmatch(r"\d+", name))
+
+    @property
+    def _next(self) -> int:
+        return max(self._numbers, default=0) + 1

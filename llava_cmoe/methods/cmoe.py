@@ -90,10 +90,14 @@ class Cmoe(Method):
         )
 
     def learn(self, data: StageData, fit: FitFn) -> Learned:
-        """Probe (from the second task on), grow, train, locate."""
+        """Learn one task: probe and grow (PGKE), train, locate (PTL)."""
+        # Layer l grows where its probe's share of the top-k slots f_l,-1 > tau_l = mean(f) - alpha * std(f)     Eq. 2
         growth, init = self.probe(data, fit) if data.index else self.first_growth()
+        # New experts are copies of argmax_e f_le; a new router in every layer                                  Eq. 3
         self.grow(growth, init, data.seed)
+        # L = L_LM + lambda * L_aux; everything older is frozen
         report = fit(data.samples, self.training_context, label="training")
+        # A model of the prompts' F_end, the frozen backbone's last-token feature
         return with_report(self.after_task(data), growth, report)
 
     def first_growth(self) -> tuple[Growth, Mapping[str, ExpertInit]]:

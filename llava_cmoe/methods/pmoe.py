@@ -2,12 +2,12 @@
 
     layer <  tau    y = W0 x + (alpha / r) B A x                          one LoRA, of the first task unless a setting
     layer >= tau    y = W0 x + sum_t g_t (alpha / r) B_t A_t x            one expert per task, old ones frozen
-    between         g = softmax(W c)        c: mean state of the prompt as it enters layer tau; one g for all deep layers
+    between         g = softmax(W c)        c: mean over the prompt of what layer tau's first linear reads
     L = L_LM + beta * CE(g, task)
 
-Only the abstract is public, so this follows the description; constants are settings. The route is known half-way
-through the pass that answers: there is no pass before it. All rows of W learn with each task, on a small part of the
-earlier tasks' rows.
+Only the abstract is public, so this follows the description; constants are settings. c is layer-normalised, and one g
+serves all deep layers. It is known half-way through the pass that answers: there is no pass before it. All rows of W
+learn with each task, on a small part of the earlier tasks' rows.
 """
 
 from __future__ import annotations

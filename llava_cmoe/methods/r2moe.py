@@ -2,7 +2,7 @@
 
     gate(c) = softmax over {null} + best old experts + {newest} of  sum_s c dR_s^T        null: logit 0, output 0
     y       = W0 x + sum_e gate_e (alpha / r) B_e A_e x
-    L       = L_LM + lambda * sum over sites of |C_old dR_t|_F        routing distillation: old prompts keep their routes
+    L       = L_LM + lambda * sum over sites of |C_old dR_t|_F        distillation: old prompts keep their routes
 
 A re-implementation after the description; constants are settings. What is a choice: experts sit on the LLM's FFNs; c is
 the frozen model's feature of the prompt, so that no expert moves an old route, and what a task's router changes for the
@@ -77,7 +77,7 @@ class R2moe(Method):
         mean_gates = self.mean_gates()
         removed = [site for site, gate in mean_gates.items() if gate < self.settings.remove_below]
         self.remove(removed)
-        if removed and self.settings.recovery_epochs:
+        if removed and self.settings.recovery_epochs and ledger.trainable(self.model).parameters:
             fit(data.samples, self.training_context, label="recovery", epochs=self.settings.recovery_epochs)
         facts = {
             "trainable_parameters": trained.total.parameters,
@@ -97,10 +97,13 @@ class R2moe(Method):
             router.add_task(torch.zeros(num_tasks + 1, router.width, device=bank.anchor.device))
 
     def remove(self, sites: list[str]) -> None:
-        """Take the newest expert away from some sites."""
+        """Take the newest expert away from some sites; a router without any expert left has nothing more to learn."""
         for site in sites:
-            self.host.banks[site].drop([self.routers[site].num_tasks])
-            self.routers[site].remove_newest()
+            bank, router = self.host.banks[site], self.routers[site]
+            bank.drop([router.num_tasks])
+            router.remove_newest()
+            if not bank.num_experts and router.delta is not None:
+                router.delta.requires_grad_(False)
 
     @torch.no_grad()
     def mean_gates(self) -> dict[str, float]:
@@ -122,9 +125,9 @@ class R2moe(Method):
         return self.settings.distillation_weight * torch.stack(norms).sum() if self.num_prompts else 0.0
 
     def _change(self, router: AdditiveRouter) -> Tensor:
-        """|C_old dR_t|_F of the newest task at a site; a scalar."""
-        delta_ED = router.delta
-        assert delta_ED is not None, "a task is being learned"
+        """|C_old dR_t|_F of the newest task at a site, over experts that are still there; a scalar."""
+        assert router.delta is not None, "a task is being learned"
+        delta_ED = router.delta.masked_fill(router.removed_E.unsqueeze(1), 0)
         square = ((delta_ED @ self.gram_DD.to(delta_ED.device)) * delta_ED).sum()
         return square.clamp_min(1e-12).sqrt()  # the root of 0 has no slope
 

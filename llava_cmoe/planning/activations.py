@@ -115,7 +115,7 @@ def activations(method: Method, settings: TrainingSettings, length: int) -> Acti
         with Saved(model) as saved, autocast, method.training_context({"attention_mask": mask_BT}) as extra_loss:
             embedded_BTD = _embedded(model, batch_size, length)
             output = model(inputs_embeds=embedded_BTD, labels=labels_BT, use_cache=False)
-            loss = output.loss + extra_loss(output)
+            _ = output.loss + extra_loss(output)
     return saved.read()
 
 

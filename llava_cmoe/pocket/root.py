@@ -26,7 +26,7 @@ def make_pocket_root(
 
     Args:
         root: folder to make; its parents are made, too.
-        progress: told after every row.
+        progress: called after every row.
         seed: the same seed gives the same bytes in every file.
         train_rows: training rows per task.
         test_rows: evaluation rows per task.

@@ -1,4 +1,4 @@
-"""What the calls that made a result ran on: code, machine, processes, batch, and how long asking took.
+"""What the calls that made a result ran on: code, machine, processes, batch, and how long evaluation took.
 
     runs/NAME/manifest.json     beside results.json, which it names by its hash
 
@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_file
@@ -24,7 +24,7 @@ MANIFEST = "manifest.json"
 
 
 class _Recorded(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True)
 
 
 class Hardware(_Recorded):
@@ -37,11 +37,11 @@ class Hardware(_Recorded):
 
 
 class Call(_Recorded):
-    """One call that learned or asked something.
+    """One call that learned or evaluated something.
 
     Attributes:
         learned: stages that it learned.
-        asked: stage to the seconds that asking its questions took; stages that were asked before are absent.
+        evaluated: stage to the seconds that its evaluation took; stages that were evaluated before are absent.
         processes: that took part.
         effective_batch: samples of an optimizer step, over all processes and accumulated batches.
         revision: git revision of this program, with `+` behind it where files differ; null if it is no checkout.
@@ -49,7 +49,7 @@ class Call(_Recorded):
     """
 
     learned: tuple[str, ...]
-    asked: dict[str, float]
+    evaluated: dict[str, float] = Field(validation_alias=AliasChoices("evaluated", "asked"))
     processes: int
     effective_batch: int
     revision: str | None
@@ -80,7 +80,7 @@ def append_invocation(folder: Path, before: tuple[Call, ...], call: Call) -> Non
     path, results = folder / MANIFEST, folder / "results.json"
     manifest = Manifest(
         results_sha256=fingerprint_file(results) if results.exists() else None,
-        calls=(*before, call) if call.learned or call.asked else before,
+        calls=(*before, call) if call.learned or call.evaluated else before,
     )
     content = (manifest.model_dump_json(indent=1) + "\n").encode()
     if not path.exists() or path.read_bytes() != content:
@@ -93,13 +93,13 @@ def revision() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        told = [
+        printed = [
             subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
             for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         ]
     except (OSError, subprocess.CalledProcessError):  # no git here, or not its owner's checkout
         return None
-    return told[0] + ("+" if told[1] else "")
+    return printed[0] + ("+" if printed[1] else "")
 
 
 def hardware() -> Hardware:
@@ -114,9 +114,9 @@ def hardware() -> Hardware:
 
 
 def _processor() -> str:
-    """The processor's name where Linux tells it, else its architecture."""
-    told = Path("/proc/cpuinfo")
-    for line in told.read_text().splitlines() if told.exists() else ():
+    """The processor's name where Linux states it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()

@@ -63,9 +63,7 @@ class Registry:
                 logger.warning("removing %s, left by a commit that was killed", leftover)
                 shutil.rmtree(leftover)
 
-    def open_run(
-        self, recipe: Recipe, processes: int = 1, force: bool = False, sources: Sources | None = None
-    ) -> None:
+    def open_run(self, recipe: Recipe, processes: int = 1, force: bool = False, sources: Sources | None = None) -> None:
         """Begin a run with a recipe, or go on with the one that began it.
 
         Args:

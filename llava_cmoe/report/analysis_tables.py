@@ -130,7 +130,7 @@ def unseen_section(results: Path) -> str:
         threshold = found["recipe"]["method"]["locator"]["unseen_threshold"]
         label = "calibrated" if threshold is None else f"{threshold:g}"
         for task, one in found["unseen"].items():
-            numbers = (one["to_base"], one["located"], one["base_alone"], found["false_alarm_rate"])
+            numbers = (one["to_base"], one["located"], one["base_alone"], found["false_rejection_rate"])
             rows.append([found["run"], label, task, str(one["rows"]), *map(number, numbers)])
         sources.append(named(path, run_facts(found)))
     return "\n\n".join(("## Unseen inputs", text, markdown(headings, rows, num_text_columns=3), *sources))

@@ -70,7 +70,7 @@ def _last_beside(protocol: str) -> Callable[[Results], float | None]:
     """The last mean that another protocol makes of the same answers; None unless it judges every task."""
 
     def last(run: Results) -> float | None:
-        row = run.headline.beside.get(protocol, ((None,),))[-1]
+        row = run.headline.other_protocols.get(protocol, ((None,),))[-1]
         judged = [accuracy for accuracy in row if accuracy is not None]
         return statistics.fmean(judged) if len(judged) == len(row) else None
 

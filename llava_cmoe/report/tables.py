@@ -65,9 +65,11 @@ def protocols_table(results: Results) -> Table | None:
     The mean is over the tasks that all of them judge.
     """
     measured = results.headline
-    if not measured.beside:
+    if not measured.other_protocols:
         return None
-    rows = {results.protocol: measured.matrix[-1]} | {name: matrix[-1] for name, matrix in measured.beside.items()}
+    rows = {results.protocol: measured.matrix[-1]} | {
+        name: matrix[-1] for name, matrix in measured.other_protocols.items()
+    }
     judged = [values for values in zip(*rows.values(), strict=True) if None not in values]
     table = Table(title=f"{results.run}: the same answers under each protocol", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("protocol", style="bold", no_wrap=True)

@@ -38,7 +38,7 @@ def call_of(run: Run, learned: tuple[str, ...], evaluated: dict[str, float]) -> 
     num_processes = run.processes.num_processes
     return Call(
         learned=learned,
-        asked=evaluated,
+        evaluated=evaluated,
         processes=num_processes,
         effective_batch=effective_batch(run.recipe.training, num_processes),
         revision=revision(),

@@ -99,7 +99,7 @@ def open_learned(recipe: Recipe, stages: int | None = None) -> Run:
 
 
 def subset_folder(recipe: Recipe) -> Path:
-    """Where a subset of questions is measured: the run's folder if it is its own recipe's, else `subsets/50_0` in there.
+    """Where a subset of questions is measured: the run's folder if it is its recipe's, else `subsets/50_0` in there.
 
     Raises:
         RegistryError: no run was begun here.

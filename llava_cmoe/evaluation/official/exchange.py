@@ -89,7 +89,7 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
 def _as_coin(results: Results, route: str, after: int, task: int) -> tuple[str, float | None]:
     """One accuracy under protocol `coin`, or under the run's own where `coin` does not judge the task; and which."""
     measured = results.routes[route]
-    judged = measured.beside["coin"][after][task] if "coin" in measured.beside else None
+    judged = measured.other_protocols["coin"][after][task] if "coin" in measured.other_protocols else None
     return (results.protocol, measured.matrix[after][task]) if judged is None else ("coin", judged)
 
 
@@ -121,7 +121,7 @@ def import_answers(
         recipe: says what was asked (`data`, `seed`, `evaluation`) and where the result goes (`run`).
         method: what is to stand for a method's name.
         base: name of the frozen model, where it is known.
-        progress: told how many answers files are read, and then scored.
+        progress: called with how many answers files are read, and then scored.
 
     Raises:
         RegistryError: no answers, a folder that is no task's, a line that is no answer, an id that is missing, doubled

@@ -56,10 +56,13 @@ class AdditiveRouter(Router):
         self.removed_E[-1] = True
 
     def logits(self, feature_BD: Tensor) -> Tensor:
-        """Logits (B, E) of the null expert and of every expert; the float32 minimum where one was removed."""
+        """Logits (B, E) of the null expert and of every expert; the float32 minimum where one was removed.
+
+        Summed in float64 and rounded once: a float32 sum depends on the kernel, which depends on batch mates.
+        """
         weight_ED = self.frozen_ED if self.delta is None else self.frozen_ED + self.delta
-        logits_BE = (feature_BD @ weight_ED.mT).masked_fill(self.removed_E, torch.finfo(torch.float32).min)
-        return pad(logits_BE, (1, 0))
+        logits_BE = (feature_BD.double() @ weight_ED.double().mT).float()
+        return pad(logits_BE.masked_fill(self.removed_E, torch.finfo(torch.float32).min), (1, 0))
 
     def gate(self, feature_BD: Tensor, learning: bool) -> Tensor:
         """Softmax (B, E) over the null expert and those that take part."""

@@ -64,7 +64,8 @@ class MidDepthRouter(SharedGate):
         """Decide, unless this pass is a step of decoding or the gate is given; then as the others."""
         if self.weight is not None and forward_pass.is_prefill and GIVEN not in forward_pass.plan.decided:
             with torch.autocast(h_BTD.device.type, enabled=False):
-                logits_BN = pooled(h_BTD, forward_pass.prompt_mask_BT) @ self.weight.mT
+                c_BD = pooled(h_BTD, forward_pass.prompt_mask_BT)
+                logits_BN = (c_BD.double() @ self.weight.double().mT).float()  # a float32 sum depends on batch mates
             # Under gradient checkpointing this runs again in backward, and decides the same again.
             forward_pass.plan.decided.update({LOGITS: logits_BN, DECIDED: logits_BN.softmax(dim=1)})
         return super().forward(h_BTD, forward_pass)
