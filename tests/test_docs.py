@@ -143,7 +143,7 @@ def start(entry: Callable[[], object], words: list[str], monkeypatch: pytest.Mon
 
 def planned(budget: Budget) -> list[str]:
     """The numbers that training.md states of the plan of a 7B."""
-    likely = budget.courses[0]
+    likely = budget.growth_schedules[0]
     most = {"none": 0.0, "nf4": 0.0}
     for need in budget.needs:
         if need.strategy == "none or DDP":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from llava_cmoe.backbones.feature_store import FeatureStore
 from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.data.encoding import PromptRows, SampleRows
+from llava_cmoe.experts.ledger import Size
 from llava_cmoe.experts.surgery import ExpertHost
 from llava_cmoe.records import Growth, Learned, Located, StageReport
 
@@ -94,6 +95,29 @@ class StageData:
     past: Sequence[SampleRows] = ()
 
 
+@dataclass(frozen=True)
+class PlannedFit:
+    """One training within a stage, before anything is learned; None leaves it to the run's training settings.
+
+    Attributes:
+        stage: index of the stage.
+        label: as `fit` is given it.
+        num_sites: sites where the stage adds experts that stay; None for a method that adds none.
+        row_share: share of the stage's rows that it reads.
+        epochs: passes over these.
+        batch_size: samples per step and process, before accumulation.
+        also_stored: what the stage stores besides what it trains, such as a locator.
+    """
+
+    stage: int
+    label: str
+    num_sites: int | None = None
+    row_share: float = 1.0
+    epochs: float | None = None
+    batch_size: int | None = None
+    also_stored: Size = field(default_factory=Size)
+
+
 class Method(ABC):
     """One way to learn a sequence of tasks on a frozen backbone.
 
@@ -125,6 +149,21 @@ class Method(ABC):
     def stages(cls, task_names: tuple[str, ...]) -> tuple[Stage, ...]:
         """The stages of a run: one per task, measured after each, unless a method says otherwise."""
         return tuple(Stage(name, (index,), index) for index, name in enumerate(task_names))
+
+    def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
+        """Grow as a run's stages would, and yield at each of their fits, while what it trains requires gradients.
+
+        What the last fit of a stage trains, the stage stores. By default every stage trains what the method trains now;
+        one that adds parameters for a stage must say so here.
+
+        Args:
+            num_stages: stages that learn.
+            num_grown: sites that grow in each stage after the first; as many as the settings make likely where absent.
+                Without effect on a method that adds no experts.
+        """
+        del num_grown
+        for stage in range(num_stages):
+            yield PlannedFit(stage, "training")
 
     def learn(self, data: StageData, fit: FitFn) -> Learned:
         """Learn one stage, and return everything that it taught."""

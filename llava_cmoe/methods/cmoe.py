@@ -42,13 +42,14 @@ from llava_cmoe.methods.base import (
     ExtraLoss,
     FitFn,
     Method,
+    PlannedFit,
     StageData,
     Tensors,
     TrainingContext,
     with_report,
 )
 from llava_cmoe.methods.locating import TaskLocating
-from llava_cmoe.methods.probing import ExpertInit, probe
+from llava_cmoe.methods.probing import ExpertInit, expected_sites, probe
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.methods.cmoe import CmoeSettings, ExpertSettings
@@ -155,6 +156,23 @@ class Cmoe(Method):
     def answering(self, batch: Batch, task_B: Tensor | None = None) -> AbstractContextManager[DeferredLocation]:
         """Each sample's task, given or located, names the routers for its whole answer."""
         return self.locating.answering(batch, task_B)
+
+    def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
+        """Probes everywhere from the second task on, then growth; the sites that grow are spread over the depth."""
+        probes, sites, locator = self.settings.probe, list(self.host.banks), self.locating.planned_size()
+        num_grown = expected_sites(probes, len(sites)) if num_grown is None else num_grown
+        chosen = [sites[index * len(sites) // num_grown] for index in range(num_grown)]
+        for stage in range(num_stages):
+            growth, _ = self.first_growth()
+            if stage:
+                self.grow(Growth(dict.fromkeys(sites, probes.max_new_experts)), {}, seed=0)
+                share = probes.fraction * (1 - probes.holdout)
+                yield PlannedFit(stage, "probing", row_share=share, epochs=1, batch_size=probes.batch_size)
+                self.host.discard_trainable()
+                growth = Growth(dict.fromkeys(chosen, probes.max_new_experts))
+            self.grow(growth, {}, seed=0)
+            yield PlannedFit(stage, "training", num_sites=len(growth.new_experts), also_stored=locator)
+            self.host.freeze()
 
     def _restore_experts(self, tensors: Tensors, freeze: bool = True) -> None:
         restore(self.host.banks, TaskState(tensors.get("experts", {}), tensors["routers"]))

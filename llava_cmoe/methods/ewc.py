@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate.utils import reduce
@@ -20,8 +21,8 @@ from transformers.utils.generic import ModelOutput
 
 from llava_cmoe.data.batches import Batch, batches, share_of
 from llava_cmoe.data.conversation import IGNORED, Processor
-from llava_cmoe.experts.ledger import trained_parameters
-from llava_cmoe.methods.base import ExtraLoss, StageData, Tensors
+from llava_cmoe.experts.ledger import trainable, trained_parameters
+from llava_cmoe.methods.base import ExtraLoss, PlannedFit, StageData, Tensors
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.ewc import EwcSettings
@@ -44,6 +45,11 @@ class Ewc(SequentialLora):
         if zero_stage < 3:
             return None
         return "ewc's penalty needs whole weights, ZeRO-3 spreads them; choose zero_configs/zero2.yaml"
+
+    def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
+        """The one adapter for every task; importances are as many as weights."""
+        for fit in super().planned_fits(num_stages, num_grown):
+            yield replace(fit, also_stored=trainable(self.model))
 
     @contextmanager
     def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:

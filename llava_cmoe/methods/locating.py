@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,6 +20,7 @@ from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.context import RouteContext
+from llava_cmoe.experts.ledger import Size
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.locators import LOCATORS
 from llava_cmoe.methods.base import DeferredLocation, StageData
@@ -47,6 +49,13 @@ class TaskLocating:
         self._settings, self._model, self._context = settings, model, context
         self.features = FrozenFeatures(model, processor, context, settings.layer, settings.feature)
         self._locator = LOCATORS[settings.kind](settings, device=model.device)
+
+    def planned_size(self) -> Size:
+        """What a task's locator will take, by fitting three features: the fewest that can be fitted."""
+        locator = LOCATORS[self._settings.kind](self._settings.model_copy(update={"epochs": 1}))
+        width = int(self._model.config.get_text_config().hidden_size)
+        with torch.device("cpu"):  # also where the model has no weights
+            return ledger.size_of(locator.fit(torch.randn(3, width), seed=0).values())
 
     def learn_task(self, data: StageData) -> Learned:
         """Fit the task's locator on the frozen model's features, and know the task from here on."""

@@ -26,7 +26,16 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.constant import OwnExpert
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
-from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, FitFn, Method, StageData, Tensors, no_extra_loss
+from llava_cmoe.methods.base import (
+    DeferredLocation,
+    ExtraLoss,
+    FitFn,
+    Method,
+    PlannedFit,
+    StageData,
+    Tensors,
+    no_extra_loss,
+)
 from llava_cmoe.methods.locating import TaskLocating
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
@@ -46,14 +55,28 @@ class LoraPerTask(Method):
         self.routers = self.host.routers(OwnExpert)
         self.locating = TaskLocating(settings.locator, model, processor, self.host.context)
 
+    def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
+        """An adapter everywhere for every task."""
+        del num_grown
+        for stage in range(num_stages):
+            self.grow(seed=0)
+            yield PlannedFit(
+                stage, "training", num_sites=len(self.host.banks), also_stored=self.locating.planned_size()
+            )
+            self.host.freeze()
+
     def before_task(self, data: StageData, fit: FitFn) -> Growth:
-        """Add the task's adapter as LoRA begins: A random, B zero."""
+        """Add the task's adapter."""
         del fit
-        generator = torch.Generator().manual_seed(data.seed)
+        self.grow(data.seed)
+        return Growth(dict.fromkeys(self.host.banks, 1))
+
+    def grow(self, seed: int) -> None:
+        """An adapter as LoRA begins: A random, B zero."""
+        generator = torch.Generator().manual_seed(seed)
         for site, bank in self.host.banks.items():
             bank.grow(1, generator=generator)
             self.routers[site].add_task()
-        return Growth(dict.fromkeys(self.host.banks, 1))
 
     @contextmanager
     def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:

@@ -23,7 +23,7 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.constant import EveryExpert
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
-from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, FitFn, Method, StageData, Tensors
+from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, FitFn, Method, PlannedFit, StageData, Tensors
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.o_lora import OLoraSettings
 
@@ -49,14 +49,26 @@ class OLora(Method):
             return None
         return "o_lora's penalty needs whole matrices, ZeRO-3 spreads them; choose zero_configs/zero2.yaml"
 
+    def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
+        """An adapter everywhere for every task."""
+        del num_grown
+        for stage in range(num_stages):
+            self.grow(seed=0)
+            yield PlannedFit(stage, "training", num_sites=len(self.host.banks))
+            self.host.freeze()
+
     def before_task(self, data: StageData, fit: FitFn) -> Growth:
-        """Add the task's adapter: A random, B zero."""
+        """Add the task's adapter."""
         del fit
-        generator = torch.Generator().manual_seed(data.seed)
+        self.grow(data.seed)
+        return Growth(dict.fromkeys(self.host.banks, 1))
+
+    def grow(self, seed: int) -> None:
+        """An adapter as LoRA begins: A random, B zero."""
+        generator = torch.Generator().manual_seed(seed)
         for site, router in self.host.routers(EveryExpert).items():
             self.host.banks[site].grow(1, generator=generator)
             router.add_task()
-        return Growth(dict.fromkeys(self.host.banks, 1))
 
     @contextmanager
     def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:

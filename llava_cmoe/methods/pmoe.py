@@ -33,7 +33,16 @@ from llava_cmoe.experts.routers.constant import EveryExpert
 from llava_cmoe.experts.routers.mid_depth import DECIDED, GIVEN, LOGITS, MidDepthRouter, SharedGate
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
-from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, FitFn, Method, StageData, Tensors, with_report
+from llava_cmoe.methods.base import (
+    DeferredLocation,
+    ExtraLoss,
+    FitFn,
+    Method,
+    PlannedFit,
+    StageData,
+    Tensors,
+    with_report,
+)
 from llava_cmoe.methods.replay import kept_rows
 from llava_cmoe.records import Growth, Learned, Located
 from llava_cmoe.settings.methods.pmoe import PmoeSettings
@@ -60,6 +69,14 @@ class Pmoe(Method):
         entrance = next(iter(self.deep.values()))  # the first linear that layer tau runs
         self.router = entrance.router = MidDepthRouter(entrance.hidden_size)
         self._task_of_row = torch.empty(0, dtype=torch.long)
+
+    def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
+        """Deep experts for every task; every earlier task is taken to have as many rows as the task itself."""
+        del num_grown
+        for stage in range(num_stages):
+            self.grow(stage, seed=0)
+            yield PlannedFit(stage, "training", len(self.deep), row_share=1 + stage * self.settings.replay)
+            self._freeze()
 
     def learn(self, data: StageData, fit: FitFn) -> Learned:
         """Add an expert to the deep layers and a row to the router, and train on new rows and a few old ones."""

@@ -31,7 +31,16 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.additive import FEATURE, AdditiveRouter
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
-from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, FitFn, Method, StageData, Tensors, with_report
+from llava_cmoe.methods.base import (
+    DeferredLocation,
+    ExtraLoss,
+    FitFn,
+    Method,
+    PlannedFit,
+    StageData,
+    Tensors,
+    with_report,
+)
 from llava_cmoe.methods.frozen_features import FrozenFeatures
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.r2moe import R2moeSettings
@@ -67,6 +76,15 @@ class R2moe(Method):
         if zero_stage < 3:
             return None
         return "r2moe's distillation needs whole routers, ZeRO-3 spreads them; choose zero_configs/zero2.yaml"
+
+    def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
+        """An expert everywhere for every task, of which none is removed."""
+        del num_grown
+        gram = ledger.size_of([self.gram_DD, torch.tensor([0])])  # and how many prompts it is of
+        for stage in range(num_stages):
+            self.grow(seed=0)
+            yield PlannedFit(stage, "training", num_sites=len(self.host.banks), also_stored=gram)
+            self.host.freeze()
 
     def learn(self, data: StageData, fit: FitFn) -> Learned:
         """Grow everywhere, train, remove what is redundant, recover."""

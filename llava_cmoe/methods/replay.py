@@ -6,13 +6,14 @@ read once an epoch among the new ones.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from random import Random
 
 from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedModel
 
 from llava_cmoe.data.conversation import Processor
-from llava_cmoe.methods.base import FitFn, StageData, with_report
+from llava_cmoe.methods.base import FitFn, PlannedFit, StageData, with_report
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.replay import ReplaySettings
@@ -27,6 +28,12 @@ class Replay(SequentialLora):
         """Nothing is kept yet."""
         super().__init__(settings, model, processor, seed)
         self.settings, self.seed = settings, seed
+
+    def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
+        """The one adapter for every task; every earlier task is taken to have as many rows as the task itself."""
+        del num_grown
+        for stage in range(num_stages):
+            yield PlannedFit(stage, "training", row_share=1 + stage * self.settings.fraction)
 
     def learn(self, data: StageData, fit: FitFn) -> Learned:
         """Train on the new rows and the kept ones."""

@@ -1,8 +1,8 @@
 """What a forward pass keeps for backward, in bytes: the real model runs on tensors that have shapes and no memory.
 
 So every architecture, method and precision is counted by its own code. Counted are the tensors that autograd saves,
-each once, without parameters. What an operation needs only while it runs comes on top, at most some copies of the
-logits in float32; kernels of a GPU may save a little more or less than a CPU's.
+each once, without parameters. A method's own loss terms come on top, and what an operation needs only while it runs, at
+most some copies of the logits in float32; kernels of a GPU may save a little more or less than a CPU's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from llava_cmoe.data.collator import ROW
 from llava_cmoe.experts.bank import ExpertBank
 from llava_cmoe.methods.base import Method
 from llava_cmoe.settings.base import RecipeError
@@ -46,7 +47,7 @@ class Saved:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """`parameters` are left out."""
+        """Parameters and buffers of `model` are left out."""
         self.outside, self.layers, self.entering = 0, dict[str, int](), dict[str, int]()
         self._model, self._layer = model, ""
         self._held = {_address(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -99,7 +100,7 @@ def activations(method: Method, settings: TrainingSettings, length: int) -> Acti
     """What one batch of whole samples keeps, one picture each.
 
     Args:
-        method: as `course.py` makes and grows it; its meta_model is used up.
+        method: as `growth_schedule.py` makes and grows it; its meta model is used up.
         settings: batch size and precision.
         length: tokens of every sample, those of its picture among them.
 
@@ -112,18 +113,18 @@ def activations(method: Method, settings: TrainingSettings, length: int) -> Acti
         mask_BT = torch.ones(batch_size, length, dtype=torch.long)
         labels_BT = torch.zeros(batch_size, length, dtype=torch.long)
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16")
-        with Saved(model) as saved, autocast, method.training_context({"attention_mask": mask_BT}) as extra_loss:
+        batch = {"attention_mask": mask_BT, "labels": labels_BT, ROW: torch.arange(batch_size)}
+        with Saved(model) as saved, autocast, method.training_context(batch):
             embedded_BTD = _embedded(model, batch_size, length)
-            output = model(inputs_embeds=embedded_BTD, labels=labels_BT, use_cache=False)
-            _ = output.loss + extra_loss(output)
+            _ = model(inputs_embeds=embedded_BTD, labels=labels_BT, use_cache=False).loss
     return saved.read()
 
 
 def _embedded(model: PreTrainedModel, batch_size: int, length: int) -> Tensor:
     """What enters the LLM; pictures are read only where experts learn to, as a frozen encoder keeps nothing.
 
-    Where image features belong among the text's is a question to token ids, which have no values here; the features
-    come first.
+    Token ids, which have no values here, would state where image features belong among the text's; the features come
+    first.
     """
     image_banks = [one for one in model.modules() if isinstance(one, ExpertBank) and one.site.of_images]
     width, dtype = model.config.get_text_config().hidden_size, model.dtype

@@ -1,32 +1,27 @@
-"""What a recipe would learn, computed on its data and its real backbone without a step of training: the dry run."""
+"""What a recipe would learn, from its data and its backbone's config alone: the dry run."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
 from rich.console import Group
 from rich.table import Table
 
-from llava_cmoe.backbones.loading import Backbone, load_backbone, reads_images
+from llava_cmoe.backbones.loading import reads_images
+from llava_cmoe.backbones.meta_model import meta_model
 from llava_cmoe.data.coin import refuse_pictures
-from llava_cmoe.data.encoding import Encoding, PromptRows, SampleRows
-from llava_cmoe.data.rows import TRAIN_FEATURES
 from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.experts import ledger
-from llava_cmoe.methods.base import Stage, StageData
-from llava_cmoe.records import StageReport
-from llava_cmoe.registry.restore import build_method
+from llava_cmoe.methods.base import Stage
+from llava_cmoe.planning.growth_schedule import expert_sizes, fits_on_paper, on_paper
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.run import Recipe
 
 
 @dataclass(frozen=True)
 class TaskRows:
-    """A task, and how many of its rows would be learned and asked; None where the data root is missing."""
+    """A task, and how many of its rows would be learned and evaluated; None where the data root is missing."""
 
     name: str
     train: int | None
@@ -44,7 +39,7 @@ class Preview:
         tasks: the sequence.
         stages: what is learned in one go.
         frozen_parameters: of the backbone.
-        expert_parameters: site name to parameters of one expert there; empty for a method without experts.
+        expert_parameters: site name to parameters of one expert there; empty for a method without banks.
         trainable_parameters: what the optimizer of the first stage would hold.
     """
 
@@ -59,56 +54,32 @@ class Preview:
 
 
 def preview(recipe: Recipe) -> Preview:
-    """Count rows, load the backbone and grow it for the first stage; nothing is trained and nothing written."""
+    """Count rows, and grow the method on paper for the first stage; no weight is loaded and nothing written."""
     data = TaskData.open(recipe.data, recipe.seed)
-    sequence, tasks = data.sequence, count_rows(data)
+    names, tasks = data.sequence.names, count_rows(data)
     if recipe.data.root.exists() and not reads_images(recipe.backbone):
-        refuse_pictures(recipe.data.root, sequence.tasks)
-    backbone = load_backbone(recipe.backbone)
-    frozen = backbone.model.num_parameters()  # of weights in 4 bits, one tensor element holds two
-    method = build_method(recipe, backbone)
-    stages = method.stages(sequence.names)
-    if stages[0].learns:
-        with suppress(_FirstFit):
-            method.learn(_no_rows(stages[0], backbone, recipe), _stop)
-    banks = {} if method.host is None else method.host.banks
+        refuse_pictures(recipe.data.root, data.sequence.tasks)
+    method = on_paper(recipe)
+    stages = method.stages(names)
+    next(fits_on_paper(method, sum(bool(stage.learns) for stage in stages)), None)
     return Preview(
         run=recipe.run,
         method=recipe.method.name,
         num_learned=len(Registry(recipe.run).records()),
         tasks=tasks,
         stages=stages,
-        frozen_parameters=frozen,
-        expert_parameters={site: ledger.expert_parameters(bank) for site, bank in banks.items()},
+        frozen_parameters=meta_model(recipe.backbone).num_parameters(),
+        expert_parameters=expert_sizes(method),
         trainable_parameters=ledger.trainable(method.model).parameters,
     )
 
 
 def count_rows(data: TaskData) -> tuple[TaskRows, ...]:
-    """The rows of every task that would be learned and asked; None where the data root is missing."""
+    """The rows of every task that would be learned and evaluated; None where the data root is missing."""
+    names = data.sequence.names
     if not data.settings.root.exists():
-        return tuple(TaskRows(name, None, None) for name in data.sequence.names)
-    return tuple(TaskRows(name, len(data.train[name]), len(data.evaluate[name])) for name in data.sequence.names)
-
-
-def _no_rows(stage: Stage, backbone: Backbone, recipe: Recipe) -> StageData:
-    """The first stage without rows: a first task is never probed, so its growth does not depend on them."""
-    rows = Dataset.from_dict({name: [] for name in TRAIN_FEATURES}, features=TRAIN_FEATURES)
-    return StageData(
-        index=0,
-        name=stage.name,
-        samples=SampleRows(rows, Encoding(backbone.processor), recipe.training.max_length),
-        prompts=PromptRows(rows, Encoding(backbone.processor)),
-        seed=recipe.seed,
-    )
-
-
-class _FirstFit(Exception):
-    """A method is about to train; never leaves this file."""
-
-
-def _stop(*_: Any, **__: Any) -> StageReport:
-    raise _FirstFit
+        return tuple(TaskRows(name, None, None) for name in names)
+    return tuple(TaskRows(name, len(data.train[name]), len(data.evaluate[name])) for name in names)
 
 
 def render(found: Preview) -> Group:

@@ -1,52 +1,42 @@
-"""The whole budget of a recipe: what `llava-cmoe plan` says, as values that become JSON.
+"""The whole budget of a recipe: what `llava-cmoe plan` prints, as values that become JSON.
 
-Sizes come from `course.py`, bytes from `memory.py` and `activations.py`; how it looks is `tables.py`'s.
+Sizes come from `growth_schedule.py`, bytes from `memory.py` and `activations.py`; how it looks is `tables.py`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from pydantic import BaseModel, ConfigDict
+from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.meta_model import meta_model
-from llava_cmoe.data.task_data import TaskData, sequence_of
+from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
-from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.methods.base import Method, PlannedFit, Stage
 from llava_cmoe.planning.activations import Activations, activations
 from llava_cmoe.planning.dry_run import count_rows
-from llava_cmoe.planning.growth_schedule import Grown, TaskSize, expected_sites, grow, growth_of, on_paper, task_sizes
-from llava_cmoe.planning.memory import STRATEGIES, Load, Memory, backbone_bytes, memory_of
+from llava_cmoe.planning.growth_schedule import (
+    GrowthSchedule,
+    expert_sizes,
+    fits_on_paper,
+    growth_schedules,
+    on_paper,
+)
+from llava_cmoe.planning.memory import STRATEGIES, Memory, ModelStates, backbone_bytes, memory_of
 from llava_cmoe.settings.base import RecipeError
-from llava_cmoe.settings.methods.cmoe import CmoeSettings
 from llava_cmoe.settings.run import Recipe
 
 
 @dataclass(frozen=True)
-class Course:
-    """One assumption of where tasks grow, and what each task then trains and stores.
-
-    Attributes:
-        name: of the assumption.
-        num_grown: sites that grow for each task after the first; None for a method that does not grow.
-        tasks: in order.
-        mean: parameters trained per task.
-    """
-
-    name: str
-    num_grown: int | None
-    tasks: tuple[TaskSize, ...]
-    mean: float
-
-
-@dataclass(frozen=True)
 class Need:
-    """What one stage of training asks of each GPU.
+    """What one training needs on each GPU.
 
     Attributes:
-        stage: what is being learned.
+        fit: what is trained.
         strategy: how it is spread.
         num_gpus: over how many.
         batch_size: samples that go forward at once on each.
@@ -54,7 +44,7 @@ class Need:
         activations: bytes of one process's batch.
     """
 
-    stage: str
+    fit: str
     strategy: str
     num_gpus: int
     batch_size: int
@@ -77,12 +67,12 @@ class Budget(BaseModel):
     """The frozen weights in memory, by quantization."""
     expert_parameters: dict[str, int]
     """Site name to parameters of one expert there; empty for a method without experts per site."""
-    courses: tuple[Course, ...]
+    growth_schedules: tuple[GrowthSchedule, ...]
     """Where tasks may grow, and what they then train and store."""
     length: int
     """Tokens of a sample."""
     needs: tuple[Need, ...]
-    """Memory per stage, strategy and number of GPUs."""
+    """Memory per fit, strategy and number of GPUs."""
     samples: int | None = None
     """Samples that are learned from over the whole sequence, every pass and probing counted."""
     hours: float | None = None
@@ -113,86 +103,74 @@ def budget(
             hours of unknown data.
         BackboneError: no config to be found.
     """
-    frame, empty = meta_model(recipe.backbone), on_paper(recipe)
-    banks = empty.host.banks if isinstance(empty, Cmoe) else {}
-    num_tasks = sum(bool(stage.learns) for stage in empty.stages(sequence_of(recipe.data).names))
-    if num_tasks == 0:
+    method, backbone, data = on_paper(recipe), meta_model(recipe.backbone), TaskData.open(recipe.data, recipe.seed)
+    stages, sites = [stage for stage in method.stages(data.sequence.names) if stage.learns], expert_sizes(method)
+    if not stages:
         raise RecipeError(f"method {recipe.method.name} learns nothing, so there is nothing to plan")
-    courses = _courses(recipe, tuple(banks), num_tasks, num_grown)
+    schedules = growth_schedules(recipe, len(stages), len(sites), num_grown)
+    fits = tuple(fits_on_paper(method, len(stages), num_grown))
     length = length or recipe.training.max_length
-    samples = None if throughput is None else _samples(recipe, rows)
+    samples = None if throughput is None else _samples(data, stages, fits, recipe.training.epochs, rows)
     return Budget(
         backbone=recipe.backbone.path,
         method=recipe.method.name,
-        frozen_parameters=frame.num_parameters(),
-        backbone_bytes=backbone_bytes(frame),
-        expert_parameters={site: ledger.expert_parameters(bank) for site, bank in banks.items()},
-        courses=courses,
+        frozen_parameters=backbone.num_parameters(),
+        backbone_bytes=backbone_bytes(backbone),
+        expert_parameters=sites,
+        growth_schedules=schedules,
         length=length,
-        needs=tuple(_needs(recipe, courses[0], tuple(banks), length, gpus)),
+        needs=tuple(_needs(recipe, backbone, fits, num_grown, length, gpus)),
         samples=samples,
         hours=samples / throughput / 3600 if samples and throughput else None,
     )
 
 
-def _courses(recipe: Recipe, sites: tuple[str, ...], num_tasks: int, num_grown: int | None) -> tuple[Course, ...]:
-    """The given or likely growth, and growth everywhere; one course for a method that does not grow."""
-    method = recipe.method
-    if not isinstance(method, CmoeSettings):
-        return (_course(recipe, "every task", None, ({},) * num_tasks),)
-    likely = expected_sites(method.probe, len(sites)) if num_grown is None else num_grown
-    if not 0 <= likely <= len(sites):
-        raise RecipeError(f"--layers {likely}: {len(sites)} sites may grow; ask for 0 to {len(sites)}")
-    return tuple(
-        _course(recipe, f"{count} of {len(sites)} sites", count, growth_of(method, sites, num_tasks, count))
-        for count in sorted({likely, len(sites)})
-    )
-
-
-def _course(recipe: Recipe, name: str, num_grown: int | None, tasks: Sequence[Grown]) -> Course:
-    sizes = task_sizes(recipe, tasks)
-    return Course(name, num_grown, sizes, sum(size.trained.parameters for size in sizes) / len(sizes))
-
-
-def _needs(recipe: Recipe, course: Course, sites: tuple[str, ...], length: int, gpus: Sequence[int]) -> Iterator[Need]:
-    """Memory of the stages that may need most: the first task grows most, the last one has the largest pool.
-
-    Probing has as large a pool, a probe at every site, and batches of its own.
-    """
-    frame, method, training = meta_model(recipe.backbone), recipe.method, recipe.training
-    stages: dict[str, tuple[tuple[Grown, ...], int]] = {"every task": ((), training.batch_size)}
-    if isinstance(method, CmoeSettings):
-        tasks = growth_of(method, sites, len(course.tasks), course.num_grown or 0)
-        stages = {"first task": (tasks[:1], training.batch_size)}
-        if len(tasks) > 1:
-            probes = dict.fromkeys(sites, method.probe.max_new_experts)
-            stages["probing for the last"] = (*tasks[:-1], probes), method.probe.batch_size or training.batch_size
-            stages["last task"] = tasks, training.batch_size
-    for stage, (tasks, batch_size) in stages.items():
-        learner = on_paper(recipe)
-        if isinstance(learner, Cmoe):
-            grow(learner, tasks)
-        load = Load(
-            backbone=backbone_bytes(frame),
-            frozen=frame.num_parameters(),
-            pool=sum((size.trained for size in course.tasks[: max(0, len(tasks) - 1)]), start=Size()),
-            trained=ledger.trainable(learner.model),
-            optimizer=training.optimizer,
-        )
-        kept = activations(learner, training.model_copy(update={"batch_size": batch_size}), length)
+def _needs(
+    recipe: Recipe,
+    backbone: PreTrainedModel,
+    fits: Sequence[PlannedFit],
+    num_grown: int | None,
+    length: int,
+    gpus: Sequence[int],
+) -> Iterator[Need]:
+    """Memory of the fits that may need most."""
+    training = recipe.training
+    for index, name in _extremes(fits).items():
+        method = on_paper(recipe)
+        fit = next(islice(fits_on_paper(method, fits[-1].stage + 1, num_grown), index, None))
+        states = model_states(backbone, method, training.optimizer)
+        batch_size = fit.batch_size or training.batch_size
+        kept = activations(method, training.model_copy(update={"batch_size": batch_size}), length)
         for strategy in STRATEGIES:
             for num_gpus in gpus:
-                memory = memory_of(load, strategy, num_gpus)
-                yield Need(stage, strategy.name, num_gpus, batch_size, memory, kept)
+                yield Need(name, strategy.name, num_gpus, batch_size, memory_of(states, strategy, num_gpus), kept)
 
 
-def _samples(recipe: Recipe, rows: int | None) -> int:
+def _extremes(fits: Sequence[PlannedFit]) -> dict[int, str]:
+    """Index and name of the fits of the first task, which grows most, and of the last one, which has the largest pool.
+
+    Those of the first one alone where no task grows, as all are alike.
+    """
+    last = fits[-1]
+    names = {last.stage: "last task", 0: "first task"} if last.num_sites is not None else {0: "every task"}
+    return {index: f"{fit.label}, {names[fit.stage]}" for index, fit in enumerate(fits) if fit.stage in names}
+
+
+def model_states(backbone: PreTrainedModel, method: Method, optimizer: str) -> ModelStates:
+    """What a method around such a backbone holds as it has grown; what is frozen beside the backbone is the pool."""
+    sizes, num_parameters = backbone_bytes(backbone), backbone.num_parameters()
+    frozen = ledger.size_of(parameter for parameter in method.model.parameters() if not parameter.requires_grad)
+    pool = Size(frozen.parameters - num_parameters, frozen.bytes - sizes["none"])
+    return ModelStates(sizes, num_parameters, pool, ledger.trainable(method.model), optimizer)
+
+
+def _samples(
+    data: TaskData, stages: Sequence[Stage], fits: Sequence[PlannedFit], epochs: float, rows: int | None
+) -> int:
     """How many samples go forward and backward over the sequence."""
-    counts = [task.train if rows is None else rows for task in count_rows(TaskData.open(recipe.data, recipe.seed))]
+    counts = [task.train if rows is None else rows for task in count_rows(data)]
     known = [count for count in counts if count is not None]
     if len(known) < len(counts):
-        raise RecipeError(f"{recipe.data.root} does not exist, so its rows are not known; give --rows, a task's mean")
-    learned = sum(known) * recipe.training.epochs
-    if isinstance(recipe.method, CmoeSettings):
-        learned += sum(known[1:]) * recipe.method.probe.fraction * (1 - recipe.method.probe.holdout)
-    return round(learned)
+        raise RecipeError(f"{data.settings.root} does not exist, so its rows are not known; give --rows, a task's mean")
+    rows_of = [sum(known[task] for task in stage.learns) for stage in stages]
+    return round(sum(rows_of[fit.stage] * fit.row_share * (fit.epochs or epochs) for fit in fits))

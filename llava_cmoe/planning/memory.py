@@ -56,7 +56,7 @@ STRATEGIES = (
 
 
 @dataclass(frozen=True)
-class Load:
+class ModelStates:
     """What a training stage holds, before it is spread.
 
     Attributes:
@@ -75,7 +75,7 @@ class Load:
 
     @property
     def mixed(self) -> bool:
-        """Whether experts are held in less than float32, beside their routers: no load for DeepSpeed."""
+        """Whether experts are held in less than float32, beside their routers: which DeepSpeed cannot hold."""
         return self.trained.bytes < FLOAT * self.trained.parameters
 
 
@@ -108,41 +108,41 @@ class Memory:
         return None if backbone is None else backbone + others
 
 
-def memory_of(load: Load, strategy: Strategy, num_gpus: int) -> Memory:
-    """Spread a load over GPUs; the formulas stand on top of this file."""
+def memory_of(states: ModelStates, strategy: Strategy, num_gpus: int) -> Memory:
+    """Spread model states over GPUs; the formulas stand on top of this file."""
     if strategy.stage == 0:
         return Memory(
-            backbone=load.backbone,
-            pool=load.pool.bytes,
-            trained=load.trained.bytes,
-            gradients=load.trained.bytes * (2 if num_gpus > 1 else 1),
-            optimizer=moments(load.trained, load.optimizer),
+            backbone=states.backbone,
+            pool=states.pool.bytes,
+            trained=states.trained.bytes,
+            gradients=states.trained.bytes * (2 if num_gpus > 1 else 1),
+            optimizer=moments(states.trained, states.optimizer),
             gathered=0,
             host=0,
         )
-    whole, share = load.trained.parameters, math.ceil(load.trained.parameters / num_gpus)
-    optimizer = 2 * FLOAT * share + moments(Size(share, FLOAT * share), load.optimizer)
+    whole, share = states.trained.parameters, math.ceil(states.trained.parameters / num_gpus)
+    optimizer = 2 * FLOAT * share + moments(Size(share, FLOAT * share), states.optimizer)
     gradients = FLOAT * (whole if strategy.stage == 1 else share)
     host = 0
     if strategy.offload:  # ZeRO-2 has no second copy of the gradients there, but a third one of the weights
         host, optimizer, gradients = optimizer + gradients, 0, 0
-    held: Mapping[str, int | None] = dict.fromkeys(load.backbone) if load.mixed else load.backbone
+    held: Mapping[str, int | None] = dict.fromkeys(states.backbone) if states.mixed else states.backbone
     if strategy.stage < 3:
-        return Memory(held, load.pool.bytes, FLOAT * whole, gradients, optimizer, 0, host)
-    backbone, pool = (math.ceil(size / num_gpus) for size in (load.backbone["none"], load.pool.bytes))
+        return Memory(held, states.pool.bytes, FLOAT * whole, gradients, optimizer, 0, host)
+    backbone, pool = (math.ceil(size / num_gpus) for size in (states.backbone["none"], states.pool.bytes))
     trained = FLOAT * share
     if strategy.offload:
         host += backbone + pool + trained
         backbone = pool = trained = 0
     # bitsandbytes holds its weights as whole numbers, and ZeRO-3 splits floating point ones only.
-    held = dict.fromkeys(load.backbone) | {"none": None if load.mixed else backbone}
-    return Memory(held, pool, trained, gradients, optimizer, _gathered(load), host)
+    held = dict.fromkeys(states.backbone) | {"none": None if states.mixed else backbone}
+    return Memory(held, pool, trained, gradients, optimizer, _gathered(states), host)
 
 
-def _gathered(load: Load) -> int:
+def _gathered(states: ModelStates) -> int:
     """Bytes of the parameters that ZeRO-3 holds whole, which are as wide as all of the model is on average."""
-    count = load.frozen + load.pool.parameters + load.trained.parameters
-    size = load.backbone["none"] + load.pool.bytes + FLOAT * load.trained.parameters
+    count = states.frozen + states.pool.parameters + states.trained.parameters
+    size = states.backbone["none"] + states.pool.bytes + FLOAT * states.trained.parameters
     return size if count <= MAX_LIVE else math.ceil(size * MAX_LIVE / count)
 
 
@@ -160,7 +160,7 @@ def moments(trained: Size, optimizer: str) -> int:
 
 
 def backbone_bytes(model: PreTrainedModel) -> dict[str, int]:
-    """Bytes of a backbone by quantization, from its meta_model: only the LLM's linears are ever quantized."""
+    """Bytes of a backbone by quantization, from its meta model: only the LLM's linears are ever quantized."""
     plain = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     linears = list(_llm_weights(model))
     rest = plain - sum(weight.numel() * weight.element_size() for weight in linears)

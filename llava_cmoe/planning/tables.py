@@ -15,7 +15,7 @@ NOTHING = "–"
 
 
 def render(budget: Budget) -> Group:
-    """Everything that a budget says."""
+    """Everything that a budget holds."""
     return Group(*_tables(budget))
 
 
@@ -35,28 +35,27 @@ def _parameters(budget: Budget) -> Table:
     if sites := budget.expert_parameters:
         table.add_row("an expert", " or ".join(f"{size:,}" for size in sorted(set(sites.values()))))
         table.add_row("sites that may hold experts", f"{len(sites)}")
-    for course in budget.courses:
-        first, last = course.tasks[0], course.tasks[-1]
-        label = f"if tasks grow at {course.name}" if course.num_grown is not None else course.name
-        if course.num_grown is not None:
-            table.add_section()
-            table.add_row(f"{label}:", "")
-            table.add_row("  routers of the first task, the last one", _pair(first.routers, last.routers))
-            table.add_row("  a task's locator", f"{last.locator.parameters:,}")
-            table.add_row("  trained for the first task, the last one", _pair(first.trained, last.trained))
-            table.add_row("  trained per task, mean", f"{course.mean:,.0f}")
-            disk = f"{first.stored.bytes / 1e6:,.1f}, {last.stored.bytes / 1e6:,.1f}"
-            table.add_row("  first task, last one on disk (MB)", disk)
-        else:
-            table.add_row(f"trained, {label}", f"{course.mean:,.0f}")
-            table.add_row("a task on disk (MB)", f"{last.stored.bytes / 1e6:,.1f}")
+    for schedule in budget.growth_schedules:
+        first, last = schedule.tasks[0], schedule.tasks[-1]
+        if schedule.num_grown is None:
+            table.add_row(f"trained, {schedule.name}", f"{schedule.mean:,.0f}")
+            table.add_row("a task on disk (MB)", _mb(last.stored.bytes))
+            continue
+        table.add_section()
+        table.add_row(f"if tasks grow at {schedule.name}:", "")
+        trained = f"{first.trained.parameters:,}, {last.trained.parameters:,}"
+        table.add_row("  trained for the first task, the last one", trained)
+        table.add_row("  trained per task, mean", f"{schedule.mean:,.0f}")
+        if last.also_stored.parameters:
+            table.add_row("  a task also stores, such as a locator", f"{last.also_stored.parameters:,}")
+        table.add_row("  first task, last one on disk (MB)", f"{_mb(first.stored.bytes)}, {_mb(last.stored.bytes)}")
     return table
 
 
 def _parts(budget: Budget) -> Table:
     title = f"memory of one GPU by part (GB); activations of so many samples of {budget.length} tokens"
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("stage", "spread by"):
+    for heading in ("training", "spread by"):
         table.add_column(heading, no_wrap=True)
     headings = (
         "GPUs",
@@ -77,14 +76,14 @@ def _parts(budget: Budget) -> Table:
         kept = (need.activations.kept, need.activations.checkpointed, memory.host)
         cells = map(_gb, (memory.backbone["none"], *sizes, *kept))
         counts = str(need.num_gpus), str(need.batch_size)
-        table.add_row(need.stage, need.strategy, *counts, *cells, end_section=_ends(budget, need))
+        table.add_row(need.fit, need.strategy, *counts, *cells, end_section=_ends(budget, need))
     return table
 
 
 def _totals(budget: Budget) -> Table:
     table = Table(title="memory of one GPU in all (GB), by quantization; ckpt: with gradient checkpointing")
     table.box = box.SIMPLE_HEAD
-    for heading in ("stage", "spread by"):
+    for heading in ("training", "spread by"):
         table.add_column(heading, no_wrap=True)
     table.add_column("GPUs", justify="right")
     for name in budget.backbone_bytes:
@@ -96,7 +95,7 @@ def _totals(budget: Budget) -> Table:
             states = need.memory.states(name)
             for kept in (need.activations.kept, need.activations.checkpointed):
                 cells.append(_gb(None if states is None else states + kept))
-        table.add_row(need.stage, need.strategy, str(need.num_gpus), *cells, end_section=_ends(budget, need))
+        table.add_row(need.fit, need.strategy, str(need.num_gpus), *cells, end_section=_ends(budget, need))
     table.caption = (
         "On top: what an operation needs while it runs (some copies of the logits), CUDA's context, fragmentation and "
         "ZeRO's buckets. ZeRO-3 does not split quantized weights, and DeepSpeed holds no experts in bfloat16."
@@ -113,18 +112,18 @@ def _hours(budget: Budget) -> Table:
 
 
 def _ordered(budget: Budget) -> list[Need]:
-    """By stage, then by the number of GPUs."""
-    stages = list(dict.fromkeys(need.stage for need in budget.needs))
-    return sorted(budget.needs, key=lambda need: (stages.index(need.stage), need.num_gpus))
+    """By fit, then by the number of GPUs."""
+    fits = list(dict.fromkeys(need.fit for need in budget.needs))
+    return sorted(budget.needs, key=lambda need: (fits.index(need.fit), need.num_gpus))
 
 
 def _ends(budget: Budget, need: Need) -> bool:
-    """Whether it is the last one of its stage and number of GPUs."""
+    """Whether it is the last one of its fit and number of GPUs."""
     return need.strategy == budget.needs[-1].strategy
 
 
-def _pair(first: object, last: object) -> str:
-    return f"{first.parameters:,}, {last.parameters:,}"  # type: ignore[attr-defined]
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.1f}"
 
 
 def _gb(size: int | None) -> str:

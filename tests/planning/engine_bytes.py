@@ -1,6 +1,6 @@
 """Trains recipes one step under the engine of the launch, and prints as JSON what it holds in the optimizer's step.
 
-Of each recipe: bytes by part, as `budget/memory.py` names them, and the widths of what is trained.
+Of each recipe: bytes by part, as `planning/memory.py` names them, and the widths of what is trained.
 """
 
 import json
@@ -16,7 +16,6 @@ from deepspeed import DeepSpeedEngine
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.experts.ledger import size_of
-from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.registry.restore import build_method
 from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.processes import processes
@@ -24,13 +23,9 @@ from llava_cmoe.training.stage import train_stage
 
 
 def held_by(recipe: Recipe) -> dict[str, Any]:
-    """Bytes by part, in the second task where the method grows."""
+    """Bytes by part, in the second task."""
     method = build_method(recipe, load_backbone(recipe.backbone))
-    for _ in range(2 if isinstance(method, Cmoe) else 0):
-        method.host.freeze()
-        for bank in method.host.banks.values():
-            bank.grow(2, generator=torch.Generator())
-            bank.add_router(generator=torch.Generator())
+    next(fit for fit in method.planned_fits(2) if (fit.stage, fit.label) == (1, "training"))
     held: dict[str, Any] = {}
     row = {name: torch.arange(4, 12) for name in ("input_ids", "labels")} | {"attention_mask": torch.ones(8).long()}
     with pytest.MonkeyPatch.context() as patch:
@@ -39,7 +34,7 @@ def held_by(recipe: Recipe) -> dict[str, Any]:
         train_stage(
             method.model,
             [row] * recipe.training.batch_size,
-            method.learning,
+            method.training_context,
             recipe.training,
             pad_token_id=0,
             seed=0,

@@ -23,18 +23,20 @@ def test_the_command_shows_what_it_writes(tmp_path: Path):
     assert json.loads(out.read_bytes())["needs"][0]["memory"]["backbone"].keys() == {"none", "8bit", "nf4"}
     assert (found.method, len(found.expert_parameters), found.hours) == ("cmoe", 6, None)
     assert set(found.expert_parameters.values()) == {64 * 3 * (224 + 640)}
-    assert [(course.num_grown, len(course.tasks)) for course in found.courses] == [(4, 8), (6, 8)]
+    assert [(schedule.num_grown, len(schedule.tasks)) for schedule in found.growth_schedules] == [(4, 8), (6, 8)]
     expert = 64 * 3 * (224 + 640)
-    last = found.courses[0].tasks[-1]
+    last = found.growth_schedules[0].tasks[-1]
     assert last.trained.parameters == 2 * 4 * expert + (2 * 6 + 2 * 4 * 7) * 224
     assert f"{last.trained.parameters:,}" in result.output
-    assert {(need.stage, need.num_gpus) for need in found.needs} == {
-        (stage, count) for stage in ("first task", "probing for the last", "last task") for count in (1, 2)
+    assert {(need.fit, need.num_gpus) for need in found.needs} == {
+        (fit, count)
+        for fit in ("training, first task", "probing, last task", "training, last task")
+        for count in (1, 2)
     }
-    probing = next(need for need in found.needs if need.stage == "probing for the last")
-    assert probing.memory.pool == 4 * sum(task.trained.parameters for task in found.courses[0].tasks[:-1])
+    probing = next(need for need in found.needs if need.fit == "probing, last task")
+    assert probing.memory.pool == 4 * sum(task.trained.parameters for task in found.growth_schedules[0].tasks[:-1])
     assert probing.memory.trained == 4 * (2 * 6 * expert + 224 * (2 * 6 * 2 + 2 * 4 * 6))
-    training = next(need for need in found.needs if need.stage == "last task")
+    training = next(need for need in found.needs if need.fit == "training, last task")
     assert (probing.batch_size, training.batch_size) == (4, 1)  # probing has a batch of its own in this recipe
     assert training.memory.trained == 4 * last.trained.parameters
     assert training.activations.kept < probing.activations.kept < 4 * training.activations.kept
@@ -46,15 +48,15 @@ def test_of_a_method_that_does_not_grow_every_task_costs_the_same(tmp_path: Path
     result = type_in("plan", recipe, *SHORT, "--json", out)
     assert result.exit_code == 0, result.output
     found = Budget.model_validate_json(out.read_bytes())
-    assert {need.stage for need in found.needs} == {"every task"}
-    assert found.courses[0].mean == 32 * 6 * (4 * 2 * 224 + 3 * (224 + 640))
+    assert {need.fit for need in found.needs} == {"training, every task"}
+    assert found.growth_schedules[0].mean == 32 * 6 * (4 * 2 * 224 + 3 * (224 + 640))
 
 
 def test_precisions_and_the_optimizer_of_the_recipe_enter(tmp_path: Path):
     def last_task(*words: str) -> dict[str, Memory]:
         assert type_in("plan", POCKET, *SHORT, *words, "--gpus", 1, "--json", tmp_path / "plan.json").exit_code == 0
         needs = Budget.model_validate_json((tmp_path / "plan.json").read_bytes()).needs
-        return {need.strategy: need.memory for need in needs if need.stage == "last task"}
+        return {need.strategy: need.memory for need in needs if need.fit == "training, last task"}
 
     wide = last_task()
     narrow = last_task("backbone.dtype=bfloat16", "method.experts.dtype=bfloat16", "training.optimizer=adamw_bnb_8bit")
@@ -87,7 +89,7 @@ def test_a_folder_with_nothing_but_a_config_is_enough(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--layers", 7), "--layers 7: 6 sites may grow; ask for 0 to 6"),
+        (("--layers", 7), "--layers 7: 6 sites may grow; give 0 to 6"),
         (("backbone.path=nobody/no-such-model",), "a name that is known here: llava-hf/llava-1.5-7b-hf"),
         (("--throughput", 1, "data.root=/no/such/root"), "/no/such/root does not exist.*give --rows"),
         (("method={name: zero_shot}",), "zero_shot learns nothing"),

@@ -12,27 +12,37 @@ from test_engines import started
 from torch import nn
 
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.backbones.meta_model import outline
+from llava_cmoe.backbones.meta_model import meta_model
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.ledger import Size
-from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.methods.base import Method
 from llava_cmoe.planning.activations import activations
-from llava_cmoe.planning.growth_schedule import grow, on_paper
-from llava_cmoe.planning.memory import MAX_LIVE, STRATEGIES, Load, Memory, backbone_bytes, memory_of, moments, nf4_bytes
+from llava_cmoe.planning.estimate import model_states
+from llava_cmoe.planning.growth_schedule import fits_on_paper, on_paper
+from llava_cmoe.planning.memory import (
+    MAX_LIVE,
+    STRATEGIES,
+    Memory,
+    ModelStates,
+    backbone_bytes,
+    memory_of,
+    moments,
+    nf4_bytes,
+)
 from llava_cmoe.registry.restore import build_method
 from llava_cmoe.settings.backbone import BackboneSettings
 from llava_cmoe.settings.run import Recipe
 
 STRATEGY = {strategy.name: strategy for strategy in STRATEGIES}
-LOAD = Load(
+STATES = ModelStates(
     {"none": 2 * 7_000, "8bit": 7_000, "nf4": 4_000},
     frozen=7_000,
     pool=Size(800, 4 * 800),
     trained=Size(160, 4 * 160),
     optimizer="adamw",
 )
-NARROW = replace(LOAD, pool=Size(800, 2 * 700 + 4 * 100), trained=Size(160, 2 * 120 + 4 * 40))
+NARROW = replace(STATES, pool=Size(800, 2 * 700 + 4 * 100), trained=Size(160, 2 * 120 + 4 * 40))
 """The same with experts in bfloat16, beside routers."""
 
 
@@ -47,7 +57,7 @@ def pocket(attention: str, precision: str, also_in: tuple[str, ...] = ()) -> Rec
     )
 
 
-def batch_of(method: Cmoe, text_tokens: int) -> dict[str, torch.Tensor]:
+def batch_of(method: Method, text_tokens: int) -> dict[str, torch.Tensor]:
     """Three samples with a picture each."""
     tokenizer = method.processor.tokenizer
     image = tokenizer.convert_tokens_to_ids("<image>")
@@ -57,7 +67,7 @@ def batch_of(method: Cmoe, text_tokens: int) -> dict[str, torch.Tensor]:
     return Collator(tokenizer.pad_token_id)([row | {"pixel_values": pixels} for _ in range(3)])
 
 
-def kept_by(method: Cmoe, batch: dict[str, torch.Tensor], bf16: bool) -> tuple[int, torch.Tensor]:
+def kept_by(method: Method, batch: dict[str, torch.Tensor], bf16: bool) -> tuple[int, torch.Tensor]:
     """Bytes that a real forward pass keeps for backward, without weights; and its loss."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in method.model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -69,9 +79,14 @@ def kept_by(method: Cmoe, batch: dict[str, torch.Tensor], bf16: bool) -> tuple[i
         return tensor
 
     saving = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with saving, torch.autocast("cpu", torch.bfloat16, enabled=bf16), method.learning(batch) as extra_loss:
-        loss = method.model(**batch, use_cache=False).loss + extra_loss()
+    with saving, torch.autocast("cpu", torch.bfloat16, enabled=bf16), method.training_context(batch) as extra_loss:
+        output = method.model(**batch, use_cache=False)
+        loss = output.loss + extra_loss(output)
     return sum(storage.nbytes() for storage in kept.values()), loss
+
+
+def states_of(recipe: Recipe, planned: Method) -> ModelStates:
+    return model_states(meta_model(recipe.backbone), planned, recipe.training.optimizer)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +98,7 @@ def test_a_real_step_of_the_pocket_backbone_holds_what_is_computed(
 ):
     recipe = pocket(attention, precision, also_in)
     method = build_method(recipe, load_backbone(recipe.backbone))
-    assert isinstance(method, Cmoe)
-    for bank in method.host.banks.values():
-        bank.grow(2, generator=torch.Generator())
-        bank.add_router(generator=torch.Generator())
+    next(method.planned_fits(1))
     method.model.train()
     batch, bf16 = batch_of(method, text_tokens=51), precision == "bf16"
     kept, loss = kept_by(method, batch, bf16)
@@ -95,12 +107,9 @@ def test_a_real_step_of_the_pocket_backbone_holds_what_is_computed(
     loss.backward()
     optimizer.step()
 
-    learner = on_paper(recipe)
-    assert isinstance(learner, Cmoe)
-    grow(learner, [dict.fromkeys(learner.host.banks, 2)])
-    frame = outline(recipe.backbone)
-    load = Load(backbone_bytes(frame), frame.num_parameters(), Size(), ledger.trainable(learner.model), "adamw")
-    memory = memory_of(load, STRATEGY["none or DDP"], num_gpus=1)
+    planned = on_paper(recipe)
+    next(fits_on_paper(planned, 1))
+    memory = memory_of(states_of(recipe, planned), STRATEGY["none or DDP"], num_gpus=1)
     weights = ledger.size_of(method.model.parameters())
     assert (memory.backbone["none"], memory.pool) == (weights.bytes - ledger.size_of(trained).bytes, 0)
     assert memory.trained == ledger.size_of(trained).bytes
@@ -108,16 +117,13 @@ def test_a_real_step_of_the_pocket_backbone_holds_what_is_computed(
     moments = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
     assert memory.optimizer == ledger.size_of(moments).bytes  # and a step counter per tensor
     # Not exact: the order of image and text tokens, and where pictures learn, how their features are put in place.
-    assert activations(learner, recipe.training, length=100).kept == pytest.approx(kept, rel=0.02)
+    assert activations(planned, recipe.training, length=100).kept == pytest.approx(kept, rel=0.02)
 
 
 def test_checkpointing_keeps_what_enters_the_layers_and_one_layers_own():
     recipe = pocket("eager", "float32")
     method = build_method(recipe, load_backbone(recipe.backbone))
-    assert isinstance(method, Cmoe)
-    for bank in method.host.banks.values():
-        bank.grow(2, generator=torch.Generator())
-        bank.add_router(generator=torch.Generator())
+    next(method.planned_fits(1))
     batch = batch_of(method, text_tokens=51)
     method.model.train()
     everything, _ = kept_by(method, batch, bf16=False)
@@ -125,23 +131,23 @@ def test_checkpointing_keeps_what_enters_the_layers_and_one_layers_own():
     method.model.gradient_checkpointing_enable({"use_reentrant": True})
     method.model.enable_input_require_grads()
     entering, _ = kept_by(method, batch, bf16=False)
-    learner = on_paper(recipe)
-    assert isinstance(learner, Cmoe)
-    grow(learner, [dict.fromkeys(learner.host.banks, 2)])
-    found = activations(learner, recipe.training, length=100)
+    planned = on_paper(recipe)
+    next(fits_on_paper(planned, 1))
+    found = activations(planned, recipe.training, length=100)
     layers = len(method.host.banks)
     assert found.checkpointed == pytest.approx(entering + (everything - entering) / layers, rel=0.05)
     assert entering < found.checkpointed < found.kept / 2
 
 
+CMOE = {"name": "cmoe", "experts": {"rank": 8}, "probe": {"scope": "all", "max_new_experts": 2}}
 SEVERAL: dict[str, tuple[tuple[dict[str, Any], str, str, str], ...]] = {
     "zero2": (
-        ({"name": "cmoe", "experts": {"rank": 8}}, "bfloat16", "bf16", "adamw"),
-        ({"name": "cmoe", "experts": {"rank": 8}}, "float32", "bf16", "paged_adamw_32bit"),
+        (CMOE, "bfloat16", "bf16", "adamw"),
+        (CMOE, "float32", "bf16", "paged_adamw_32bit"),
         ({"name": "sequential_lora", "rank": 8}, "bfloat16", "float32", "adamw_bnb_8bit"),
     ),
     "zero3": (
-        ({"name": "cmoe", "experts": {"rank": 8}}, "bfloat16", "bf16", "paged_adamw_8bit"),
+        (CMOE, "bfloat16", "bf16", "paged_adamw_8bit"),
         ({"name": "moelora", "rank": 16, "num_experts": 4}, "float32", "bf16", "adamw"),
     ),
 }
@@ -162,18 +168,12 @@ def test_a_real_engine_holds_what_is_computed(engine: str, strategy: str, tiny_b
         for method, dtype, precision, optimizer in SEVERAL[engine]
     ]
     script = str(Path(__file__).with_name("engine_bytes.py"))
-    told = started(engine, [script, *(recipe.model_dump_json() for recipe in recipes)], num_processes=1)
-    assert told.returncode == 0, told.stderr[-4000:]
-    for recipe, held in zip(recipes, json.loads(told.stdout.splitlines()[-1]), strict=True):
-        learner, frame = on_paper(recipe), outline(recipe.backbone)
-        pool = Size()
-        if isinstance(learner, Cmoe):
-            everywhere = dict.fromkeys(learner.host.banks, 2)
-            grow(learner, [everywhere] * 2)
-            pool = ledger.added(learner.host.banks, 0).total
-        trained = ledger.trainable(learner.model)
-        load = Load(backbone_bytes(frame), frame.num_parameters(), pool, trained, recipe.training.optimizer)
-        memory = memory_of(load, STRATEGY[strategy], num_gpus=1)
+    finished = started(engine, [script, *(recipe.model_dump_json() for recipe in recipes)], num_processes=1)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    for recipe, held in zip(recipes, json.loads(finished.stdout.splitlines()[-1]), strict=True):
+        planned = on_paper(recipe)
+        next(fit for fit in fits_on_paper(planned, 2) if (fit.stage, fit.label) == (1, "training"))
+        memory = memory_of(states_of(recipe, planned), STRATEGY[strategy], num_gpus=1)
         assert held["frozen"] == (memory.backbone["none"] or 0) + memory.pool
         assert (held["trained"], held["gradients"], held["widths"]) == (memory.trained, memory.gradients, [4])
         assert held["optimizer"] == memory.optimizer
@@ -181,17 +181,17 @@ def test_a_real_engine_holds_what_is_computed(engine: str, strategy: str, tiny_b
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 8])
 def test_zero_learns_in_float32_and_keeps_the_frozen_as_it_is(num_gpus: int):
-    load = LOAD
-    one, two, three = (memory_of(load, STRATEGY[f"ZeRO-{stage}"], num_gpus) for stage in (1, 2, 3))
+    states = STATES
+    one, two, three = (memory_of(states, STRATEGY[f"ZeRO-{stage}"], num_gpus) for stage in (1, 2, 3))
     share = 160 // num_gpus
     for spread in (one, two):
-        assert spread.backbone == load.backbone
-        assert (spread.pool, spread.trained, spread.optimizer) == (load.pool.bytes, 4 * 160, 16 * share)
+        assert spread.backbone == states.backbone
+        assert (spread.pool, spread.trained, spread.optimizer) == (states.pool.bytes, 4 * 160, 16 * share)
     assert (one.gradients, two.gradients, three.gradients) == (4 * 160, 4 * share, 4 * share)
     assert (three.trained, three.optimizer) == (4 * share, 16 * share)
-    assert three.pool == load.pool.bytes // num_gpus
+    assert three.pool == states.pool.bytes // num_gpus
     assert three.backbone["none"] == 2 * 7_000 // num_gpus
-    assert three.gathered == 2 * 7_000 + load.pool.bytes + 4 * 160
+    assert three.gathered == 2 * 7_000 + states.pool.bytes + 4 * 160
 
 
 @pytest.mark.parametrize("name", [name for name, strategy in STRATEGY.items() if strategy.stage])
@@ -201,11 +201,11 @@ def test_deepspeed_holds_no_experts_that_are_narrower_than_their_routers(name: s
 
 
 def test_without_zero_all_is_as_wide_as_it_is_learned():
-    for load in (LOAD, NARROW):
-        alone = memory_of(load, STRATEGY["none or DDP"], num_gpus=1)
-        size = load.trained.bytes
+    for states in (STATES, NARROW):
+        alone = memory_of(states, STRATEGY["none or DDP"], num_gpus=1)
+        size = states.trained.bytes
         assert (alone.trained, alone.gradients, alone.optimizer) == (size, size, 2 * size)
-        assert (alone.backbone, alone.pool) == (load.backbone, load.pool.bytes)
+        assert (alone.backbone, alone.pool) == (states.backbone, states.pool.bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -229,8 +229,8 @@ def test_moments_take_what_the_optimizers_keep(name: str, make: type[torch.optim
 
 def test_nothing_vanishes_when_it_is_offloaded():
     for name in ("ZeRO-2", "ZeRO-3"):
-        on_gpu = memory_of(LOAD, STRATEGY[name], 4)
-        offloaded = memory_of(LOAD, STRATEGY[f"{name}, offload"], 4)
+        on_gpu = memory_of(STATES, STRATEGY[name], 4)
+        offloaded = memory_of(STATES, STRATEGY[f"{name}, offload"], 4)
         assert total(on_gpu) == total(offloaded) and (on_gpu.host, on_gpu.gathered) == (0, offloaded.gathered)
 
 
@@ -242,16 +242,16 @@ def total(memory: Memory) -> int:
 
 def test_spreading_further_never_takes_more_and_zero_3_refuses_quantized_weights():
     for strategy in STRATEGIES[1:]:
-        sizes = [memory_of(LOAD, strategy, num_gpus).states("none") for num_gpus in (1, 2, 4, 8)]
+        sizes = [memory_of(STATES, strategy, num_gpus).states("none") for num_gpus in (1, 2, 4, 8)]
         assert sizes == sorted(sizes, reverse=True)
-        quantized = memory_of(LOAD, strategy, 8).states("nf4")
+        quantized = memory_of(STATES, strategy, 8).states("nf4")
         assert (quantized is None) == (strategy.stage == 3)
 
 
 def test_ddp_keeps_copies_of_the_gradients_and_zero_3_gathers_no_more_than_its_limit():
-    alone, ddp = (memory_of(LOAD, STRATEGY["none or DDP"], num_gpus) for num_gpus in (1, 2))
+    alone, ddp = (memory_of(STATES, STRATEGY["none or DDP"], num_gpus) for num_gpus in (1, 2))
     assert (ddp.gradients, ddp.optimizer) == (2 * alone.gradients, alone.optimizer)
-    large = Load({"none": 2 * 7 * MAX_LIVE}, 7 * MAX_LIVE, Size(), Size(), "adamw")
+    large = ModelStates({"none": 2 * 7 * MAX_LIVE}, 7 * MAX_LIVE, Size(), Size(), "adamw")
     assert memory_of(large, STRATEGY["ZeRO-3"], 8).gathered == 2 * MAX_LIVE
 
 
@@ -269,7 +269,7 @@ def test_quantized_linears_take_what_bitsandbytes_makes_of_them(shape: tuple[int
 
 
 def test_the_llms_linears_alone_are_quantized():
-    frame = outline(BackboneSettings(path="llava-hf/llava-1.5-7b-hf", dtype="bfloat16"))
+    frame = meta_model(BackboneSettings(path="llava-hf/llava-1.5-7b-hf", dtype="bfloat16"))
     sizes = backbone_bytes(frame)
     layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
     rows = 4 * 4096 + 2 * 11008 + 4096
