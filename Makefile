@@ -1,8 +1,9 @@
-# Two commands: `make demo` (learn the pocket sequence) and `make test` (everything CI runs). Both make the same .venv.
+# `make demo` learns the pocket sequence, `make test` runs everything that CI runs, `make quick` what a developer needs
+# between two edits. All make the same .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test clean
+.PHONY: install demo test quick clean
 
 install: .venv/.installed
 
@@ -18,6 +19,11 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
+quick: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
 
 clean:
 	rm -rf .venv runs

@@ -11,6 +11,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.methods.base import no_extra_loss
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.settings.backbone import BackboneSettings
 from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
@@ -30,7 +31,7 @@ def main(folder: str) -> None:
         train_stage(
             method.model,
             [row] * 4,
-            lambda batch: nullcontext(float),
+            lambda batch: nullcontext(no_extra_loss),
             TrainingSettings(batch_size=2),
             pad_token_id=0,
             seed=0,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llava_cmoe.methods import cmoe
+from llava_cmoe.methods import frozen_features
 from llava_cmoe.sequence import learn
 from llava_cmoe.settings.recipes import parse_recipe
 
@@ -42,7 +42,7 @@ def learn_until_killed(document: dict[str, Any], module: str, function: str, cal
 
 
 if __name__ == "__main__":
-    cmoe.FEATURE_BATCH = 8  # so that processes share even a few rows
+    frozen_features.FEATURE_BATCH = 8  # so that processes share even a few rows
     fatal = json.loads(os.environ.get("FATAL", "{}"))
     for argument in sys.argv[1:]:
         if os.environ["RANK"] == fatal.get("rank"):

@@ -20,6 +20,7 @@ from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.recipes import shipped
 from llava_cmoe.settings.run import Recipe
+from llava_cmoe.training.processes import LaunchError, processes
 
 TESTS = Path(__file__).parent
 TASKS = ("colours", "sides", "counts")
@@ -31,12 +32,26 @@ LIMIT = 300
 """Seconds after which a launch counts as hanging; it takes some 15 on two cores."""
 
 Make = Callable[..., Recipe]
+REFUSED = ("ewc", "lwf", "o_lora", "r2moe")
+"""Methods that need whole weights, which ZeRO-3 spreads."""
 Case = tuple[str, tuple[str, ...]]
 """A method and overrides of its recipe."""
 HALF = ("training.batch_size=2",)
 """Of two processes each takes half of what one takes in a step."""
 LONGER: Case = ("cmoe", ("training.epochs=2",))
 """8 steps a stage, so that a checkpoint after 5 lies within."""
+BASELINES: dict[str, tuple[str, ...]] = {
+    "replay": ("method.fraction=0.25",),
+    "ewc": (),
+    "lwf": (),
+    "o_lora": (),
+    "lora_per_task": (),
+    "pmoe": ("method.replay=0.25",),
+    "r2moe": (),
+}
+"""Learn the two tasks of `tiny.TASKS`, whose answers are equally long: LwF's distance is a mean over a process's own
+tokens. Old rows that are read again fill whole steps: the rows that a short one is filled up with are learned, too.
+Fisher sums of two processes differ from those of one as all sums do, in their order."""
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +87,16 @@ def alone(make: Make) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="module")
-def together(make: Make) -> Callable[[str], dict[Case, Recipe]]:
+def together(make: Make, tiny_data: Path) -> Callable[[str], dict[Case, Recipe]]:
     """What two processes have learned under an engine, by method and overrides; each engine once."""
+    two_tasks = (f"data.sequence={tiny_data / 'sequence.yaml'}", f"data.root={tiny_data}")
 
     @cache
     def learned(engine: str) -> dict[Case, Recipe]:
         cases: list[Case] = [LONGER, ("sequential_lora", ()), ("moelora", ())]
+        if engine in ("ddp", "zero2", "zero3"):
+            holds = [name for name in BASELINES if engine != "zero3" or name not in REFUSED]
+            cases += [(name, (*two_tasks, *BASELINES[name])) for name in holds]
         if engine == "zero3":  # a process's few tokens cannot choose all experts: who waits for one that is not used?
             cases.append(("cmoe", ("method.experts.num_first=4", "method.experts.top_k=1")))
         if engine == "zero2":
@@ -151,14 +170,39 @@ def test_an_engine_that_the_launch_turns_off_is_an_error(make: Make):
 
 
 @pytest.mark.parametrize(
-    ("engine", "setting", "complaint"),
+    ("engine", "method", "settings", "complaint"),
     [
-        ("zero3", "backbone.quantization=nf4", "ZeRO-3 cannot spread weights in nf4"),
-        ("zero2", "method.experts.dtype=bfloat16", "experts are in bfloat16, routers in float32"),
+        ("zero3", "cmoe", ["backbone.quantization=nf4"], "ZeRO-3 cannot spread weights in nf4"),
+        ("zero2", "cmoe", ["method.experts.dtype=bfloat16"], "experts are in bfloat16, routers in float32"),
+        ("zero3", "ewc", [], "ewc's penalty needs whole weights, ZeRO-3 spreads them; choose zero_configs/zero2.yaml"),
     ],
 )
-def test_what_an_engine_cannot_hold_is_an_error(make: Make, engine: str, setting: str, complaint: str):
-    assert complaint in launch(engine, [make("cmoe", setting)], fails=True)
+def test_what_an_engine_cannot_hold_is_an_error(
+    make: Make, engine: str, method: str, settings: list[str], complaint: str
+):
+    assert complaint in launch(engine, [make(method, *settings)], fails=True)
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_method_that_needs_whole_weights_is_refused_under_zero3_before_the_backbone_is_loaded(
+    make: Make, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    class Loaded(Exception):
+        """The backbone would be loaded now."""
+
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise Loaded
+
+    processes()  # of this process, before it believes that DeepSpeed was asked for
+    monkeypatch.setattr("llava_cmoe.runs.run.load_backbone", load)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    recipe = make(method)
+    for stage in (2, 3):
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", str(stage))
+        refused = stage == 3 and method in REFUSED
+        expected = pytest.raises(LaunchError, match=rf"^{method}.* ZeRO-3 spreads .*; choose zero_configs/zero2\.yaml$")
+        with expected if refused else pytest.raises(Loaded):
+            sequence.learn(recipe)
 
 
 def test_eight_stages_leave_no_engine_and_no_memory_behind(tiny_backbone: Path):

@@ -22,14 +22,18 @@ from llava_cmoe.backbones.features import prompt_feature
 from llava_cmoe.backbones.loading import BackboneError, load_backbone
 from llava_cmoe.backbones.sites import Site, ffn_sites, image_token_of, linear_sites, projector_sites, vision_sites
 from llava_cmoe.chat.session import open_session
+from llava_cmoe.data.coin import read_train
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import IGNORED, encode_prompt, encode_sample, tokenizer_of
-from llava_cmoe.data.encoding import SampleRows
+from llava_cmoe.data.encoding import Encoding, SampleRows
 from llava_cmoe.data.problems import DataError
 from llava_cmoe.data.rows import Turn
+from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.experts.bank import ExpertBank
 from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.surgery import install, uninstall
+from llava_cmoe.records import Located
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.base import RecipeError
@@ -94,13 +98,14 @@ def test_two_tasks_are_learned_and_come_back(kind: list[str], learned: Callable[
     assert 0 < sum(results.growth["sides"].values()) < len(results.sites)  # by probes
     first, (still, second) = lesson.logits[0][0], lesson.logits[1]
     assert torch.equal(first, still) and not torch.equal(first, lesson.base) and not torch.equal(second, first)
-    assert all(name.count("experts") or name.count("routers") for names in lesson.optimized for name in names)
+    assert all(".experts." in name or ".router." in name for names in lesson.optimized for name in names)
     assert len(list((recipe.run / "answers").rglob("*.jsonl"))) == 3
     restored = restore_method(recipe, load_backbone(recipe.backbone), Registry(recipe.run))
     for task, logits in enumerate(lesson.logits[1]):
         assert torch.equal(lesson.logits_of(restored, task), logits)
     prompts = lesson.prompts()
-    assert torch.equal(restored.locate(prompts).score_BN, lesson.run.method.locate(prompts).score_BN)
+    located, again = (method.locating.locate(prompts) for method in (lesson.run.method, restored))
+    assert torch.equal(again.score_BN, located.score_BN)
 
 
 def asked(processor: Any, side: int | None, question: str, answer: str | None = None) -> dict[str, Tensor]:
@@ -130,6 +135,10 @@ def together(processor: Any, rows: list[dict[str, Tensor]], side: Any = "left") 
     return Collator(tokenizer_of(processor).pad_token_id, side)(rows)
 
 
+def make_router(width: int) -> TaskRouters:
+    return TaskRouters(width, top_k=2)
+
+
 def sites_of(model: Any) -> tuple[Site, ...]:
     projector = () if model.config.model_type == "gemma3" else projector_sites(model)
     return (*vision_sites(model), *projector, *ffn_sites(model))
@@ -156,7 +165,7 @@ def test_installed_everywhere_a_batch_of_several_tasks_equals_its_rows_alone(
     batch = together(made.processor, samples, "right")
     with torch.no_grad():
         base = model(**batch).logits
-        host = install(model, sites_of(model), rank=2, alpha=8.0, top_k=2)
+        host = install(model, sites_of(model), make_router, rank=2, alpha=8.0)
         assert torch.equal(model(**batch).logits, base)
         generator = torch.Generator().manual_seed(0)
         for _ in range(2):
@@ -164,7 +173,7 @@ def test_installed_everywhere_a_batch_of_several_tasks_equals_its_rows_alone(
                 _learn(bank, generator)
         before_the_llm = [bank for bank in host.banks.values() if bank.site.of_images]
         for tasks in ((1, 0, 0, 1), (0, 1, 1, -1)):
-            with host.context.use(RoutePlan.hard(torch.tensor(tasks))):
+            with host.context.use(RoutePlan.of(Located.at(torch.tensor(tasks)))):
                 mixed = model(**batch).logits
             for row, task in enumerate(tasks):
                 with host.context.use(RoutePlan.single(task)):
@@ -177,26 +186,29 @@ def test_installed_everywhere_a_batch_of_several_tasks_equals_its_rows_alone(
 
 
 def _learn(bank: ExpertBank, generator: torch.Generator) -> None:
-    bank.grow(2, generator=generator)
-    bank.add_router(generator=generator)
+    _grow(bank, generator)
     for stack in bank.stacks.values():
-        torch.nn.init.normal_(stack.fresh.B, std=0.5, generator=generator)
+        torch.nn.init.normal_(stack.trainable.B, std=0.5, generator=generator)
     bank.freeze()
+
+
+def _grow(bank: ExpertBank, generator: torch.Generator) -> None:
+    bank.grow(2, generator=generator)
+    bank.router.add_task(bank.num_experts, bank.anchor.device, generator)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_experts_learn_everywhere(kind: str, rows: Callable[..., list[dict[str, Tensor]]]) -> None:
     made = families.make(kind)
-    host = install(made.model, sites_of(made.model), rank=2, alpha=2.0, top_k=2)
+    host = install(made.model, sites_of(made.model), make_router, rank=2, alpha=2.0)
     generator = torch.Generator().manual_seed(0)
     for bank in host.banks.values():
-        bank.grow(2, generator=generator)
-        bank.add_router(generator=generator)
+        _grow(bank, generator)
     batch = together(made.processor, rows(made.processor, answer="yes"), "right")
     with host.context.use(RoutePlan.single(0)):
         made.model(**batch).loss.backward()
     for bank in host.banks.values():
-        assert all(stack.fresh.B.grad.any() for stack in bank.stacks.values()), bank.site.name
+        assert all(stack.trainable.B.grad.any() for stack in bank.stacks.values()), bank.site.name
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -204,7 +216,7 @@ def test_left_padded_prompts_of_several_tasks_are_answered_as_alone(
     kind: str, rows: Callable[..., list[dict[str, Tensor]]]
 ) -> None:
     made = families.make(kind)
-    host = install(made.model, sites_of(made.model), rank=2, alpha=8.0, top_k=2)
+    host = install(made.model, sites_of(made.model), make_router, rank=2, alpha=8.0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         for bank in host.banks.values():
@@ -215,7 +227,8 @@ def test_left_padded_prompts_of_several_tasks_are_answered_as_alone(
 
     def answers(*chosen: int) -> Tensor:
         batch = together(made.processor, [prompts[row] for row in chosen])
-        with host.context.use(RoutePlan.hard(torch.tensor([tasks[row] for row in chosen]))):
+        plan = RoutePlan.of(Located.at(torch.tensor([tasks[row] for row in chosen])))
+        with host.context.use(plan, batch):
             return torch.stack(made.model.generate(**batch, **settings).logits, dim=1)
 
     mixed = answers(*range(4))
@@ -287,18 +300,18 @@ def test_both_kernels_of_attention_say_the_same_where_both_are_there(
 @pytest.mark.parametrize("kind", ["qwen3_vl", "llava_next", "idefics3"])
 def test_long_samples_are_found_by_the_sizes_of_their_pictures(kind: str, tiny_data: Path, tmp_path: Path) -> None:
     processor = families.make(kind).processor
-    spec = sequence.load_sequence(tiny_data / "sequence.yaml").tasks[1]
-    data = sequence.read_train(tiny_data, spec)
-    lengths = [len(sample["input_ids"]) for sample in map(SampleRows(data, processor, 4096).__getitem__, range(24))]
-    SampleRows(data, processor, max(lengths)).check_lengths(Path("train.json"))
+    rows = read_train(tiny_data, load_sequence(tiny_data / "sequence.yaml").tasks[1])
+    encoding = Encoding(processor)
+    lengths = [len(sample["input_ids"]) for sample in map(SampleRows(rows, encoding, 4096).__getitem__, range(24))]
+    SampleRows(rows, encoding, max(lengths)).check_lengths(Path("train.json"))
     with pytest.raises(DataError, match=f"{max(lengths)} tokens; at most {max(lengths) - 1} fit"):
-        SampleRows(data, processor, max(lengths) - 1).check_lengths(Path("train.json"))
+        SampleRows(rows, encoding, max(lengths) - 1).check_lengths(Path("train.json"))
 
 
 def test_a_picture_is_refused_by_a_backbone_of_text_before_it_is_loaded(
     tiny_data: Path, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sequence, "load_backbone", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("llava_cmoe.runs.run.load_backbone", lambda *_: pytest.fail("loaded"))
     recipe = tiny.recipe(tmp_path / "run", tiny_data, folder_of("llama"))
     with pytest.raises(DataError, match=r"colours/train\.json, row 0 \(id colours-train-0\): it shows a picture and"):
         sequence.learn(recipe)

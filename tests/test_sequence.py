@@ -12,12 +12,13 @@ import launched
 import pytest
 import tiny
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from tiny import Lesson, files_of
 
 from llava_cmoe import sequence
 from llava_cmoe.evaluation.log import comparable, read_results
+from llava_cmoe.provenance.fingerprints import fingerprint_file
+from llava_cmoe.provenance.invocations import Manifest
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
@@ -67,7 +68,7 @@ def test_a_finished_run_learns_and_asks_nothing_again(lesson: Lesson, monkeypatc
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a finished run trains and generates nothing")
 
-    monkeypatch.setattr(sequence, "train_stage", refuse)
+    monkeypatch.setattr("llava_cmoe.runs.stage.train_stage", refuse)
     monkeypatch.setattr("llava_cmoe.evaluation.generate.answer_batch", refuse)
     before = files_of(lesson.recipe.run)
     again = sequence.learn(lesson.recipe)
@@ -88,6 +89,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson,
     assert [path.name for path in (run / "tasks").iterdir()] == ["01_colours"]
     (part,) = (run / "answers").rglob("*.part")
     assert part.read_bytes().count(b"\n") == tiny.BATCH
+    assert not (run / "results.json").exists()
 
     killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 2)  # in the second task's probing
     killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 6)  # in its training
@@ -100,8 +102,9 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson,
     }
 
     killed_at(recipe, "llava_cmoe.evaluation.generate", "write_answers", 3)  # where the answers of a cell are merged
+    assert not read_results(run / "results.json").finished
     killed_at(recipe, "llava_cmoe.sequence", "write_results", 1)
-    assert not (run / "results.json").exists()
+    assert not read_results(run / "results.json").finished  # whole, and that of the first stage still
 
     results = sequence.learn(recipe)
     assert comparable(results) == comparable(lesson.results) == comparable(read_results(run / "results.json"))
@@ -110,12 +113,52 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson,
     assert not [*run.rglob("*.part*"), *run.rglob(".*")]
 
 
+def test_every_stage_puts_its_results_and_the_call_that_made_them_on_record(lesson: Lesson, recipe_in: Make):
+    recipe = recipe_in("killed")
+    results, manifest = recipe.run / "results.json", recipe.run / "manifest.json"
+    killed_at(recipe, "llava_cmoe.evaluation.generate", "_append", 1)  # the first stage is learned, nothing is answered
+    begun = Manifest.model_validate_json(manifest.read_bytes())
+    assert [(call.learned, call.evaluated) for call in begun.calls] == [(("colours",), {})]
+    assert begun.results_sha256 is None and not results.exists()
+
+    killed_at(recipe, "llava_cmoe.sequence", "report", 1)  # all is answered, nothing is scored
+    assert not results.exists()
+    killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 1)  # in the second stage
+    for route, measured in read_results(results).routes.items():
+        assert measured.matrix == lesson.results.routes[route].matrix[:1]
+
+    (recipe.run / "answers/after_01/colours.oracle.jsonl").unlink()
+    killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 1)
+    half = Manifest.model_validate_json(manifest.read_bytes())
+    assert half.calls[0] == begun.calls[0] and half.results_sha256 == fingerprint_file(results)
+    assert [(call.learned, list(call.evaluated)) for call in half.calls[1:]] == [((), ["colours"])]
+
+    sequence.learn(recipe)
+    whole = Manifest.model_validate_json(manifest.read_bytes())
+    assert whole.calls[:2] == half.calls and whole.results_sha256 == fingerprint_file(results)
+    assert [(call.learned, list(call.evaluated)) for call in whole.calls[2:]] == [(("sides",), ["sides"])]
+    assert comparable(read_results(results)) == comparable(lesson.results)
+
+
 def test_a_killed_bf16_run_ends_like_one_that_was_not(recipe_in: Make):
     killed, whole = (recipe_in(name, "cmoe", "training.precision=bf16") for name in ("killed", "whole"))
     killed_at(killed, "llava_cmoe.training.stage", "StageTrainer.training_step", 10)  # in the second task
     for recipe in (killed, whole):
         sequence.learn(recipe)
     ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (killed, whole)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.parametrize("method", ["ewc", "lwf", "o_lora", "pmoe", "r2moe"])
+def test_what_a_method_keeps_of_earlier_tasks_comes_back_for_the_next_one(
+    recipe_in: Make, lesson_of: Callable[[str], Lesson], method: str
+):
+    killed, whole = recipe_in("killed", method, "training.checkpoint_steps=5"), lesson_of(method)
+    killed_at(killed, "llava_cmoe.training.stage", "StageTrainer.training_step", 6 + 6)  # in the second task
+    assert [path.name for path in (killed.run / "tasks").iterdir()] == ["01_colours"]
+    assert list(killed.run.glob("trainer/02_sides/training/checkpoint-5/complete.json"))
+    sequence.learn(killed)
+    ends = [Registry(run).records()[-1].sha256 for run in (killed.run, whole.recipe.run)]
     assert ends[0] == ends[1]
 
 
@@ -155,7 +198,7 @@ def test_a_first_stage_that_was_killed_never_goes_on_with_weights_of_another_bac
     with pytest.raises(RegistryError, match=r"another backbone than .*backbone is now .*--anyway"):
         sequence.learn(killed)
     for recipe in (killed, whole):
-        sequence.learn(recipe, anyway=recipe is killed)
+        sequence.learn(recipe, force=recipe is killed)
     ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (killed, whole)]
     assert ends[0] == ends[1]  # the checkpoint of the old weights was not gone on with
 
@@ -172,18 +215,12 @@ def test_a_run_goes_on_after_its_last_task_was_taken_back(lesson: Lesson, recipe
 def test_results_say_what_made_them(lesson: Lesson):
     results = lesson.results
     assert results.versions == versions()
-    assert results.base == lesson.run.backbone.fingerprint and results.data == lesson.run.data_fingerprint
+    assert results.base == lesson.run.backbone.fingerprint and results.data == lesson.run.data.fingerprint
     assert results.recipe["seed"] == results.seed == 0 and "run" not in results.recipe
     assert set(results.sites) == set(lesson.run.method.host.banks)
-    assert set(results.seconds["sides"]) == {"growing", "probing", "training", "locating"}
+    parts = dict(results.seconds["sides"])
+    total = parts.pop("total")
+    assert set(parts) == {"probing", "training", "locating"} and min(parts.values()) > 0 and sum(parts.values()) < total
     assert results.stored_bytes["sides"] == sum(
         file.stat().st_size for file in (lesson.recipe.run / "tasks" / "02_sides").glob("*.safetensors")
     )
-
-
-def test_a_draw_of_rows_is_seeded_and_a_short_file_is_taken_whole():
-    rows = Dataset.from_dict({"id": list(range(20))})
-    drawn = sequence.draw(rows, 5, seed=3)
-    assert len(set(drawn["id"])) == 5
-    assert drawn["id"][:] == sequence.draw(rows, 5, seed=3)["id"][:] != sequence.draw(rows, 5, seed=4)["id"][:]
-    assert sequence.draw(rows, None, seed=3) is rows and sequence.draw(rows, 21, seed=3) is rows

@@ -35,16 +35,25 @@ QUESTIONS = {
     "sides": "Please provide the longer side that this sentence describes: [up, across]",
     "counts": "Answer with one letter for each thing in the image.",
 }
+LORA: dict[str, Any] = {"rank": 4, "alpha": 8}
+LOCATOR: dict[str, Any] = {"hidden": 16, "latent": 4, "learning_rate": 1e-2, "epochs": 60, "patience": 20}
 METHODS: dict[str, dict[str, Any]] = {
     "zero_shot": {},
-    "sequential_lora": {"rank": 4, "alpha": 8},
-    "joint": {"rank": 4, "alpha": 8},
+    "sequential_lora": LORA,
+    "joint": LORA,
+    "replay": {**LORA, "fraction": 0.1},
+    "ewc": LORA,
+    "lwf": LORA,
+    "o_lora": LORA,
+    "lora_per_task": {**LORA, "locator": LOCATOR},
     "moelora": {"rank": 8, "alpha": 16, "num_experts": 4},
+    "pmoe": {**LORA, "depth": 0.5, "replay": 0.1},  # one layer is shallow, one is deep
+    "r2moe": {**LORA, "remove_below": 0.156},  # of the second task's two experts one goes
     "cmoe": {
-        "experts": {"rank": 4, "alpha": 8},
+        "experts": LORA,
         # Of two layers, this scope and any alpha below one let exactly the one grow whose probe is used more.
         "probe": {"fraction": 0.5, "holdout": 0.5, "scope": "global"},
-        "locator": {"hidden": 16, "latent": 4, "learning_rate": 1e-2, "epochs": 60, "patience": 20},
+        "locator": LOCATOR,
     },
 }
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from tiny import Lesson
 from torch.nn.functional import cosine_similarity
 
-from llava_cmoe.analyses.expert_similarity import cosines, measure_diversity
+from llava_cmoe.analyses.expert_similarity import cosines, measure_similarity
 from llava_cmoe.registry.schema import RegistryError
 
 
@@ -32,7 +32,7 @@ def test_the_cosine_is_that_of_the_matrices_that_experts_add_over_all_linears():
 
 def test_a_run_tells_how_alike_each_tasks_experts_are(lesson_of: Callable[[str], Lesson]):
     run = lesson_of("cmoe").recipe.run
-    first, second = measure_diversity(run).tasks.values()
+    first, second = measure_similarity(run).tasks.values()
     assert first.to_origin is None and first.to_pool is None  # there was no pool
     [folder, *_] = sorted((run / "tasks").iterdir())
     stored = load_file(folder / "experts.safetensors")
@@ -47,6 +47,6 @@ def test_a_run_tells_how_alike_each_tasks_experts_are(lesson_of: Callable[[str],
 
 def test_a_run_without_a_pool_is_refused(lesson_of: Callable[[str], Lesson], tmp_path: Path):
     with pytest.raises(RegistryError, match="sequential_lora has no pool"):
-        measure_diversity(lesson_of("sequential_lora").recipe.run)
+        measure_similarity(lesson_of("sequential_lora").recipe.run)
     with pytest.raises(RegistryError, match=r"results\.json: no such file"):
-        measure_diversity(tmp_path)
+        measure_similarity(tmp_path)

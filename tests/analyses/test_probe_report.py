@@ -7,7 +7,7 @@ import pytest
 from commands import refused, type_in
 from tiny import Lesson, files_of
 
-from llava_cmoe.analyses.probe_report import Calibration, Probed, probe_tasks, render
+from llava_cmoe.analyses.probe_report import Probed, ProbeReport, probe_tasks, render
 from llava_cmoe.records import Growth
 
 
@@ -33,7 +33,7 @@ def test_the_command_shows_every_task_and_writes_what_it_shows(lesson: Lesson, t
         "probe", lesson.recipe.run, "method.probe.alpha=0", "method.probe.scope=layer", "--after", "1", "--out", out
     )
     assert result.exit_code == 0, result.output
-    written = Calibration.model_validate_json(out.read_bytes())
+    written = ProbeReport.model_validate_json(out.read_bytes())
     assert (written.base, written.after, written.probe.scope) == (lesson.results.base, 1, "layer")
     assert written.recipe["method"]["probe"]["scope"] == "global"  # how the run itself was probed
     assert [one.task for one in written.tasks] == list(lesson.results.tasks)
@@ -57,6 +57,6 @@ def test_a_site_that_no_counted_row_reached_has_no_number(lesson: Lesson):
 
 
 def test_what_cannot_be_probed_is_refused(lesson: Lesson, lesson_of: Callable[[str], Lesson]):
-    assert "2 tasks are learned" in refused("probe", lesson.recipe.run, "--after", "3")
+    assert "2 stages are learned, not 3; name 1 to 2" in refused("probe", lesson.recipe.run, "--after", "3")
     assert "does not probe" in refused("probe", lesson_of("sequential_lora").recipe.run)
     assert "did you mean method.probe?" in refused("probe", lesson.recipe.run, "method.prob.alpha=0")

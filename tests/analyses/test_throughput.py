@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from banks import add_task
 from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.analyses import throughput
-from llava_cmoe.analyses.throughput import Load, MadeUpRows, config_of, measure_training, random_model
+from llava_cmoe.analyses.throughput import SyntheticRows, Workload, config_of, measure_training, random_model
 from llava_cmoe.experts import ledger
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.settings.backbone import BackboneSettings
@@ -16,7 +17,7 @@ from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.methods.cmoe import CmoeSettings
 from llava_cmoe.settings.training import TrainingSettings
 
-LOAD = Load(batch_size=2, tokens=5, experts=3, repetitions=2)
+LOAD = Workload(batch_size=2, tokens=5, experts=3, repetitions=2)
 
 
 def measure(model: str, random_weights: bool, **backbone: Any) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def test_both_methods_are_measured_on_one_model_that_is_left_as_it_was(
 
 def test_a_row_has_its_picture_and_no_stray_one():
     config = config_of("pocket")
-    rows = MadeUpRows(config, Load(tokens=500, repetitions=1))
+    rows = SyntheticRows(config, Workload(tokens=500, repetitions=1))
     row = rows[3]
     assert int((row["input_ids"] == config.image_token_id).sum()) == config.image_seq_length
     assert torch.equal(row["input_ids"], rows[3]["input_ids"]) and not torch.equal(
@@ -85,8 +86,7 @@ def test_seven_billion_weights_can_be_built_and_grown_where_there_is_no_memory_f
     method = Cmoe(settings, model, None, seed=0)
     generator = torch.Generator().manual_seed(0)
     for bank in method.host.banks.values():
-        bank.grow(1, generator=generator)
-        bank.add_router(generator=generator)
+        add_task(bank, 1, generator)
         assert bank.anchor.device.type == "meta"
     assert ledger.trainable(model).parameters == 32 * (2 * 45_312 + 4096)
 

@@ -7,13 +7,17 @@ from pathlib import Path
 import pytest
 import tiny
 from commands import refused, type_in
+from datasets import Dataset
 from tiny import Lesson, files_of
 
-from llava_cmoe import sequence, unseen
+from llava_cmoe import sequence
+from llava_cmoe.analyses import unseen
 from llava_cmoe.analyses.unseen import UnseenResults, measure_unseen
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.evaluation.log import Answer
+from llava_cmoe.evaluation.scorers import get_scorer
 from llava_cmoe.pocket import root as pocket_root
+from llava_cmoe.runs import run as runs
 from llava_cmoe.settings.evaluation import EvaluationSettings
 from llava_cmoe.settings.run import Recipe
 
@@ -58,14 +62,14 @@ def test_the_threshold_decides_who_answers(threshold, sent, asked, tiny_data, ti
     sequence.learn(recipe)
     results, (located, alone) = asked(recipe)
     task = results.unseen["pretraining"]
-    assert (task.rows, task.to_base, results.false_alarm_rate) == (ROWS, sent, sent)
+    assert (task.rows, task.to_base, results.false_rejection_rate) == (ROWS, sent, sent)
     assert sum(task.to_tasks.values()) == 100 - sent
     assert task.lost_at_base == (0 if sent else None)
     assert (located == alone) == bool(sent)  # experts do change these answers
     assert not sent or task.located == task.base_alone
 
 
-def test_a_measurement_changes_nothing_and_its_false_alarms_are_those_of_the_evaluation(lesson, asked):
+def test_a_measurement_changes_nothing_and_its_false_rejections_are_those_of_the_evaluation(lesson, asked):
     before = files_of(lesson.recipe.run)
     results, _ = asked(lesson.recipe)
     assert files_of(lesson.recipe.run) == before
@@ -73,7 +77,7 @@ def test_a_measurement_changes_nothing_and_its_false_alarms_are_those_of_the_eva
         name: 100 * row[-1] / sum(row)
         for name, row in zip(lesson.results.tasks, lesson.results.locator.confusion, strict=True)
     }
-    assert results.false_alarms == counted
+    assert results.false_rejections == counted
     same = ("run", "seed", "base", "data", "versions", "threads", "recipe")
     assert all(getattr(results, name) == getattr(lesson.results, name) for name in same)
     assert len(results.unseen_data) == 64 and results.unseen_data != results.data
@@ -86,8 +90,8 @@ def test_lost_points_are_counted_where_the_base_model_answered_and_nowhere_else(
     tasks = [-1, -1, 1, 1]
     turns = [{"role": "user", "text": "?"}]
     blank = {"image": None, "turns": turns, "answers": [], "box": [], "choices": [], "size": []}
-    rows = sequence.Dataset.from_list([{"id": str(i), "answer": "yes", **blank} for i in range(4)])
-    scorer = unseen.get_scorer("gqa", EvaluationSettings())
+    rows = Dataset.from_list([{"id": str(i), "answer": "yes", **blank} for i in range(4)])
+    scorer = get_scorer("gqa", EvaluationSettings())
     task = unseen.compared(
         answers(["yes", "no", "no", "no"]), answers(["yes", "yes", "yes", "no"]), rows, scorer, ("a", "b")
     )
@@ -108,7 +112,7 @@ def test_the_command_renders_what_is_missing_and_writes_what_it_shows(lesson, tm
     assert [path.name for path in (root / "Instructions_Original").iterdir()] == ["Pretraining"]
     written = UnseenResults.model_validate_json(out.read_bytes())
     assert written.learned == lesson.results.tasks and written.unseen["pretraining"].rows == 2
-    assert "pretraining" in result.output and f"false alarms: {written.false_alarm_rate:.1f}" in result.output
+    assert "pretraining" in result.output and f"false rejections: {written.false_rejection_rate:.1f}" in result.output
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_is_rendered_or_loaded(
@@ -117,9 +121,14 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_rendered_or_loade
     plain = lesson_of("sequential_lora").recipe.run
     begun = Path(shutil.copytree(lesson.recipe.run, tmp_path / "begun"))
     shutil.rmtree(begun / "tasks")
-    monkeypatch.setattr(sequence, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(runs, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
     root = ("--root", tmp_path / "ninth")
     assert "sequential_lora does not locate" in refused("unseen", plain, *root)
     assert "nothing is learned yet" in refused("unseen", begun, *root)
+    document = (tiny_data / "sequence.yaml").read_text()
+    for known, misspelt in (("colours", "mine"), ("sides", "other"), ("gqa", "gqaa")):
+        document = document.replace(f'"{known}"', f'"{misspelt}"')
+    (tmp_path / "mine.yaml").write_text(document)
+    assert "'gqaa'" in refused("unseen", lesson.recipe.run, "--sequence", tmp_path / "mine.yaml", *root)
     assert "colours is learned" in refused("unseen", lesson.recipe.run, "--sequence", tiny_data / "sequence.yaml")
     assert not (tmp_path / "ninth").exists()

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from llava_cmoe.backbones.feature_store import FeatureStore
-from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.data.encoding import Encoding, PromptRows
 from llava_cmoe.data.rows import TRAIN_FEATURES
 
 READ = torch.tensor([[1.5, -0.1], [3.0, 1e-30]])
@@ -34,7 +34,7 @@ def store(folder: Path, fingerprint: str = "a") -> FeatureStore:
 
 @pytest.fixture
 def prompts(tmp_path: Path) -> PromptRows:
-    return PromptRows(rows(tmp_path), processor=None)
+    return PromptRows(rows(tmp_path), Encoding(None))
 
 
 def test_features_are_read_once_and_come_back_to_the_bit(tmp_path: Path, prompts: PromptRows):
@@ -83,14 +83,14 @@ def rows(tmp_path: Path, question: str = "Which?", answer: str = "red", colour: 
 
 
 def test_prompts_are_known_by_what_the_model_reads(tmp_path: Path):
-    here = PromptRows(rows(tmp_path), processor=None).fingerprint()
+    here = PromptRows(rows(tmp_path), Encoding(None)).fingerprint()
     same = (rows(tmp_path, answer="blue"), rows(tmp_path, name="moved.png"))
-    assert {PromptRows(found, processor=None).fingerprint() for found in same} == {here}
+    assert {PromptRows(found, Encoding(None)).fingerprint() for found in same} == {here}
     others = [
-        PromptRows(rows(tmp_path, question="Where?"), processor=None),
-        PromptRows(rows(tmp_path), processor=None, geometry="crop"),
-        PromptRows(rows(tmp_path), processor=None, max_pixels=10),
+        PromptRows(rows(tmp_path, question="Where?"), Encoding(None)),
+        PromptRows(rows(tmp_path), Encoding(None, geometry="crop")),
+        PromptRows(rows(tmp_path), Encoding(None, max_pixels=10)),
     ]
     prints = {found.fingerprint() for found in others}
-    prints.add(PromptRows(rows(tmp_path, colour="blue"), processor=None).fingerprint())  # the same name, other bytes
+    prints.add(PromptRows(rows(tmp_path, colour="blue"), Encoding(None)).fingerprint())  # the same name, other bytes
     assert len(prints | {here}) == 5

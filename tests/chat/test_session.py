@@ -1,16 +1,24 @@
 """A chat is the evaluation's way to an answer, streamed: same verdict, same words."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+import yaml
+from PIL import Image
 from tiny import Lesson
 
 from llava_cmoe.chat import session as chat
 from llava_cmoe.chat.session import ChatSession, open_session
 from llava_cmoe.data.problems import DataError
-from llava_cmoe.evaluation.generate import Candidate, Route, answer_batch
+from llava_cmoe.evaluation.generate import EvalModel, Route, answer_batch
+from llava_cmoe.merging.search import merge_run
+from llava_cmoe.registry.schema import RegistryError
+from llava_cmoe.sequence import learn
+from llava_cmoe.settings.base import RecipeError
 
 TASKS = ("colours", "sides")
 
@@ -27,7 +35,7 @@ def talk(lesson: Lesson) -> ChatSession:
 
 def asked(lesson: Lesson, task: str, index: int) -> tuple[Path | None, str]:
     """Picture, if there is one, and question of an evaluation row."""
-    row = lesson.run.exam.rows[task][index]
+    row = lesson.run.eval_spec.rows[task][index]
     return row["image"] and Path(row["image"]), row["turns"][0]["text"].removeprefix("<image>\n")
 
 
@@ -38,7 +46,7 @@ def test_chat_answers_as_the_evaluation_does(task: int, index: int, lesson, talk
     monkeypatch.setattr(chat, "LONGEST_ANSWER", questions.max_new_tokens)
     method, processor = lesson.run.method, lesson.run.backbone.processor
     route = Route("located", task_index=task, num_known=2, seed=0)
-    [wanted] = answer_batch(Candidate(method, method.model, processor), questions, [index], route)
+    [wanted] = answer_batch(EvalModel(method, method.model, processor), questions, [index], route)
     reply = talk.ask(*asked(lesson, TASKS[task], index))
     assert "".join(reply.pieces).strip() == wanted.text
     located = None if wanted.located == -1 else TASKS[wanted.located]
@@ -82,3 +90,150 @@ def test_a_broken_picture_is_named(talk, tmp_path):
     broken.write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"broken\.png"):
         talk.ask(broken, "What is it?")
+
+
+def test_a_question_waits_for_the_answer_before_it_to_end(lesson, talk, monkeypatch):
+    """They share a model and its plan; whoever asks need not have read the last answer."""
+    at_work, overlaps = list[str](), list[str]()
+    answer, prompt = ChatSession._answer, ChatSession._prompt
+
+    def watched(name, method):
+        def call(*args):
+            overlaps.extend(at_work)
+            at_work.append(name)
+            try:
+                return method(*args)
+            finally:
+                at_work.remove(name)
+
+        return call
+
+    monkeypatch.setattr(ChatSession, "_answer", watched("answering", answer))
+    monkeypatch.setattr(ChatSession, "_prompt", watched("reading", prompt))
+    replies = [talk.ask(*asked(lesson, "sides", index)) for index in range(4)]
+    alone = [talk.ask(*asked(lesson, "sides", index)) for index in range(4)]
+    assert ["".join(one.pieces) for one in replies] == ["".join(one.pieces) for one in alone]
+    assert overlaps == []
+
+
+# Where tasks square pictures in different ways.
+
+
+@pytest.fixture(scope="module")
+def two_ways(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sequence file whose second task crops pictures, which the first one pads."""
+    document = yaml.safe_load((tiny_data / "sequence.yaml").read_text())
+    document["tasks"][1]["geometry"] = "crop"
+    path = tmp_path_factory.mktemp("two_ways") / "sequence.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.fixture(scope="module")
+def lesson_in_two_ways(tiny_data, tiny_backbone, two_ways, tmp_path_factory) -> Lesson:
+    run = tmp_path_factory.mktemp("run") / "run"
+    # The mean over all tokens has much of the picture in it; the closest task is taken, however far.
+    locator = ("method.locator.feature=mean", "method.locator.unseen_threshold=1e9")
+    words = (f"data.sequence={two_ways}", "evaluation.routes=[located]", *locator)
+    return tiny.attend(tiny.recipe(run, tiny_data, tiny_backbone, "cmoe", *words))
+
+
+@pytest.fixture
+def talk_in_two_ways(lesson_in_two_ways: Lesson) -> ChatSession:
+    return open_session(lesson_in_two_ways.recipe.run)
+
+
+def wide(folder: Path) -> Path:
+    """A picture that is another one padded than cropped."""
+    picture = Image.new("RGB", (60, 24), "red")
+    picture.paste("blue", (18, 0, 42, 24))
+    picture.save(folder / "wide.png")
+    return folder / "wide.png"
+
+
+@pytest.mark.parametrize("task", range(2))
+@pytest.mark.parametrize("index", [0, 2, 3])
+def test_a_picture_is_squared_as_the_task_squares_it_that_it_is_located_at(
+    task: int, index: int, lesson_in_two_ways, talk_in_two_ways, monkeypatch
+):
+    """The score tells which way: the evaluation squares each task's pictures as the task does."""
+    lesson, questions = lesson_in_two_ways, lesson_in_two_ways.questions[TASKS[task]]
+    monkeypatch.setattr(chat, "LONGEST_ANSWER", questions.max_new_tokens)
+    method, processor = lesson.run.method, lesson.run.backbone.processor
+    route = Route("located", task_index=task, num_known=2, seed=0)
+    [wanted] = answer_batch(EvalModel(method, method.model, processor), questions, [index], route)
+    assert wanted.located == task
+    reply = talk_in_two_ways.ask(*asked(lesson, TASKS[task], index))
+    assert reply.verdict.scores[TASKS[task]] == wanted.score and reply.verdict.task == TASKS[task]
+    assert "".join(reply.pieces).strip() == wanted.text
+    picture, question = asked(lesson, TASKS[task], index)
+    if picture is not None:  # squared the other way it is another picture
+        other = talk_in_two_ways._batch(picture, question, ("crop", "pad")[task])
+        assert talk_in_two_ways._located(other)[1] != wanted.score
+
+
+@pytest.mark.parametrize(
+    ("located", "taken"),
+    [
+        ({"pad": (0, 5.0), "crop": (0, 1.0)}, "pad"),  # the only way that agrees with its task
+        ({"pad": (1, 1.0), "crop": (1, 5.0)}, "crop"),
+        ({"pad": (0, 5.0), "crop": (1, 1.0)}, "crop"),  # both do: the closest task
+        ({"pad": (0, 1.0), "crop": (1, 5.0)}, "pad"),
+        ({"pad": (-1, 9.0), "crop": (1, 5.0)}, "crop"),  # a task that fits before the base model
+        ({"pad": (0, 5.0), "crop": (-1, 1.0)}, "pad"),
+        ({"pad": (-1, 1.0), "crop": (-1, 1.0)}, "pad"),
+        ({"pad": (1, 5.0), "crop": (-1, 1.0)}, "crop"),
+        ({"pad": (1, 5.0), "crop": (0, 1.0)}, None),
+    ],
+)
+def test_of_several_ways_the_one_that_agrees_with_its_task_is_taken_or_the_picture_refused(
+    located, taken, talk_in_two_ways, tmp_path, monkeypatch
+):
+    picture, question = wide(tmp_path), "Which side?"
+    ways = {way: talk_in_two_ways._batch(picture, question, way)["pixel_values"] for way in ("pad", "crop")}
+    assert not torch.equal(ways["pad"], ways["crop"])
+
+    def told(self, batch):
+        return next(located[way] for way, pixels in ways.items() if torch.equal(batch["pixel_values"], pixels))
+
+    monkeypatch.setattr(ChatSession, "_located", told)
+    if taken is None:
+        with pytest.raises(DataError, match=r"wide\.png.*its task cannot be told.*square the picture yourself"):
+            talk_in_two_ways.ask(picture, question)
+    else:
+        assert torch.equal(talk_in_two_ways._prompt(picture, question)["pixel_values"], ways[taken])
+
+
+def test_text_alone_needs_no_way_and_one_learned_task_has_but_one(lesson_in_two_ways, tmp_path, monkeypatch):
+    sessions = [open_session(lesson_in_two_ways.recipe.run, after) for after in (2, 1)]
+    monkeypatch.setattr(ChatSession, "_located", lambda *_: pytest.fail("located for nothing"))
+    assert "pixel_values" not in sessions[0]._prompt(None, "Which side?")
+    picture = wide(tmp_path)
+    padded = sessions[1]._batch(picture, "Which side?", "pad")["pixel_values"]
+    assert torch.equal(sessions[1]._prompt(picture, "Which side?")["pixel_values"], padded)
+
+
+def test_a_method_that_does_not_locate_is_refused_before_a_model_is_loaded(
+    two_ways, tiny_data, tiny_backbone, tmp_path, monkeypatch
+):
+    words = (f"data.sequence={two_ways}", "data.train_rows=4", "data.eval_rows=2", "evaluation.routes=[oracle]")
+    run = tmp_path / "run"
+    learn(tiny.recipe(run, tiny_data, tiny_backbone, "sequential_lora", *words))
+    assert open_session(run, after=1).ask(None, "Which side?").verdict is None  # one task, one way
+    monkeypatch.setattr(chat, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
+    with pytest.raises(RecipeError, match=r"square pictures differently \(crop, pad\), and method sequential_lora"):
+        open_session(run)
+
+
+def test_a_merge_answers_for_all_stages_or_is_refused(lesson_of, tmp_path, monkeypatch):
+    lesson = lesson_of("cmoe", "data.train_rows=18")
+    run = Path(shutil.copytree(lesson.recipe.run, tmp_path / "run"))
+    merge_run(lesson.recipe.model_copy(update={"run": run}), bound=1e9, num_rows=4)
+    assert open_session(run, after=2, merge=1)._method.host.banks
+    monkeypatch.setattr(chat, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
+    with pytest.raises(RegistryError, match="merge 1 is of all 2 learned stages; leave out --after"):
+        open_session(run, after=1, merge=1)
+    with pytest.raises(RegistryError, match="there is no merge 9; there is 1"):
+        open_session(run, merge=9)
+    with pytest.raises(RegistryError, match="2 stages are learned, not 99"):
+        open_session(run, after=99)

@@ -15,11 +15,14 @@ import tiny
 import yaml
 from commands import refused, type_in
 from tiny import Lesson, files_of
+from transformers import PreTrainedModel
 
 from llava_cmoe import sequence
+from llava_cmoe.chat import session
 from llava_cmoe.cli import main
 from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.pocket import root as pocket_root
+from llava_cmoe.runs import run as opened
 from llava_cmoe.settings.run import Recipe
 
 REPOSITORY = Path(__file__).parents[2]
@@ -34,7 +37,7 @@ COMMANDS = {
     "data check": ["SEQUENCE", "--root", "--backbone", "--processes"],
     "data fetch": ["SEQUENCE", "--root", "--dry-run"],
     "train": ["recipe", "KEY=VALUE", "--dry-run"],
-    "plan": ["recipe", "KEY=VALUE", "--layers", "--length", "--gpus", "--mean", "--throughput", "--rows", "--json"],
+    "plan": ["recipe", "KEY=VALUE", "--layers", "--length", "--gpus", "--throughput", "--rows", "--json"],
     "convert": ["--llm", "--projector", "--vision", "--out"],
     "study": ["STUDY", "--jobs", "--dry-run"],
     "eval": ["RUN", "--routes", "--batch-size", "--limit", "--subset-seed"],
@@ -73,6 +76,19 @@ def lesson(lesson_of: Callable[[str], Lesson]) -> Lesson:
 def run(lesson: Lesson, tmp_path: Path) -> Path:
     """A finished run to do anything with."""
     return Path(shutil.copytree(lesson.recipe.run, tmp_path / "run"))
+
+
+@pytest.fixture
+def no_model(lesson_of: Callable[[str], Lesson], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads a backbone fails, and whoever loads weights in any other way; two runs are learned before."""
+    lesson_of("cmoe"), lesson_of("sequential_lora")
+
+    def fail(*args: object, **words: object) -> None:
+        pytest.fail("a model was loaded")
+
+    for module in (session, opened):
+        monkeypatch.setattr(module, "load_backbone", fail)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", fail)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -160,7 +176,7 @@ def test_training_a_finished_run_again_changes_nothing(lesson, run, written):
 def test_training_renders_a_pocket_sequence_that_is_missing(lesson, written, tmp_path, monkeypatch):
     rendered: list[Path] = []
     monkeypatch.setattr(pocket_root, "make_pocket_root", lambda root, progress: rendered.append(root))
-    monkeypatch.setattr(sequence, "learn", lambda recipe, progress, anyway: lesson.results)
+    monkeypatch.setattr(sequence, "learn", lambda recipe, progress, force: lesson.results)
     path, root = written(lesson.recipe), tmp_path / "pocket"
     assert type_in("train", path, "data.sequence=pocket", f"data.root={root}").exit_code == 0
     assert rendered == [root]
@@ -275,6 +291,50 @@ def test_evaluating_refuses_what_it_cannot_measure(run, tmp_path):
     assert "batch_size" in refused("eval", run, "--batch-size", "0")
     shutil.rmtree(run / "tasks")
     assert "nothing is learned yet" in refused("eval", run)
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "answer"),
+    [
+        ("cmoe", ("merge",), "none is held out"),
+        ("cmoe", ("probe", "--after", 3), "2 stages are learned, not 3; name 1 to 2"),
+        ("cmoe", ("probe", "method.prob.alpha=0"), "did you mean method.probe?"),
+        ("cmoe", ("unseen", "--sequence", "SEQUENCE"), "colours is learned"),
+        ("cmoe", ("eval", "--routes", "orcle"), "orcle"),
+        ("cmoe", ("eval", "--limit", 0), "limit"),
+        ("cmoe", ("chat", "--merge", 9), "there is no merge 9; there is none yet"),
+        ("cmoe", ("chat", "--after", 99), "2 stages are learned, not 99"),
+        ("sequential_lora", ("merge",), "no pool of experts"),
+        ("sequential_lora", ("probe",), "does not probe"),
+        ("sequential_lora", ("unseen",), "does not locate"),
+        ("sequential_lora", ("chat", "--merge", 9), "there is no merge 9; there is none yet"),
+        ("sequential_lora", ("chat", "--after", 99), "2 stages are learned, not 99"),
+    ],
+)
+def test_a_mistake_that_needs_no_model_is_answered_before_one_is_loaded(
+    method, words, answer, lesson_of, tiny_data, no_model
+):
+    command, *options = (tiny_data / "sequence.yaml" if word == "SEQUENCE" else word for word in words)
+    assert answer in refused(command, lesson_of(method).recipe.run, *options)
+
+
+@pytest.mark.parametrize("method", ["cmoe", "sequential_lora"])
+@pytest.mark.parametrize("command", ["merge", "probe", "unseen", "eval"])
+def test_a_run_that_learned_nothing_is_refused_before_a_model_is_loaded(command, method, lesson_of, tmp_path, no_model):
+    run = Path(shutil.copytree(lesson_of(method).recipe.run, tmp_path / "run"))
+    shutil.rmtree(run / "tasks")
+    before = files_of(tmp_path)
+    told = refused(command, run, *(("--root", tmp_path / "unseen") if command == "unseen" else ()))
+    if method == "cmoe" or command == "eval":
+        assert f"{run}: nothing is learned yet" in told
+    else:
+        assert "method sequential_lora" in told
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ["merge", "probe", "unseen", "eval", "chat"])
+def test_a_folder_that_is_no_run_is_refused_before_a_model_is_loaded(command, tmp_path, no_model):
+    assert "run.json" in refused(command, tmp_path)
 
 
 def test_a_report_draws_what_a_run_has(lesson, lesson_of, tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from llava_cmoe.data.collator import Collator
+from llava_cmoe.data.collator import ROW, Collator, dummy_image_row
 from llava_cmoe.data.conversation import encode_prompt, encode_sample
 from llava_cmoe.data.rows import Turn
 
@@ -98,6 +98,23 @@ def test_left_padded_prompts_continue_as_they_do_alone(tiny_processor: Any, tiny
     for index, prompt in enumerate(prompts):
         alone = tiny_llava.generate(**collate([prompt]), max_new_tokens=5, do_sample=False)
         assert torch.equal(together[index], alone[0, len(prompt["input_ids"]) :])
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_places_of_rows_are_one_number_each_also_where_rows_are_of_one_token(length: int) -> None:
+    rows = [{"input_ids": torch.ones(length, dtype=torch.long), ROW: torch.tensor([number])} for number in (5, 2)]
+    assert Collator(PAD)(rows)[ROW].tolist() == [5, 2]
+
+
+def test_a_dummy_joins_batches_without_a_picture_alone_and_nothing_of_it_is_learned(tiny_processor: Any) -> None:
+    with_picture, without = (sample(tiny_processor, *row) for row in (("a", (255, 0, 0)), ("b", None)))
+    for number, row in enumerate((with_picture, without)):
+        row[ROW] = torch.tensor([number])
+    collate = Collator(PAD, dummy=dummy_image_row(with_picture))
+    assert collate([with_picture, without])[ROW].tolist() == [0, 1]
+    batch = collate([without])
+    assert batch[ROW].tolist() == [1, -1] and batch["input_ids"].shape[0] == 2 and len(batch["pixel_values"]) == 1
+    assert not batch["attention_mask"][1].any() and (batch["labels"][1] == -100).all()
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

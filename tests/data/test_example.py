@@ -6,7 +6,7 @@ import pytest
 
 from llava_cmoe.backbones.loading import load_processor
 from llava_cmoe.data.coin import read_train
-from llava_cmoe.data.encoding import SampleRows
+from llava_cmoe.data.encoding import Encoding, SampleRows
 from llava_cmoe.data.example import pieces_of, render_pieces
 from llava_cmoe.data.tasks import TaskSequence
 
@@ -14,8 +14,8 @@ from llava_cmoe.data.tasks import TaskSequence
 @pytest.mark.parametrize("task", [0, 1])
 def test_pieces_are_the_sample_that_training_learns(root: Path, sequence: TaskSequence, task: int) -> None:
     processor, rows = load_processor("pocket"), read_train(root, sequence.tasks[task])
-    sample = SampleRows(rows, processor, max_length=500)[0]
-    pieces = pieces_of(rows[0], processor, "pad")
+    sample = SampleRows(rows, Encoding(processor), max_length=500)[0]
+    pieces = pieces_of(rows[0], Encoding(processor))
     assert sum(piece.tokens for piece in pieces) == len(sample["input_ids"])
     assert sum(piece.tokens for piece in pieces if piece.learned) == int((sample["labels"] != -100).sum())
     answers = [turn["text"] for turn in rows[0]["turns"] if turn["role"] == "assistant"]

@@ -16,11 +16,11 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.data.encoding import Encoding, PromptRows
 from llava_cmoe.data.rows import EVAL_FEATURES
-from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch, generate_answers
+from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Route, answer_batch, generate_answers
 from llava_cmoe.evaluation.log import read_answers
-from llava_cmoe.methods.base import Method
+from llava_cmoe.methods.base import DeferredLocation
 from llava_cmoe.records import Located
 
 NUM_ROWS = 10
@@ -37,20 +37,18 @@ class RecordingMethod:
     num_located: int = 0
     plans: list[list[int] | None] = field(default_factory=list)
 
-    def locate(self, batch: Mapping[str, Tensor]) -> Located | None:
-        if not self.locates:
-            return None
+    @contextmanager
+    def answering(self, batch: Mapping[str, Tensor], task_B: Tensor | None = None) -> Iterator[DeferredLocation]:
+        located = self.locate(batch) if self.locates and task_B is None else None
+        given_B = task_B if located is None else located.task_B
+        self.plans.append(None if given_B is None else given_B.tolist())
+        yield lambda: located
+
+    def locate(self, batch: Mapping[str, Tensor]) -> Located:
         self.num_located += 1
         length_B = batch["attention_mask"].sum(dim=1)
         score_BN = torch.stack([length_B, length_B, -length_B / 4], dim=1)
-        return Located(torch.where(length_B % 2 == 0, 2, -1), score_BN)
-
-    @contextmanager
-    def routed(self, task_B: Tensor | None) -> Iterator[None]:
-        self.plans.append(None if task_B is None else task_B.tolist())
-        yield
-
-    locating = Method.locating
+        return Located.at(torch.where(length_B % 2 == 0, 2, -1), score_BN)
 
 
 @dataclass
@@ -95,20 +93,20 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture
-def questions(rows: Dataset, tiny_processor: Any) -> Questions:
+def questions(rows: Dataset, tiny_processor: Any) -> EvalSet:
     texts = tuple(turns[0]["text"] for turns in rows["turns"])
-    return Questions(tuple(rows["id"]), texts, PromptRows(rows, tiny_processor, keep=True), max_new_tokens=6)
+    return EvalSet(tuple(rows["id"]), texts, PromptRows(rows, Encoding(tiny_processor, keep=True)), max_new_tokens=6)
 
 
 @pytest.fixture
-def candidate(tiny_llava: Any, tiny_processor: Any) -> Candidate:
-    return Candidate(RecordingMethod(), tiny_llava, tiny_processor)
+def eval_model(tiny_llava: Any, tiny_processor: Any) -> EvalModel:
+    return EvalModel(RecordingMethod(), tiny_llava, tiny_processor)
 
 
 def generate(
-    candidate: Candidate, questions: Questions, path: Path, route: Route = ORACLE, batch_size: int = 3, **process: int
+    eval_model: EvalModel, questions: EvalSet, path: Path, route: Route = ORACLE, batch_size: int = 3, **process: int
 ) -> bytes:
-    generate_answers(candidate, questions, route, path, batch_size=batch_size, processes=Process(**process))
+    generate_answers(eval_model, questions, route, path, batch_size=batch_size, processes=Process(**process))
     return path.read_bytes()
 
 
@@ -116,20 +114,20 @@ def kill_after(num_batches: int, monkeypatch: pytest.MonkeyPatch) -> list[list[i
     """Let `num_batches` batches through, then raise; returns the list that the batches are noted in."""
     noted: list[list[int]] = []
 
-    def counted(candidate: Candidate, questions: Questions, batch: range, route: Route) -> Any:
+    def counted(eval_model: EvalModel, questions: EvalSet, batch: range, route: Route) -> Any:
         if len(noted) == num_batches:
             raise Killed
         noted.append(list(batch))
-        return answer_batch(candidate, questions, batch, route)
+        return answer_batch(eval_model, questions, batch, route)
 
     monkeypatch.setattr("llava_cmoe.evaluation.generate.answer_batch", counted)
     return noted
 
 
 def test_every_question_is_answered_in_order_and_nothing_else_is_left_in_the_folder(
-    candidate: Candidate, questions: Questions, tmp_path: Path
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path
 ) -> None:
-    generate(candidate, questions, tmp_path / "after_01" / "GQA.oracle.jsonl")
+    generate(eval_model, questions, tmp_path / "after_01" / "GQA.oracle.jsonl")
     answers = read_answers(tmp_path / "after_01" / "GQA.oracle.jsonl")
     assert [answer.id for answer in answers] == list(questions.ids)
     assert [answer.prompt for answer in answers] == list(questions.texts)
@@ -138,16 +136,16 @@ def test_every_question_is_answered_in_order_and_nothing_else_is_left_in_the_fol
 
 
 def test_text_is_the_same_alone_and_in_a_batch_with_padding_and_text_only_mates(
-    candidate: Candidate, questions: Questions, tmp_path: Path
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path
 ) -> None:
-    alone = generate(candidate, questions, tmp_path / "1.jsonl", batch_size=1)
-    assert generate(candidate, questions, tmp_path / "16.jsonl", batch_size=16) == alone
+    alone = generate(eval_model, questions, tmp_path / "1.jsonl", batch_size=1)
+    assert generate(eval_model, questions, tmp_path / "16.jsonl", batch_size=16) == alone
 
 
-def test_text_is_the_models_own_greedy_continuation(candidate: Candidate, questions: Questions, tmp_path: Path) -> None:
+def test_text_is_the_models_own_greedy_continuation(eval_model: EvalModel, questions: EvalSet, tmp_path: Path) -> None:
     """Against a plain loop over full forward passes, without cache, padding or `generate`."""
-    generate(candidate, questions, tmp_path / "a.jsonl")
-    tokenizer = candidate.processor.tokenizer
+    generate(eval_model, questions, tmp_path / "a.jsonl")
+    tokenizer = eval_model.processor.tokenizer
     for index in (0, 3):
         prompt = questions.prompts[index]
         pictures = {name: value for name, value in prompt.items() if name == "pixel_values"}
@@ -155,48 +153,48 @@ def test_text_is_the_models_own_greedy_continuation(candidate: Candidate, questi
         length = ids.shape[1]
         with torch.no_grad():
             while ids.shape[1] < length + 6 and ids[0, -1] != tokenizer.eos_token_id:
-                ids = torch.cat([ids, candidate.model(input_ids=ids, **pictures).logits[:, -1:].argmax(-1)], dim=1)
+                ids = torch.cat([ids, eval_model.model(input_ids=ids, **pictures).logits[:, -1:].argmax(-1)], dim=1)
         text = tokenizer.decode(ids[0, length:], skip_special_tokens=True).strip()
         assert read_answers(tmp_path / "a.jsonl")[index].text == text
 
 
 def test_generation_stops_at_the_end_token_of_the_model(
-    candidate: Candidate, questions: Questions, tmp_path: Path
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path
 ) -> None:
-    generate(candidate, questions, tmp_path / "open.jsonl")
-    tokenizer = candidate.processor.tokenizer
+    generate(eval_model, questions, tmp_path / "open.jsonl")
+    tokenizer = eval_model.processor.tokenizer
     with torch.no_grad():
-        first = candidate.model(**{k: v if k == "pixel_values" else v[None] for k, v in questions.prompts[0].items()})
-    candidate.model.generation_config.eos_token_id = int(first.logits[0, -1].argmax())
-    generate(candidate, questions, tmp_path / "ended.jsonl")
+        first = eval_model.model(**{k: v if k == "pixel_values" else v[None] for k, v in questions.prompts[0].items()})
+    eval_model.model.generation_config.eos_token_id = int(first.logits[0, -1].argmax())
+    generate(eval_model, questions, tmp_path / "ended.jsonl")
     opened, ended = (read_answers(tmp_path / name)[0].text for name in ("open.jsonl", "ended.jsonl"))
-    end = tokenizer.decode([candidate.model.generation_config.eos_token_id])
+    end = tokenizer.decode([eval_model.model.generation_config.eos_token_id])
     assert opened.startswith(end.strip()) and ended in ("", end.strip()) and opened != ended
 
 
 @pytest.mark.parametrize("num_processes", [2, 3, 5])
 def test_several_processes_compute_the_batches_of_one(
-    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_processes: int
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_processes: int
 ) -> None:
     noted = kill_after(99, monkeypatch)
-    single = generate(candidate, questions, tmp_path / "single.jsonl")
+    single = generate(eval_model, questions, tmp_path / "single.jsonl")
     batches = noted.copy()
     assert batches == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9]]
     noted.clear()
     path = tmp_path / "several.jsonl"
     for index in reversed(range(1, num_processes)):
         processes = Process(index, num_processes)
-        generate_answers(candidate, questions, ORACLE, path, batch_size=3, processes=processes)
+        generate_answers(eval_model, questions, ORACLE, path, batch_size=3, processes=processes)
         assert not path.exists()
-    assert generate(candidate, questions, path, num_processes=num_processes) == single
+    assert generate(eval_model, questions, path, num_processes=num_processes) == single
     assert sorted(noted) == batches
 
 
 @pytest.mark.parametrize("slow", [0, 1])
 def test_processes_at_work_together_wait_for_the_slow_one_and_all_find_the_file(
-    candidate: Candidate, questions: Questions, tmp_path: Path, slow: int
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, slow: int
 ) -> None:
-    single = generate(candidate, questions, tmp_path / "single.jsonl")
+    single = generate(eval_model, questions, tmp_path / "single.jsonl")
     path, barrier = tmp_path / "together.jsonl", Barrier(2)
 
     def work(index: int) -> bytes:
@@ -204,7 +202,7 @@ def test_processes_at_work_together_wait_for_the_slow_one_and_all_find_the_file(
             time.sleep(0.3 * (index == slow))
 
         processes = Process(index, 2, barrier)
-        generate_answers(candidate, questions, ORACLE, path, batch_size=3, processes=processes, progress=dawdle)
+        generate_answers(eval_model, questions, ORACLE, path, batch_size=3, processes=processes, progress=dawdle)
         return path.read_bytes()
 
     with ThreadPoolExecutor(2) as pool:
@@ -213,19 +211,19 @@ def test_processes_at_work_together_wait_for_the_slow_one_and_all_find_the_file(
 
 @pytest.mark.parametrize("num_bytes_lost", [0, 1, 30, 10_000])
 def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(
-    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes_lost: int
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes_lost: int
 ) -> None:
-    whole = generate(candidate, questions, tmp_path / "whole.jsonl")
+    whole = generate(eval_model, questions, tmp_path / "whole.jsonl")
     path = tmp_path / "killed.jsonl"
     with monkeypatch.context() as patch:
         kill_after(2, patch)
         with pytest.raises(Killed):
-            generate(candidate, questions, path)
+            generate(eval_model, questions, path)
     part = tmp_path / "killed.jsonl.3.0.part"
     assert not path.exists() and part.read_bytes() == whole[: part.stat().st_size]
     os.truncate(part, max(0, part.stat().st_size - num_bytes_lost))
     noted = kill_after(99, monkeypatch)
-    assert generate(candidate, questions, path) == whole
+    assert generate(eval_model, questions, path) == whole
     # A whole batch is skipped, one that was cut is computed again whole.
     expected = {0: [6, 9], 1: [3, 6, 9], 30: [3, 6, 9], 10_000: [0, 3, 6, 9]}[num_bytes_lost]
     assert [batch[0] for batch in noted] == expected
@@ -234,69 +232,69 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(
 
 
 def test_an_evaluation_interrupted_on_two_processes_goes_on_with_one(
-    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = generate(candidate, questions, tmp_path / "whole.jsonl")
+    whole = generate(eval_model, questions, tmp_path / "whole.jsonl")
     path = tmp_path / "killed.jsonl"
-    generate_answers(candidate, questions, ORACLE, path, batch_size=3, processes=Process(1, 2))
+    generate_answers(eval_model, questions, ORACLE, path, batch_size=3, processes=Process(1, 2))
     part = tmp_path / "killed.jsonl.3.1.part"
     os.truncate(part, part.stat().st_size - 3)
     noted = kill_after(99, monkeypatch)
-    assert generate(candidate, questions, path) == whole
+    assert generate(eval_model, questions, path) == whole
     assert [batch[0] for batch in noted] == [0, 6, 9]
     assert not part.exists()
 
 
 def test_an_evaluation_that_goes_on_with_another_batch_size_mixes_no_batches_of_two_sizes(
-    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "killed.jsonl"
     with monkeypatch.context() as patch:
         kill_after(2, patch)
         with pytest.raises(Killed):
-            generate(candidate, questions, path)
+            generate(eval_model, questions, path)
     noted = kill_after(99, monkeypatch)
-    generate(candidate, questions, path, batch_size=4)
+    generate(eval_model, questions, path, batch_size=4)
     assert noted == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_complete_file_is_not_generated_again_and_left_over_parts_go(
-    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.jsonl"
-    whole = generate(candidate, questions, path)
+    whole = generate(eval_model, questions, path)
     left_over = tmp_path / "a.jsonl.3.0.part"
     left_over.write_bytes(whole[:100])
     kill_after(0, monkeypatch)
-    assert generate(candidate, questions, path) == whole
+    assert generate(eval_model, questions, path) == whole
     assert not left_over.exists()
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.3.0.part"])
 def test_answers_to_other_questions_are_refused_by_id(
-    candidate: Candidate, questions: Questions, tmp_path: Path, name: str
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, name: str
 ) -> None:
-    generate(candidate, questions, tmp_path / "a.jsonl")
+    generate(eval_model, questions, tmp_path / "a.jsonl")
     (tmp_path / "a.jsonl").rename(tmp_path / name)
     other = replace(questions, ids=("other", *questions.ids[1:]))
     with pytest.raises(ValueError, match=r"a\.jsonl: holds an answer to 'q0', which is not asked"):
-        generate(candidate, other, tmp_path / "a.jsonl")
+        generate(eval_model, other, tmp_path / "a.jsonl")
 
 
-def with_broken(questions: Questions, rows: Dataset, processor: Any, broken: set[int]) -> Questions:
+def with_broken(questions: EvalSet, rows: Dataset, processor: Any, broken: set[int]) -> EvalSet:
     """The same questions, some with a picture that is not there."""
     made = [{**row, "image": "/nowhere.png"} if number in broken else row for number, row in enumerate(rows)]
-    return replace(questions, prompts=PromptRows(Dataset.from_list(made, features=EVAL_FEATURES), processor))
+    return replace(questions, prompts=PromptRows(Dataset.from_list(made, features=EVAL_FEATURES), Encoding(processor)))
 
 
 def test_a_sample_that_cannot_be_answered_is_recorded_and_its_batch_mates_are_answered_as_ever(
-    candidate: Candidate, questions: Questions, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eval_model: EvalModel, questions: EvalSet, rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate(candidate, questions, tmp_path / "whole.jsonl")
+    generate(eval_model, questions, tmp_path / "whole.jsonl")
     noted = kill_after(99, monkeypatch)
-    broken = with_broken(questions, rows, candidate.processor, {4})
-    once = generate(candidate, broken, tmp_path / "broken.jsonl")
+    broken = with_broken(questions, rows, eval_model.processor, {4})
+    once = generate(eval_model, broken, tmp_path / "broken.jsonl")
     assert noted == [[0, 1, 2], [3, 4, 5], [3], [4], [5], [6, 7, 8], [9]]
     for number, (whole, found) in enumerate(
         zip(read_answers(tmp_path / "whole.jsonl"), read_answers(tmp_path / "broken.jsonl"), strict=True)
@@ -306,41 +304,41 @@ def test_a_sample_that_cannot_be_answered_is_recorded_and_its_batch_mates_are_an
         else:
             assert found == whole
     assert once.count(b'"failed"') == 1
-    assert generate(candidate, broken, tmp_path / "again.jsonl") == once
+    assert generate(eval_model, broken, tmp_path / "again.jsonl") == once
 
 
 def test_a_batch_that_only_fails_as_a_batch_costs_nothing(
-    candidate: Candidate, questions: Questions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too little memory for several samples is enough for one."""
-    whole = generate(candidate, questions, tmp_path / "whole.jsonl")
+    whole = generate(eval_model, questions, tmp_path / "whole.jsonl")
 
-    def short_of_memory(candidate: Candidate, questions: Questions, batch: Any, route: Route) -> Any:
+    def short_of_memory(eval_model: EvalModel, questions: EvalSet, batch: Any, route: Route) -> Any:
         if len(batch) > 1:
             raise torch.OutOfMemoryError(f"{time.perf_counter()} bytes")
-        return answer_batch(candidate, questions, batch, route)
+        return answer_batch(eval_model, questions, batch, route)
 
     monkeypatch.setattr("llava_cmoe.evaluation.generate.answer_batch", short_of_memory)
-    assert generate(candidate, questions, tmp_path / "short.jsonl") == whole
+    assert generate(eval_model, questions, tmp_path / "short.jsonl") == whole
 
 
 def test_what_no_sample_is_to_blame_for_is_not_swallowed(
-    candidate: Candidate, questions: Questions, rows: Dataset, tmp_path: Path
+    eval_model: EvalModel, questions: EvalSet, rows: Dataset, tmp_path: Path
 ) -> None:
-    broken = with_broken(questions, rows, candidate.processor, set(range(10)))
+    broken = with_broken(questions, rows, eval_model.processor, set(range(10)))
     with pytest.raises(ValueError, match=r"nowhere\.png"):
-        generate(candidate, broken, tmp_path / "a.jsonl")
+        generate(eval_model, broken, tmp_path / "a.jsonl")
     with pytest.raises(RuntimeError, match=r"none of the first questions can be answered: .*nowhere\.png"):
-        generate(candidate, broken, tmp_path / "b.jsonl", batch_size=1)
+        generate(eval_model, broken, tmp_path / "b.jsonl", batch_size=1)
     assert not (tmp_path / "a.jsonl").exists() and not (tmp_path / "b.jsonl").exists()
-    assert generate(candidate, questions, tmp_path / "b.jsonl").count(b'"failed"') == 0  # nothing of it is left
+    assert generate(eval_model, questions, tmp_path / "b.jsonl").count(b'"failed"') == 0  # nothing of it is left
 
 
 def test_located_route_asks_once_per_batch_and_writes_the_verdicts(
-    candidate: Candidate, questions: Questions, tmp_path: Path
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path
 ) -> None:
-    generate(candidate, questions, tmp_path / "a.jsonl", LOCATED)
-    method = candidate.method
+    generate(eval_model, questions, tmp_path / "a.jsonl", LOCATED)
+    method = eval_model.method
     assert isinstance(method, RecordingMethod) and method.num_located == 4
     for index, answer in enumerate(read_answers(tmp_path / "a.jsonl")):
         length = len(questions.prompts[index]["input_ids"])
@@ -351,19 +349,19 @@ def test_located_route_asks_once_per_batch_and_writes_the_verdicts(
 
 
 def test_a_method_that_does_not_locate_answers_without_a_plan(
-    candidate: Candidate, questions: Questions, tmp_path: Path
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path
 ) -> None:
     method = RecordingMethod(locates=False)
-    generate(replace(candidate, method=method), questions, tmp_path / "a.jsonl", LOCATED)
+    generate(replace(eval_model, method=method), questions, tmp_path / "a.jsonl", LOCATED)
     assert method.plans == [None] * 4
     assert {(answer.located, answer.score) for answer in read_answers(tmp_path / "a.jsonl")} == {(None, None)}
 
 
 def test_oracle_route_uses_the_true_task_and_never_locates(
-    candidate: Candidate, questions: Questions, tmp_path: Path
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path
 ) -> None:
-    generate(candidate, questions, tmp_path / "a.jsonl")
-    method = candidate.method
+    generate(eval_model, questions, tmp_path / "a.jsonl")
+    method = eval_model.method
     assert isinstance(method, RecordingMethod) and method.num_located == 0
     assert method.plans == [[1, 1, 1]] * 3 + [[1]]
 
@@ -380,12 +378,10 @@ def test_random_route_hangs_on_seed_and_id_alone() -> None:
     assert task_B.bincount().tolist() == pytest.approx([100, 100, 100], abs=30)
 
 
-def test_progress_counts_the_samples_of_this_process(
-    candidate: Candidate, questions: Questions, tmp_path: Path
-) -> None:
+def test_progress_counts_the_samples_of_this_process(eval_model: EvalModel, questions: EvalSet, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     generate_answers(
-        candidate, questions, ORACLE, tmp_path / "a.jsonl", batch_size=3, processes=Process(1, 2),
+        eval_model, questions, ORACLE, tmp_path / "a.jsonl", batch_size=3, processes=Process(1, 2),
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen == [(3, 4), (4, 4)]

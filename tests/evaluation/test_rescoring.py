@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from tiny import Lesson
 
-from llava_cmoe import sequence
 from llava_cmoe.evaluation.log import read_answers, read_results, write_answers
 from llava_cmoe.evaluation.rescoring import Change, open_examined, rescore
 from llava_cmoe.registry.schema import RegistryError
+from llava_cmoe.runs import run as runs
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def run(lesson_of: Callable[[str], Lesson], tmp_path: Path, monkeypatch: pytest.
         raise AssertionError("a model is loaded")
 
     folder = Path(shutil.copytree(lesson_of("cmoe").recipe.run, tmp_path / "run"))
-    monkeypatch.setattr(sequence, "load_backbone", refuse)
+    monkeypatch.setattr(runs, "load_backbone", refuse)
     return folder
 
 

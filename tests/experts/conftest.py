@@ -4,10 +4,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from banks import train_task
 from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.backbones.sites import ffn_sites
 from llava_cmoe.experts.bank import ExpertBank
+from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.surgery import ExpertHost, install
 
 Learn = Callable[[ExpertBank, int], None]
@@ -24,11 +26,7 @@ def learn(generator: torch.Generator) -> Learn:
     """A task that was learned and frozen: new experts with a random B, as training would leave them, and a router."""
 
     def learn_task(bank: ExpertBank, num_new: int) -> None:
-        bank.grow(num_new, generator=generator)
-        bank.add_router(generator=generator)
-        for stack in bank.stacks.values():
-            if stack.fresh is not None:
-                stack.fresh.B.data.uniform_(-0.5, 0.5, generator=generator)
+        train_task(bank, num_new, generator)
         bank.freeze()
 
     return learn_task
@@ -37,7 +35,7 @@ def learn(generator: torch.Generator) -> Learn:
 @pytest.fixture
 def host(tiny_llava: LlavaForConditionalGeneration) -> ExpertHost:
     """Empty banks on every FFN of `tiny_llava`."""
-    return install(tiny_llava, ffn_sites(tiny_llava), rank=3, alpha=6.0, top_k=2)
+    return install(tiny_llava, ffn_sites(tiny_llava), lambda width: TaskRouters(width, top_k=2), rank=3, alpha=6.0)
 
 
 @pytest.fixture

@@ -1,20 +1,26 @@
-"""Experts before the LLM serve each image by its own sample's plan, however many images the samples of a batch have."""
+"""A context knows when a pass begins, and whose the pictures are that it reads.
+
+Experts before the LLM serve each image by its own sample's plan, however many images the samples of a batch have.
+"""
 
 from collections.abc import Callable
 
 import pytest
 import torch
+from banks import GivenGate, add_task
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.rnn import pad_sequence
-from transformers import LlavaForConditionalGeneration
+from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from llava_cmoe.backbones.sites import Site, ffn_sites, projector_sites, vision_sites
 from llava_cmoe.experts.bank import ExpertBank
-from llava_cmoe.experts.images import samples_of_images
+from llava_cmoe.experts.context import ForwardPass
+from llava_cmoe.experts.forward_hook import samples_of_images
 from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.surgery import ExpertHost, install, uninstall
-from llava_cmoe.records import Mixture
+from llava_cmoe.records import Located
 
 Learn = Callable[[ExpertBank, int], None]
 Batch = dict[str, Tensor]
@@ -27,13 +33,16 @@ def sites_before_the_llm(model: LlavaForConditionalGeneration) -> tuple[Site, ..
     return (*vision_sites(model), *projector_sites(model))
 
 
+def top_k_routers(width: int) -> TaskRouters:
+    return TaskRouters(width, TOP_K)
+
+
 @pytest.fixture
 def host(tiny_llava: LlavaForConditionalGeneration) -> ExpertHost:
     """Empty banks on the vision encoder's FFNs, the projector and the LLM's FFNs."""
     tiny_llava.config.vision_feature_layer = -1  # both vision layers
-    return install(
-        tiny_llava, (*sites_before_the_llm(tiny_llava), *ffn_sites(tiny_llava)), rank=3, alpha=3.0, top_k=TOP_K
-    )
+    sites = (*sites_before_the_llm(tiny_llava), *ffn_sites(tiny_llava))
+    return install(tiny_llava, sites, top_k_routers, rank=3, alpha=3.0)
 
 
 @pytest.fixture
@@ -72,7 +81,7 @@ def together(samples: list[Batch]) -> Batch:
 
 @torch.no_grad()
 def routed(model: LlavaForConditionalGeneration, host: ExpertHost, batch: Batch, plan: RoutePlan | None) -> Tensor:
-    with host.context.use(plan):
+    with host.context.use(plan, batch):
         return model(**batch).logits
 
 
@@ -81,7 +90,7 @@ def of_sample(logits_BTV: Tensor, batch: Batch, row: int) -> Tensor:
 
 
 def hard(*tasks: int) -> RoutePlan:
-    return RoutePlan.hard(torch.tensor(tasks))
+    return RoutePlan.of(Located.at(torch.tensor(tasks)))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +107,8 @@ def test_an_image_belongs_to_the_sample_that_holds_its_tokens(num_images: tuple[
 def test_telling_whose_an_image_is_never_waits_for_the_device():
     plan, placeholder_BT = hard(0, 1), torch.ones(2, PATCHES, dtype=torch.bool)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:  # reading a value raises
-        tasks_IK, weights_IK = plan.of_images(samples_of_images(fake.from_tensor(placeholder_BT), 3)).rows()
+        sample_I = samples_of_images(fake.from_tensor(placeholder_BT), 3)
+        tasks_IK, weights_IK = ForwardPass(plan, sample_I=sample_I).rows()
         assert tasks_IK.shape == weights_IK.shape == (3, 1)
 
 
@@ -109,11 +119,10 @@ def test_installing_experts_before_the_llm_leaves_the_logits_bit_identical(
     with torch.no_grad():
         base = tiny_llava(**batch).logits
     sites = (*sites_before_the_llm(tiny_llava), *ffn_sites(tiny_llava))
-    host = install(tiny_llava, sites, rank=3, alpha=6.0, top_k=TOP_K)
+    host = install(tiny_llava, sites, top_k_routers, rank=3, alpha=6.0)
     assert torch.equal(routed(tiny_llava, host, batch, None), base)
     for bank in host.banks.values():
-        bank.grow(3, generator=generator)
-        bank.add_router(generator=generator)
+        add_task(bank, 3, generator)
     for plan in (None, RoutePlan.single(0), hard(0, -1, 0, 0)):
         assert torch.equal(routed(tiny_llava, host, batch, plan), base)
 
@@ -192,9 +201,9 @@ def test_a_mixture_of_tasks_serves_the_images_of_its_sample(
         learn(bank, 2), learn(bank, 1)
     batch = together(samples)
     tasks_BK, weights_BK = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]]), torch.tensor([[0.7, 0.3]]).repeat(4, 1)
-    mixed = routed(tiny_llava, host, batch, RoutePlan.soft(Mixture(tasks_BK, weights_BK)))
+    mixed = routed(tiny_llava, host, batch, RoutePlan.of(Located(tasks_BK, weights_BK)))
     for row, one in enumerate(samples):
-        alone = routed(tiny_llava, host, one, RoutePlan.soft(Mixture(tasks_BK[row : row + 1], weights_BK[:1])))[0]
+        alone = routed(tiny_llava, host, one, RoutePlan.of(Located(tasks_BK[row : row + 1], weights_BK[:1])))[0]
         torch.testing.assert_close(of_sample(mixed, batch, row), alone, rtol=0, atol=1e-6)
 
 
@@ -228,7 +237,7 @@ def test_all_patches_of_all_images_are_counted_whatever_the_padding(
         learn(bank, 3)
     batch, num_images = together(samples), sum(NUM_IMAGES)
     with host.context.observe() as seen:
-        routed(tiny_llava, host, batch, RoutePlan.single(0, batch["attention_mask"].bool()))
+        routed(tiny_llava, host, batch, RoutePlan.single(0))
     for site, counts_E in seen.counts.items():
         tokens = {
             "model.multi_modal_projector": num_images * PATCHES,
@@ -242,13 +251,12 @@ def test_a_batch_without_images_learns_where_there_is_something_to_learn(
     tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, samples: list[Batch], generator: torch.Generator
 ):
     for bank in host.banks.values():
-        bank.grow(2, generator=generator)
-        bank.add_router(generator=generator)
+        add_task(bank, 2, generator)
     batch = samples[0]
     with host.context.use(RoutePlan.single(0)), host.context.observe() as seen:
         loss = tiny_llava(**batch, labels=batch["input_ids"]).loss + seen.balance_loss()
     loss.backward()
-    reached = {name for name, bank in host.banks.items() if bank.routers.task_0.grad is not None}
+    reached = {name for name, bank in host.banks.items() if bank.router.task_0.grad is not None}
     assert reached == seen.counts.keys() == {name for name, bank in host.banks.items() if not bank.site.of_images}
 
 
@@ -258,7 +266,7 @@ def test_experts_before_the_llm_learn_the_same_with_gradient_checkpointing(
     for bank in host.banks.values():
         learn(bank, 2)
         bank.requires_grad_(False)
-        bank.routers.requires_grad_(True)
+        bank.router.requires_grad_(True)
     batch = together(samples)
     learned = [parameter for parameter in tiny_llava.parameters() if parameter.requires_grad]
 
@@ -285,8 +293,12 @@ def test_a_vision_encoder_that_is_called_alone_is_not_routed_by_guesswork(
         tiny_llava.get_image_features(samples[1]["pixel_values"])
 
 
+@pytest.mark.parametrize("sites_of", [sites_before_the_llm, ffn_sites])
 def test_uninstalling_leaves_nothing_behind(
-    tiny_llava: LlavaForConditionalGeneration, samples: list[Batch], learn: Learn
+    tiny_llava: LlavaForConditionalGeneration,
+    samples: list[Batch],
+    learn: Learn,
+    sites_of: Callable[[LlavaForConditionalGeneration], tuple[Site, ...]],
 ):
     def attached() -> tuple[dict[str, nn.Module], object, list[str], int]:
         modules = dict(tiny_llava.named_modules())
@@ -294,9 +306,127 @@ def test_uninstalling_leaves_nothing_behind(
         return modules, tiny_llava.input_modalities, sorted(vars(tiny_llava)), hooks
 
     before = attached()
-    host = install(tiny_llava, sites_before_the_llm(tiny_llava), rank=3, alpha=6.0, top_k=TOP_K)
+    host = install(tiny_llava, sites_of(tiny_llava), top_k_routers, rank=3, alpha=6.0)
     for bank in host.banks.values():
         learn(bank, 2)
     assert attached() != before
     uninstall(tiny_llava)
     assert attached() == before
+
+
+# When a pass begins.
+
+
+@pytest.fixture
+def recording(tiny_llava: LlavaForConditionalGeneration, generator: torch.Generator) -> ExpertHost:
+    """Banks on the LLM's FFNs whose routers remember the passes they decided in, and leave the model as it is."""
+    host = install(tiny_llava, ffn_sites(tiny_llava), GivenGate, rank=2, alpha=2.0)
+    for bank in host.banks.values():
+        bank.grow(1, generator=generator)
+    return host
+
+
+def passes_of(host: ExpertHost) -> list[ForwardPass]:
+    """The passes of the model since the last look; each site saw the same ones, each of them once."""
+    seen = [bank.router.passes for bank in host.banks.values()]
+    for passes in seen[1:]:
+        assert len(passes) == len(seen[0]) and all(one is other for one, other in zip(passes, seen[0], strict=True))
+    passes = list(seen[0])
+    for one in seen:
+        one.clear()
+    return passes
+
+
+def test_every_forward_of_prompts_or_samples_is_a_prefill(
+    tiny_llava: LlavaForConditionalGeneration, recording: ExpertHost, samples: list[Batch]
+):
+    batch, plan = together(samples), hard(0, 1, -1, 0)
+    with torch.no_grad(), recording.context.use(plan, batch):
+        for use_cache in (True, False):
+            tiny_llava(**batch, use_cache=use_cache)
+            tiny_llava(**batch, labels=batch["input_ids"], use_cache=use_cache)
+    passes = passes_of(recording)
+    assert len(passes) == 4 and all(one.is_prefill for one in passes)
+    assert all(one.plan is plan and one.batch is batch and one.sample_I is None for one in passes)
+
+
+@pytest.mark.parametrize("new", [1, 4])
+def test_in_generating_the_first_pass_is_a_prefill_and_the_steps_behind_it_are_not(
+    tiny_llava: LlavaForConditionalGeneration, recording: ExpertHost, samples: list[Batch], new: int
+):
+    for batch, plan in ((together(samples), hard(0, 1, -1, 0)), (samples[2], hard(1))):  # twice, on one context
+        with recording.context.use(plan, batch):
+            for _ in range(2):
+                tiny_llava.generate(**batch, do_sample=False, max_new_tokens=new, min_new_tokens=new)
+                passes = passes_of(recording)
+                assert [one.is_prefill for one in passes] == [True] + [False] * (new - 1)
+                assert all(one.plan is plan and one.batch is batch for one in passes)
+
+
+def test_what_a_router_decides_at_prefill_it_finds_again_while_decoding_and_not_in_another_plan(
+    tiny_llava: LlavaForConditionalGeneration, recording: ExpertHost, samples: list[Batch]
+):
+    batch = together(samples)
+    for number in range(2):
+        plan = hard(0, 1, -1, 0)
+        with recording.context.use(plan, batch):
+            tiny_llava(**batch)
+            [prefill] = passes_of(recording)
+            assert prefill.plan.decided == {}
+            prefill.plan.decided["gate"] = torch.tensor(number)
+            tiny_llava.generate(**batch, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+        assert all(one.plan.decided["gate"] == number for one in passes_of(recording))
+
+
+def test_a_continued_cache_is_no_prefill_and_an_empty_one_is(
+    tiny_llava: LlavaForConditionalGeneration, recording: ExpertHost, samples: list[Batch]
+):
+    batch = samples[2]
+    with torch.no_grad(), recording.context.use(hard(0), batch):
+        cache = DynamicCache(config=tiny_llava.config.text_config)
+        tiny_llava(**batch, past_key_values=cache)
+        tiny_llava(input_ids=batch["input_ids"][:, -1:], past_key_values=cache)
+        tiny_llava(input_ids=batch["input_ids"][:, -1:], past_key_values=None, use_cache=True)
+    assert [one.is_prefill for one in passes_of(recording)] == [True, False, True]
+
+
+def test_without_a_plan_no_router_is_asked(
+    tiny_llava: LlavaForConditionalGeneration, recording: ExpertHost, samples: list[Batch]
+):
+    with torch.no_grad(), recording.context.use(None, samples[0]):
+        tiny_llava(**samples[0])
+    with torch.no_grad():
+        tiny_llava(**samples[0])
+    assert passes_of(recording) == []
+
+
+def test_a_router_can_tell_the_tokens_of_pictures_and_of_the_prompt(
+    tiny_llava: LlavaForConditionalGeneration, recording: ExpertHost, samples: list[Batch]
+):
+    batch = together(samples)
+    labels = batch["input_ids"].clone()
+    labels[:, :-2] = -100  # the last two tokens are the answer
+    with torch.no_grad(), recording.context.use(RoutePlan.single(0), batch | {"labels": labels}):
+        tiny_llava(**batch)
+    [seen] = passes_of(recording)
+    assert seen.image_mask_BT.sum(dim=1).tolist() == [PATCHES * number for number in NUM_IMAGES]
+    assert torch.equal(seen.mask_BT, batch["attention_mask"].bool())
+    prompt_BT = batch["attention_mask"].bool()
+    prompt_BT[:, -2:] = False
+    assert torch.equal(seen.prompt_mask_BT, prompt_BT)
+
+
+def test_a_router_before_the_llm_knows_the_sample_of_each_picture(
+    tiny_llava: LlavaForConditionalGeneration, samples: list[Batch], generator: torch.Generator
+):
+    sites = sites_before_the_llm(tiny_llava)
+    host = install(tiny_llava, sites, GivenGate, rank=2, alpha=2.0)
+    for bank in host.banks.values():
+        bank.grow(1, generator=generator)
+    batch = together(samples)
+    with host.context.use(hard(0, 1, 2, 3), batch):
+        tiny_llava.generate(**batch, do_sample=False, max_new_tokens=3, min_new_tokens=3)
+    for bank in host.banks.values():
+        [seen] = bank.router.passes  # steps of decoding read no picture
+        assert seen.is_prefill and seen.sample_I.tolist() == [1, 2, 2, 3]
+        assert seen.rows()[0].flatten().tolist() == [1, 2, 2, 3] and seen.mask_BT.tolist() == [[True]] * 4

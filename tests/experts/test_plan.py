@@ -1,88 +1,32 @@
 import pytest
 import torch
 
-from llava_cmoe.experts.plan import Observation, RouteContext, RoutePlan
-
-CPU = torch.device("cpu")
-
-
-def test_a_nested_plan_gives_way_to_the_one_before_even_after_an_error() -> None:
-    context, outer, inner = RouteContext(), RoutePlan.single(0), RoutePlan.single(1)
-    with context.use(outer):
-        with context.use(inner):
-            assert context.plan_on(CPU) is inner
-        assert context.plan_on(CPU) is outer
-        with context.use(None):
-            assert context.plan_on(CPU) is None
-        with pytest.raises(KeyError), context.use(inner):
-            raise KeyError
-        assert context.plan_on(CPU) is outer
-    assert context.plan_on(CPU) is None
-
-
-def test_observation_ends_with_its_block() -> None:
-    context = RouteContext()
-    with context.observe() as outer:
-        with context.observe() as inner:
-            assert context.observation is inner
-        assert context.observation is outer
-    assert context.observation is None
+from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.records import Located
 
 
 def test_a_plan_knows_its_newest_task_and_gives_no_weight_to_no_task() -> None:
-    plan = RoutePlan.hard(torch.tensor([2, -1, 0], dtype=torch.int32))
-    assert plan.newest == 2
+    plan = RoutePlan.of(Located.at(torch.tensor([2, -1, 0], dtype=torch.int32)))
+    assert plan.max_task == 2
     assert plan.tasks_BK.tolist() == [[2], [-1], [0]]
     assert plan.weights_BK.tolist() == [[1.0], [0.0], [1.0]]
-    assert RoutePlan.single(-1).weights_BK.item() == 0 and RoutePlan.single(3).newest == 3
+    assert RoutePlan.single(-1).weights_BK.item() == 0 and RoutePlan.single(3).max_task == 3
 
 
-def test_a_plan_moves_with_its_mask_once_and_stays_there() -> None:
-    context, meta = RouteContext(), torch.device("meta")
-    with context.use(RoutePlan.single(0, torch.ones(1, 2, dtype=torch.bool))):
-        moved = context.plan_on(meta)
-        assert moved is not None and moved.mask_BT is not None
-        assert {moved.tasks_BK.device, moved.weights_BK.device, moved.mask_BT.device} == {meta}
-        assert context.plan_on(meta) is moved
+def test_a_plan_of_several_tasks_a_sample_is_as_it_was_located() -> None:
+    located = Located(torch.tensor([[0, 3], [-1, -1]]), torch.tensor([[0.75, 0.25], [0.0, 0.0]]))
+    plan = RoutePlan.of(located)
+    assert plan.max_task == 3 and plan.tasks_BK is located.tasks_BK and plan.weights_BK is located.weights_BK
+
+
+def test_a_plan_that_moves_takes_along_what_routers_decided() -> None:
+    plan = RoutePlan.single(0)
+    moved = plan.to(torch.device("meta"))
+    assert {moved.tasks_BK.device.type, moved.weights_BK.device.type} == {"meta"} and moved.max_task == 0
+    plan.decided["site"] = torch.ones(1)
+    assert moved.decided is plan.decided
 
 
 def test_a_plan_of_unequal_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 1\) and \(2,\)"):
         RoutePlan(torch.zeros(2, 1, dtype=torch.long), torch.ones(2), 0)
-
-
-def test_balance_loss_equals_the_value_computed_by_hand() -> None:
-    seen = Observation()
-    # Site a: 4 tokens, k = 1, F = (3/4, 1/4), P = (0.6, 0.4): 2 * (0.45 + 0.1) = 1.1. Site b: uniform: 1.
-    seen.add("a", torch.tensor([2, 0]), torch.tensor([1.5, 0.5]))
-    seen.add("a", torch.tensor([1, 1]), torch.tensor([0.9, 1.1]))
-    seen.add("b", torch.tensor([4, 4, 4]), torch.tensor([2.0, 2.0, 2.0]))
-    torch.testing.assert_close(seen.balance_loss(), torch.tensor((1.1 + 1.0) / 2))
-    assert seen.counts["a"].tolist() == [3, 1]
-
-
-def test_balance_loss_has_a_gradient_through_the_probabilities_alone() -> None:
-    seen, probability_E = Observation(), torch.tensor([1.5, 0.5], requires_grad=True)
-    seen.add("a", torch.tensor([2, 0]), probability_E)
-    seen.balance_loss().backward()
-    assert probability_E.grad is not None
-    torch.testing.assert_close(probability_E.grad, torch.tensor([2 * 1.0 / 2, 0.0]))  # n * F / tokens
-
-
-def test_balance_loss_of_nothing_and_of_mixed_widths_are_errors() -> None:
-    seen = Observation()
-    with pytest.raises(ValueError, match="context.use"):
-        seen.balance_loss()
-    seen.add("a", torch.tensor([1]), torch.tensor([1.0]))
-    with pytest.raises(ValueError, match="a: observed 2 experts after 1"):
-        seen.add("a", torch.tensor([1, 0]), torch.tensor([0.5, 0.5]))
-
-
-def test_what_runs_again_in_backward_is_not_counted_again() -> None:
-    context = RouteContext()
-    with context.observe() as seen:
-        counts_E, probability_E = torch.tensor([3, 1]), torch.tensor([2.0, 2.0])
-        seen.add("a", counts_E, probability_E)
-        loss = seen.balance_loss()
-        seen.add("a", counts_E, probability_E)  # as a checkpointed layer does
-    assert torch.equal(seen.counts["a"], counts_E) and seen.balance_loss() == loss

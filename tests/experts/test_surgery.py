@@ -3,13 +3,18 @@ from collections.abc import Callable
 import bitsandbytes
 import pytest
 import torch
+from banks import add_task
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from llava_cmoe.backbones.quantization import keep_bytes
 from llava_cmoe.backbones.sites import Site, ffn_sites, linear_sites
 from llava_cmoe.experts.bank import ExpertBank, ExpertLinear
+from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.surgery import ExpertHost, install, uninstall
+from llava_cmoe.records import Located
 
 Learn = Callable[[ExpertBank, int], None]
 Batch = dict[str, Tensor]
@@ -22,8 +27,16 @@ def logits(model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def routed(model: LlavaForConditionalGeneration, host: ExpertHost, batch: Batch, plan: RoutePlan) -> Tensor:
-    with host.context.use(plan):
+    with host.context.use(plan, batch):
         return model(**batch).logits
+
+
+def hard(*tasks: int) -> RoutePlan:
+    return RoutePlan.of(Located.at(torch.tensor(tasks)))
+
+
+def routers_of(top_k: int) -> Callable[[int], TaskRouters]:
+    return lambda width: TaskRouters(width, top_k)
 
 
 def rows(batch: Batch, *which: int) -> Batch:
@@ -38,13 +51,12 @@ def test_installing_experts_leaves_the_logits_bit_identical(
     sites_of: Callable[[LlavaForConditionalGeneration], tuple[Site, ...]],
 ) -> None:
     base = logits(tiny_llava, batch)
-    host = install(tiny_llava, sites_of(tiny_llava), rank=4, alpha=8.0, top_k=2)
+    host = install(tiny_llava, sites_of(tiny_llava), routers_of(2), rank=4, alpha=8.0)
     assert torch.equal(logits(tiny_llava, batch), base)
     for bank in host.banks.values():
-        bank.grow(3, generator=generator)
-        bank.add_router(generator=generator)
+        add_task(bank, 3, generator)
     assert torch.equal(logits(tiny_llava, batch), base)
-    for plan in (RoutePlan.single(0), RoutePlan.hard(torch.tensor([0, -1, 0]))):
+    for plan in (RoutePlan.single(0), hard(0, -1, 0)):
         assert torch.equal(routed(tiny_llava, host, batch, plan), base)
 
 
@@ -56,7 +68,7 @@ def test_trained_experts_serve_only_the_rows_whose_plan_wants_them(
         learn(bank, 2)
     assert torch.equal(logits(tiny_llava, batch), base)
     assert torch.equal(routed(tiny_llava, host, batch, RoutePlan.single(-1)), base)
-    mixed = routed(tiny_llava, host, batch, RoutePlan.hard(torch.tensor([-1, 0, -1])))
+    mixed = routed(tiny_llava, host, batch, hard(-1, 0, -1))
     assert torch.equal(mixed[[0, 2]], base[[0, 2]])
     assert (mixed[1] - base[1]).abs().max() > 0.1
 
@@ -66,7 +78,7 @@ def test_an_old_tasks_logits_keep_their_bits_after_two_more_tasks(
 ) -> None:
     shallow, deep = host.banks.values()
     learn(shallow, 2), learn(deep, 1)
-    plans = [RoutePlan.single(0), RoutePlan.hard(torch.tensor([0, -1, 0]))]
+    plans = [RoutePlan.single(0), hard(0, -1, 0)]
     before = [routed(tiny_llava, host, batch, plan) for plan in plans]
     learn(shallow, 0), learn(deep, 3)
     second = routed(tiny_llava, host, batch, RoutePlan.single(1))
@@ -84,7 +96,7 @@ def test_a_mixed_batch_equals_separate_batches_whatever_the_mates_and_the_paddin
         for bank in host.banks.values():
             learn(bank, num_new)
     tasks = [2, 0, 1]
-    mixed = routed(tiny_llava, host, batch, RoutePlan.hard(torch.tensor(tasks)))
+    mixed = routed(tiny_llava, host, batch, hard(*tasks))
     for row, task in enumerate(tasks):
         alone = rows(batch, row)
         kept = alone["attention_mask"][0].bool()
@@ -105,9 +117,8 @@ def test_expert_counts_do_not_depend_on_padding(
     more["attention_mask"] = torch.cat([torch.zeros_like(pads), more["attention_mask"]], dim=1)
     counts = []
     for padded in (rows(batch, 2), more):
-        plan = RoutePlan.single(0, padded["attention_mask"].bool())
         with host.context.observe() as seen:
-            routed(tiny_llava, host, padded, plan)
+            routed(tiny_llava, host, padded, RoutePlan.single(0))
         counts.append({site: count.tolist() for site, count in seen.counts.items()})
     assert counts[0] == counts[1] and all(sum(count) == 2 * 9 for count in counts[0].values())
 
@@ -117,7 +128,7 @@ def test_cached_generation_follows_the_plan_as_a_teacher_forced_forward_does(
 ) -> None:
     for bank in host.banks.values():
         learn(bank, 2), learn(bank, 1)
-    new, plan = 6, RoutePlan.hard(torch.tensor([1, -1, 0]))
+    new, plan = 6, hard(1, -1, 0)
 
     def generate() -> Tensor:
         return tiny_llava.generate(**batch, do_sample=False, max_new_tokens=new, min_new_tokens=new)
@@ -141,18 +152,17 @@ def test_training_with_gradient_checkpointing_gives_the_same_gradients(
     for bank in host.banks.values():
         learn(bank, 2)
         bank.grow(1, generator=generator, init_from=bank.expert(0))
-        bank.add_router(generator=generator)
+        bank.router.add_task(bank.num_experts, bank.anchor.device, generator)
     learned = [parameter for parameter in tiny_llava.parameters() if parameter.requires_grad]
 
     def gradients() -> list[Tensor]:
-        plan = RoutePlan.single(1, batch["attention_mask"].bool())
-        with host.context.use(plan), host.context.observe() as seen:
+        with host.context.use(RoutePlan.single(1), batch), host.context.observe() as seen:
             loss = tiny_llava(**batch, labels=batch["input_ids"]).loss + 0.01 * seen.balance_loss()
             return list(torch.autograd.grad(loss, learned))
 
     plain, calls = gradients(), []
     for bank in host.banks.values():
-        bank.routers.register_forward_hook(lambda *_: calls.append(1))
+        bank.router.register_forward_hook(lambda *_: calls.append(1))
     tiny_llava.train()
     tiny_llava.activation_checkpointing_enable({"use_reentrant": False})
     for checkpointed, expected in zip(gradients(), plain, strict=True):
@@ -163,10 +173,9 @@ def test_training_with_gradient_checkpointing_gives_the_same_gradients(
 def test_moelora_is_the_same_bank_on_every_linear_with_a_dense_gate_and_nothing_frozen(
     tiny_llava: LlavaForConditionalGeneration, batch: Batch, generator: torch.Generator
 ) -> None:
-    host = install(tiny_llava, linear_sites(tiny_llava), rank=2, alpha=4.0, top_k=4)
+    host = install(tiny_llava, linear_sites(tiny_llava), routers_of(4), rank=2, alpha=4.0)
     for bank in host.banks.values():
-        bank.grow(4, generator=generator)
-        bank.add_router(generator=generator)
+        add_task(bank, 4, generator)
     learned = {name: parameter for name, parameter in tiny_llava.named_parameters() if parameter.requires_grad}
     assert len(host.banks) == 2 * 7 and len(learned) == 14 * 3  # A, B and a router for each linear
     optimizer = torch.optim.SGD(learned.values(), lr=1.0)
@@ -175,7 +184,7 @@ def test_moelora_is_the_same_bank_on_every_linear_with_a_dense_gate_and_nothing_
             tiny_llava(**batch, labels=batch["input_ids"]).loss.backward()
         optimizer.step()
     for bank in host.banks.values():
-        gate_BTE = bank.routers(torch.randn(1, 3, bank.routers.hidden_size), RoutePlan.single(0)).gate_BTE
+        gate_BTE = bank.router(torch.randn(1, 3, bank.hidden_size), ForwardPass(RoutePlan.single(0))).gate_BTE
         assert gate_BTE.gt(0).all()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in learned.values())
 
@@ -185,7 +194,7 @@ def test_uninstalling_puts_the_very_same_modules_back(
 ) -> None:
     base, modules = logits(tiny_llava, batch), dict(tiny_llava.named_modules())
     for sites in (ffn_sites(tiny_llava), linear_sites(tiny_llava)):
-        host = install(tiny_llava, sites, rank=2, alpha=2.0, top_k=1)
+        host = install(tiny_llava, sites, routers_of(1), rank=2, alpha=2.0)
         for bank in host.banks.values():
             learn(bank, 1)
         uninstall(tiny_llava)
@@ -197,12 +206,29 @@ def test_uninstalling_puts_the_very_same_modules_back(
 
 def test_the_backbone_is_frozen_and_its_keys_stay_recognisable(tiny_llava: LlavaForConditionalGeneration) -> None:
     before = tiny_llava.state_dict()
-    install(tiny_llava, ffn_sites(tiny_llava), rank=2, alpha=2.0, top_k=1)
+    install(tiny_llava, ffn_sites(tiny_llava), routers_of(1), rank=2, alpha=2.0)
     after = tiny_llava.state_dict()
     assert not any(parameter.requires_grad for parameter in tiny_llava.parameters())
     assert {key.replace("frozen.", "") for key in after} == before.keys()
     assert "model.language_model.layers.1.mlp.frozen.up_proj.frozen.weight" in after
     assert all(after[key].data_ptr() == before[key.replace("frozen.", "")].data_ptr() for key in after)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_banks_are_put_in_the_mode_of_the_model_they_are_put_into(
+    tiny_llava: LlavaForConditionalGeneration, training: bool
+) -> None:
+    host = install(tiny_llava.train(training), ffn_sites(tiny_llava), routers_of(1), rank=2, alpha=2.0)
+    assert {module.training for bank in host.banks.values() for module in bank.modules()} == {training}
+
+
+def test_a_host_hands_out_its_routers_as_what_they_are(host: ExpertHost) -> None:
+    routers = host.routers(TaskRouters)
+    assert routers.keys() == host.banks.keys()
+    assert all(routers[site] is bank.router for site, bank in host.banks.items())
+    next(iter(host.banks.values())).router = nn.Identity()
+    with pytest.raises(AssertionError, match="installed with other routers"):
+        host.routers(TaskRouters)
 
 
 def test_a_mistaken_install_is_named_and_edits_nothing(tiny_llava: LlavaForConditionalGeneration) -> None:
@@ -213,14 +239,14 @@ def test_a_mistaken_install_is_named_and_edits_nothing(tiny_llava: LlavaForCondi
     }
     for reason, site in wrong.items():
         with pytest.raises(ValueError, match=reason):
-            install(tiny_llava, [*good, site], rank=2, alpha=2.0, top_k=1)
+            install(tiny_llava, [*good, site], routers_of(1), rank=2, alpha=2.0)
         assert not any(isinstance(module, ExpertBank | ExpertLinear) for module in tiny_llava.modules())
         assert all(parameter.requires_grad for parameter in tiny_llava.parameters())
     with pytest.raises(ValueError, match="no experts are installed"):
         uninstall(tiny_llava)
-    install(tiny_llava, good, rank=2, alpha=2.0, top_k=1)
+    install(tiny_llava, good, routers_of(1), rank=2, alpha=2.0)
     with pytest.raises(ValueError, match="uninstall"):
-        install(tiny_llava, good, rank=2, alpha=2.0, top_k=1)
+        install(tiny_llava, good, routers_of(1), rank=2, alpha=2.0)
 
 
 def test_experts_learn_on_a_four_bit_backbone(
@@ -234,11 +260,11 @@ def test_experts_learn_on_a_four_bit_backbone(
         )
         four_bit.load_state_dict(linear.state_dict())
         tiny_llava.set_submodule(site.name, four_bit.to("cpu"))  # moving it is what quantizes it
+    keep_bytes(tiny_llava)  # as loading does
     base = logits(tiny_llava, batch)
-    host = install(tiny_llava, ffn_sites(tiny_llava), rank=4, alpha=8.0, top_k=2)
+    host = install(tiny_llava, ffn_sites(tiny_llava), routers_of(2), rank=4, alpha=8.0)
     for bank in host.banks.values():
-        bank.grow(2, generator=generator)
-        bank.add_router(generator=generator)
+        add_task(bank, 2, generator)
     plan = RoutePlan.single(0)
     assert torch.equal(routed(tiny_llava, host, batch, plan), base)
     frozen = {name: tensor.clone() for name, tensor in tiny_llava.state_dict().items() if name.endswith("weight")}

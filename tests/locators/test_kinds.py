@@ -254,31 +254,31 @@ def located(scores, threshold=2.0):
 
 def test_soft_selection_mixes_the_closest_few_by_softmax():
     soft = nearest_tasks(located([[1.0, -1.0, 0.0], [0.5, 5.0, 1.5]]), num=2, temperature=0.5)
-    assert soft.mixture.tasks_BK.tolist() == [[1, 2], [0, 2]]
+    assert soft.tasks_BK.tolist() == [[1, 2], [0, 2]]
     closest = 1 / (1 + math.exp(-2))
-    torch.testing.assert_close(soft.mixture.weights_BK, torch.tensor([[closest, 1 - closest]] * 2))
-    assert soft.choice is soft.mixture and soft.task_B.tolist() == [1, 0]
+    torch.testing.assert_close(soft.weights_BK, torch.tensor([[closest, 1 - closest]] * 2))
+    assert soft.task_B.tolist() == [1, 0]
 
 
 def test_soft_selection_at_temperature_zero_is_hard_selection():
     hard = located(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).tolist(), threshold=-0.5)
     soft = nearest_tasks(hard, num=3, temperature=1e-6)
-    assert torch.equal(soft.mixture.tasks_BK[:, 0], hard.task_B)
-    assert torch.equal(soft.mixture.weights_BK[:, 0], (hard.task_B >= 0).float())
-    assert not soft.mixture.weights_BK[:, 1:].any() and (hard.task_B == -1).any()
+    assert torch.equal(soft.tasks_BK[:, 0], hard.task_B)
+    assert torch.equal(soft.weights_BK[:, 0], (hard.task_B >= 0).float())
+    assert not soft.weights_BK[:, 1:].any() and (hard.task_B == -1).any()
 
 
 def test_what_no_task_fits_goes_to_the_base_model_under_soft_selection_too():
     soft = nearest_tasks(located([[3.0, 4.0], [float("nan"), 0.0], [0.0, 4.0]]), num=2, temperature=1.0)
-    assert soft.mixture.tasks_BK.tolist() == [[-1, -1], [-1, -1], [0, 1]]
-    assert soft.mixture.weights_BK.sum(dim=1).tolist() == [0, 0, 1]
+    assert soft.tasks_BK.tolist() == [[-1, -1], [-1, -1], [0, 1]]
+    assert soft.weights_BK.sum(dim=1).tolist() == [0, 0, 1] and soft.task_B.tolist() == [-1, -1, 0]
 
 
 def test_a_locator_mixes_only_when_asked_and_no_more_tasks_than_it_knows(fits):
     feature_BD, fitted = prompts(0, 4, seed=64), fits["prototype", "reconstruction"]
     hard = locator_of(settings_of("prototype"), fitted).locate(feature_BD)
-    assert hard.mixture is None and hard.choice is hard.task_B
+    assert hard.tasks_BK.shape == (4, 1) and hard.weights_BK.tolist() == [[float(task >= 0)] for task in hard.task_B]
     soft: Locator = locator_of(settings_of("prototype", selection="soft", num_mixed=9), fitted[:2])
-    assert soft.locate(feature_BD).mixture.tasks_BK.shape == (4, 2)
+    assert soft.locate(feature_BD).tasks_BK.shape == (4, 2)
     nobody = locator_of(settings_of("prototype", selection="soft"), []).locate(feature_BD)
-    assert nobody.choice.tolist() == [-1] * 4
+    assert nobody.tasks_BK.tolist() == [[-1]] * 4 and not nobody.weights_BK.any() and nobody.score_BN.shape == (4, 0)

@@ -10,14 +10,14 @@ import torch
 from commands import refused, type_in
 from tiny import Lesson, files_of
 
-from llava_cmoe import merging
 from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.data.task_data import held_out_rows, subsample
+from llava_cmoe.merging import search
 from llava_cmoe.merging.redundancy import Redundancy
 from llava_cmoe.merging.search import losses, merge_run, merged, open_subject
-from llava_cmoe.merging.store import Merges
-from llava_cmoe.registry.restore import restore_merge, restore_method
+from llava_cmoe.merging.store import Merges, restore_merge
+from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import draw, leave
 from llava_cmoe.settings.run import Recipe
 
 HELD_OUT = "data.train_rows=18"
@@ -36,9 +36,9 @@ def recipe(lesson: Lesson, tmp_path: Path) -> Recipe:
 
 
 def test_what_is_held_out_and_what_is_learned_are_all_rows_and_share_none(lesson: Lesson):
-    rows = lesson.run.exam.rows["colours"]
+    rows = lesson.run.eval_spec.rows["colours"]
     for count in (None, 0, 2, 6, 9):
-        learned, left = ({row["id"] for row in part(rows, count, 3)} for part in (draw, leave))
+        learned, left = ({row["id"] for row in part(rows, count, 3)} for part in (subsample, held_out_rows))
         assert not learned & left and learned | left == set(rows["id"])
 
 
@@ -84,13 +84,13 @@ def test_a_step_that_cannot_be_borne_is_passed_over_and_those_behind_it_are_take
         tried[:] = steps
         return nullcontext()
 
-    monkeypatch.setattr(merging, "merged", merged)
-    monkeypatch.setattr(merging, "losses", lambda *_: {"colours": float(bool(unbearable & {*tried}))})
-    taken, after = merging.most(None, range(30), {"colours": 0.0}, 0.5, lambda *_: None)
+    monkeypatch.setattr(search, "merged", merged)
+    monkeypatch.setattr(search, "losses", lambda *_: {"colours": float(bool(unbearable & {*tried}))})
+    taken, after = search.largest_feasible(None, range(30), {"colours": 0.0}, 0.5, lambda *_: None)
     assert set(taken) == set(range(30)) - unbearable and after == {"colours": 0.0}
     unbearable = set(range(3, 30))
-    taken, _ = merging.most(None, range(30), {"colours": 0.0}, 0.5, lambda *_: None)
-    assert taken == (0, 1, 2) and tried == [0, 1, 2, 3 + merging.PATIENCE - 1]
+    taken, _ = search.largest_feasible(None, range(30), {"colours": 0.0}, 0.5, lambda *_: None)
+    assert taken == (0, 1, 2) and tried == [0, 1, 2, 3 + search.PATIENCE - 1]
 
 
 def test_a_restored_merge_answers_as_it_was_measured_until_the_run_learns_on(lesson: Lesson, recipe: Recipe):

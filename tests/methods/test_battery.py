@@ -1,28 +1,104 @@
 """What holds for every method: it starts as the base model, trains what it says, and comes back from disk."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from tiny import METHODS, Lesson, backbone_weights
-from torch import Tensor
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.methods import METHODS as KNOWN
 from llava_cmoe.registry.restore import restore_method
+from llava_cmoe.registry.schema import TaskRecord
 from llava_cmoe.registry.store import Registry
 
 FFN, ATTENTION = {"gate_proj", "up_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "o_proj"}
-BANK = r"model\.language_model\.layers\.\d+\.mlp\."
-LINEAR = r"model\.language_model\.layers\.\d+\.(self_attn|mlp(\.frozen)?)\.\w+_proj\."
-TRAINS = {
-    "sequential_lora": [rf"base_model\.model\.{LINEAR}lora_[AB]\.default\.weight"],
-    "joint": [rf"base_model\.model\.{LINEAR}lora_[AB]\.default\.weight"],
-    "moelora": [LINEAR + r"experts\.linear\.fresh\.[AB]", LINEAR + r"routers\.task_0"],
-    "cmoe": [BANK + r"experts\.(gate|up|down)_proj\.fresh\.[AB]", BANK + r"routers\.task_{stage}"],
+LAYER = r"model\.language_model\.layers\.\d+\."
+BANK = LAYER + r"mlp\."
+LINEAR = LAYER + r"(self_attn|mlp)\.\w+_proj\."
+ADAPTER = [rf"base_model\.model\.{LINEAR}lora_[AB]\.default\.weight"]
+OF_LINEARS, OF_FFNS = r"experts\.linear\.trainable\.[AB]", r"experts\.(gate|up|down)_proj\.trainable\.[AB]"
+SHALLOW, DEEP = LINEAR.replace(r"\d+", "0"), LINEAR.replace(r"\d+", "1")
+TRAINS: dict[str, list[str]] = {
+    "sequential_lora": ADAPTER,
+    "joint": ADAPTER,
+    "replay": ADAPTER,
+    "ewc": ADAPTER,
+    "lwf": ADAPTER,
+    "o_lora": [LINEAR + OF_LINEARS],
+    "lora_per_task": [LINEAR + OF_LINEARS],
+    "moelora": [LINEAR + OF_LINEARS, LINEAR + r"router\.task_0"],
+    "pmoe": [DEEP + OF_LINEARS, LAYER.replace(r"\d+", "1") + r"self_attn\.q_proj\.router\.weight"],
+    "r2moe": [BANK + OF_FFNS, BANK + r"router\.delta"],
+    "cmoe": [BANK + OF_FFNS, BANK + r"router\.task_{stage}"],
 }
 """Method to the names of the only parameters that its optimizer may hold, and must hold at least one of each."""
+FIRST = {"pmoe": [SHALLOW + OF_LINEARS]}
+"""The same of what only the first task trains."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sums over the tiny language model's linears and layers, for the closed formulas."""
+
+    lora: int
+    """Of input and output widths, over all linears: parameters of rank 1 in each."""
+    deep: int
+    """The same over the upper layer."""
+    inputs: int
+    """Of input widths, over all linears."""
+    hidden: int
+    inner: int
+    layers: int
+
+    @property
+    def ffn(self) -> int:
+        """Parameters of rank 1 in one FFN."""
+        return 3 * (self.hidden + self.inner)
+
+
+Formula = Callable[[Widths, Any, TaskRecord], tuple[int, int]]
+"""Widths, the method's settings and a stage's record to the parameters it trained, and how many its directory holds."""
+
+
+def of_adapter(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    trained = settings.rank * widths.lora
+    return trained, trained
+
+
+def of_moelora(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    trained = settings.rank * widths.lora + settings.num_experts * widths.inputs
+    return trained, trained
+
+
+def of_pmoe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    adapted = widths.deep if record.index else widths.lora  # the shallow adapter is the first task's
+    trained = settings.rank * adapted + (record.index + 1) * widths.hidden
+    return trained, trained
+
+
+def of_r2moe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    expert, rows = settings.rank * widths.ffn, (record.index + 1) * widths.hidden * widths.layers
+    kept = len(record.facts["growth"]["new_experts"])
+    return expert * widths.layers + rows, expert * kept + rows
+
+
+def of_cmoe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    grown = sum(record.facts["growth"]["new_experts"].values())
+    experts = settings.experts.num_first * widths.layers + (grown if record.index else 0)  # of two tasks
+    trained = grown * settings.experts.rank * widths.ffn + widths.hidden * experts
+    return trained, trained
+
+
+FORMULAS: dict[str, Formula] = dict.fromkeys(TRAINS, of_adapter) | {
+    "moelora": of_moelora,
+    "pmoe": of_pmoe,
+    "r2moe": of_r2moe,
+    "cmoe": of_cmoe,
+}
 
 
 @pytest.fixture(params=METHODS)
@@ -40,14 +116,23 @@ def stages_that_learn(lesson: Lesson) -> list[int]:
     return [index for index, stage in enumerate(lesson.run.stages) if stage.learns]
 
 
-def widths(lesson: Lesson) -> dict[str, tuple[int, int]]:
-    """Input and output width of every linear of the language model's attention and FFNs."""
+def widths(lesson: Lesson) -> Widths:
+    """Of the attention and the FFNs of the language model's two layers."""
     model = load_backbone(lesson.recipe.backbone).model
-    return {
+    linears = {
         name: (module.in_features, module.out_features)
         for name, module in model.model.language_model.named_modules()
         if name.split(".")[-1] in FFN | ATTENTION
     }
+    hidden, inner = next(pair for name, pair in linears.items() if name.endswith("up_proj"))
+    return Widths(
+        lora=sum(map(sum, linears.values())),
+        deep=sum(sum(pair) for name, pair in linears.items() if name.startswith("layers.1.")),
+        inputs=sum(d_in for d_in, _ in linears.values()),
+        hidden=hidden,
+        inner=inner,
+        layers=2,
+    )
 
 
 def test_the_battery_covers_every_method():
@@ -86,33 +171,19 @@ def test_what_is_committed_is_never_changed(learned: Lesson):
 def test_an_optimizer_holds_exactly_what_the_method_trains(learned: Lesson):
     assert len(learned.optimized) == len(stages_that_learn(learned))
     for stage, names in enumerate(learned.optimized):
-        patterns = [pattern.replace("{stage}", str(stage)) for pattern in TRAINS[learned.recipe.method.name]]
+        method = learned.recipe.method.name
+        patterns = TRAINS[method] + ([] if stage else FIRST.get(method, []))
+        patterns = [pattern.replace("{stage}", str(stage)) for pattern in patterns]
         assert all(any(re.fullmatch(pattern, name) for pattern in patterns) for name in names)
         assert all(any(re.fullmatch(pattern, name) for name in names) for pattern in patterns)
 
 
 def test_trainable_parameters_follow_the_closed_formula(learned: Lesson):
-    linears, settings = widths(learned), learned.recipe.method
-    lora = sum(map(sum, linears.values()))
-    gates = sum(d_in for d_in, _ in linears.values())
-    hidden, inner = next(pair for name, pair in linears.items() if name.endswith("up_proj"))
-    experts_so_far: dict[str, int] = {}
-    for record in Registry(learned.recipe.run).records():
-        match learned.recipe.method.name:
-            case "sequential_lora" | "joint":
-                expected = settings.rank * lora
-            case "moelora":
-                expected = settings.rank * lora + settings.num_experts * gates
-            case "cmoe":
-                grown: Mapping[str, int] = record.facts["growth"]["new_experts"]
-                for site, count in grown.items():
-                    experts_so_far[site] = experts_so_far.get(site, 0) + count
-                routers = hidden * sum(experts_so_far.values())
-                expected = sum(grown.values()) * settings.experts.rank * 3 * (hidden + inner) + routers
+    formula, registry = FORMULAS[learned.recipe.method.name], Registry(learned.recipe.run)
+    for record in registry.records():
+        expected, stored = formula(widths(learned), learned.recipe.method, record)
         assert record.facts["trainable_parameters"] == expected
         assert learned.results.trainable_parameters[record.name] == expected
-        stored = Registry(learned.recipe.run).load(record.index)
-        tensors: list[Tensor] = [
-            t for group in ("adapter", "experts", "routers") for t in stored.get(group, {}).values()
-        ]
-        assert sum(tensor.numel() for tensor in tensors) == expected
+        tensors = registry.load(record.index)
+        trained = [t for group in ("adapter", "experts", "routers") for t in tensors.get(group, {}).values()]
+        assert sum(tensor.numel() for tensor in trained if tensor.is_floating_point()) == stored  # the others are ids

@@ -1,10 +1,9 @@
 """With experts also in the vision encoder and the projector, a run learns, is routed and comes back as ever."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -14,15 +13,16 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.data.collator import Collator, silenced
-from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch
+from llava_cmoe.data.batches import Batch
+from llava_cmoe.data.collator import ROW, Collator, dummy_image_row
+from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Route, answer_batch
 from llava_cmoe.experts.plan import RoutePlan
-from llava_cmoe.methods.base import StageData
+from llava_cmoe.methods.base import ExtraLoss, StageData, no_extra_loss
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.probing import count, mean_tokens, probe
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import stage_data
+from llava_cmoe.runs.stage import stage_data
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.methods.cmoe import ProbeSettings
 
@@ -91,36 +91,37 @@ def test_every_state_comes_back_from_the_registry_bit_for_bit(lesson: Lesson):
 @pytest.mark.parametrize("route", ["oracle", "located", "random"])
 def test_answers_of_a_mixed_batch_are_those_of_separate_batches(lesson: Lesson, method: Cmoe, route: str):
     parts = list(lesson.questions.values())
-    questions = Questions(
+    questions = EvalSet(
         tuple(sample_id for part in parts for sample_id in part.ids),
         tuple(text for part in parts for text in part.texts),
         [part.prompts[index] for part in parts for index in range(len(part.ids))],
         max_new_tokens=3,
     )
-    candidate, chosen = Candidate(method, method.model, method.processor), Route(route, 1, num_known=2, seed=0)
+    eval_model, chosen = EvalModel(method, method.model, method.processor), Route(route, 1, num_known=2, seed=0)
     batch = range(len(questions.ids))
-    together = answer_batch(candidate, questions, batch, chosen)
-    alone = [answer for index in batch for answer in answer_batch(candidate, questions, [index], chosen)]
+    together = answer_batch(eval_model, questions, batch, chosen)
+    alone = [answer for index in batch for answer in answer_batch(eval_model, questions, [index], chosen)]
     assert [(a.text, a.located) for a in together] == [(a.text, a.located) for a in alone]
 
 
 def test_a_batch_without_pictures_is_learned_from(lesson: Lesson, method: Cmoe, collator: Collator):
     batch = collator(text_only(lesson)[:2])
-    with torch.no_grad(), method.learning(batch) as extra_loss:
-        method.model(**batch)
-        assert 0 < extra_loss() < 3 * lesson.recipe.method.experts.balance_weight
+    with torch.no_grad(), method.training_context(batch) as extra_loss:
+        output = method.model(**batch)
+        assert 0 < extra_loss(output) < 3 * lesson.recipe.method.experts.balance_weight
 
 
-def test_a_silent_row_runs_the_vision_encoder_and_nobody_counts_its_patches(
+def test_a_dummy_row_runs_the_vision_encoder_and_nobody_counts_its_patches(
     lesson: Lesson, method: Cmoe, collator: Collator
 ):
     rows = samples(lesson, 0)
     pictured = next(row for row in map(rows.__getitem__, range(len(rows))) if "pixel_values" in row)
-    batch = replace(collator, silent=silenced(pictured))(text_only(lesson)[:2])
+    batch = replace(collator, dummy=dummy_image_row(pictured))(text_only(lesson)[:2])
     assert len(batch["pixel_values"]) == 1
-    plan = RoutePlan.single(1, batch["attention_mask"].bool())
-    with torch.no_grad(), method.host.context.use(plan), method.host.context.observe() as seen:
-        method.model(**batch)
+    inputs = {name: value for name, value in batch.items() if name != ROW}
+    plan = RoutePlan.single(1)
+    with torch.no_grad(), method.host.context.use(plan, batch), method.host.context.observe() as seen:
+        method.model(**inputs)
     assert not seen.counts[VISION].any() and not seen.counts[PROJECTOR].any()
     assert seen.counts[LLM[0]].sum() == 2 * batch["attention_mask"].sum()
 
@@ -129,13 +130,11 @@ def test_a_silent_row_runs_the_vision_encoder_and_nobody_counts_its_patches(
 
 
 @pytest.mark.parametrize("counted", ["all", "answer"])
-def test_sites_before_the_llm_count_the_patches_of_all_pictures(
-    lesson: Lesson, method: Cmoe, collator: Collator, counted: str
-):
+def test_sites_before_the_llm_count_the_patches_of_all_pictures(lesson: Lesson, method: Cmoe, counted: str):
     rows = samples(lesson, 0)
     num_pictures = sum("pixel_values" in row for row in map(rows.__getitem__, range(len(rows))))
     assert 0 < num_pictures < len(rows)
-    counts = count(method.model, rows, collator, method.host, RoutePlan.single(1), counted)
+    counts = count(method.model, rows, method.processor, method.host, RoutePlan.single(1), counted)
     assert counts[VISION].sum() == 2 * num_pictures * (PATCHES + 1)  # with the class token
     assert counts[PROJECTOR].sum() == 2 * num_pictures * PATCHES
 
@@ -149,25 +148,25 @@ def test_the_mean_token_of_a_site_before_the_llm_is_the_frozen_models_over_all_p
         for row in map(rows.__getitem__, range(len(rows))):
             method.model(**collator([row]))
     hook.remove()
-    means = mean_tokens(method.model, rows, collator, method.host)
+    means = mean_tokens(method.model, rows, method.processor, method.host)
     torch.testing.assert_close(means[PROJECTOR], torch.cat(seen).mean(dim=0), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["layer", "global", "all"])
-def test_a_task_without_pictures_decides_nothing_where_only_pictures_come(
-    lesson: Lesson, method: Cmoe, collator: Collator, scope: str
-):
+def test_a_task_without_pictures_decides_nothing_where_only_pictures_come(lesson: Lesson, method: Cmoe, scope: str):
     @contextmanager
-    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
-        yield float
+    def training_context(batch: Batch) -> Iterator[ExtraLoss]:
+        yield no_extra_loss
 
     data = StageData(index=2, name="third", samples=text_only(lesson), prompts=None, seed=0)
     settings = ProbeSettings(fraction=1, holdout=0.5, scope=scope, alpha=3.0)
     host, model = method.host, method.model
-    growth, starts = probe(model, host, data, collator, settings, lambda _: learning, teach=lambda *_, **__: None)
+    growth, inits = probe(
+        model, host, data, method.processor, settings, lambda _: training_context, fit=lambda *_, **__: None
+    )
     assert set(growth.frequencies) == set(growth.thresholds) == set(LLM)
-    assert set(growth.new_experts) == set(starts) <= set(LLM)
-    assert all(start.mean_D.isfinite().all() for start in starts.values())
+    assert set(growth.new_experts) == set(inits) <= set(LLM)
+    assert all(init.mean_D.isfinite().all() for init in inits.values())
 
 
 def test_locating_in_passing_and_experts_before_the_llm_are_refused_together(tiny_data, tiny_backbone, tmp_path: Path):

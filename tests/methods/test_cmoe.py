@@ -17,7 +17,8 @@ from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.probing import count
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.sequence import learn, stage_data
+from llava_cmoe.runs.stage import stage_data
+from llava_cmoe.sequence import learn
 
 
 @pytest.fixture
@@ -39,23 +40,24 @@ def test_an_old_task_computes_the_same_bits_after_the_model_grew(lesson: Lesson)
 
 
 def test_a_layer_that_did_not_grow_still_gets_a_router_for_the_task(method: Cmoe):
-    assert all(len(bank.routers) == 2 for bank in method.host.banks.values())
-    assert sorted(tuple(bank.routers.widths) for bank in method.host.banks.values()) == [(2, 2), (2, 3)]
+    assert all(len(bank.router) == 2 for bank in method.host.banks.values())
+    assert sorted(tuple(bank.router.widths) for bank in method.host.banks.values()) == [(2, 2), (2, 3)]
 
 
 def test_new_experts_start_as_copies_of_the_most_used_old_one_and_with_the_tasks_tokens(lesson: Lesson):
     method = restore_method(lesson.recipe, load_backbone(lesson.recipe.backbone), Registry(lesson.recipe.run), stages=1)
     assert isinstance(method, Cmoe)
-    growth = method.before_task(stage_data(lesson.run, 1, lesson.run.stages[1]), teach=lambda *args, **kwargs: None)
+    data = stage_data(lesson.run, 1, lesson.run.stages[1])
+    growth, init = method.probe(data, lambda *args, **kwargs: None)
+    method.grow(growth, init, data.seed)
     ((site, index),) = growth.init_from.items()
     bank = method.host.banks[site]
     for linear, copied in bank.expert(2).items():
         original = bank.expert(index)[linear]
         assert torch.equal(copied.a_ERI, original.a_ERI) and torch.equal(copied.b_EOR, original.b_EOR)
         assert original.b_EOR.any()  # learned: not what a fresh expert starts as
-    samples = stage_data(lesson.run, 1, lesson.run.stages[1]).samples
-    collator = Collator(method.processor.tokenizer.pad_token_id)
-    counts = count(method.model, Subset(samples, range(len(samples))), collator, method.host, RoutePlan.single(1))
+    rows = Subset(data.samples, range(len(data.samples)))
+    counts = count(method.model, rows, method.processor, method.host, RoutePlan.single(1))
     used = {name: (counts_E / counts_E.sum()).tolist() for name, counts_E in counts.items()}
     assert used[site][2] > 0.45  # of two slots per token nearly one
 
@@ -69,15 +71,15 @@ def test_every_route_is_measured_for_every_learned_task(lesson: Lesson):
 def test_a_mixed_batch_answers_each_prompt_on_its_own_route(lesson: Lesson, method: Cmoe):
     batch = lesson.prompts()
     task_B = torch.tensor([1, 0, -1, 1])
-    with torch.no_grad(), method.routed(task_B):
+    with torch.no_grad(), method.answering(batch, task_B):
         mixed = method.model(**batch).logits
     apart = torch.stack([lesson.logits_of(method, task)[row] for row, task in enumerate(task_B.tolist())])
     torch.testing.assert_close(mixed, apart, rtol=0, atol=1e-6)
 
 
 def test_a_verdict_does_not_depend_on_batch_mates(lesson: Lesson, method: Cmoe, prompts: list[dict[str, Tensor]]):
-    together = method.locate(collate(lesson, prompts))
-    alone = [method.locate(collate(lesson, [row])) for row in prompts]
+    together = method.locating.locate(collate(lesson, prompts))
+    alone = [method.locating.locate(collate(lesson, [row])) for row in prompts]
     assert together.task_B.tolist() == [located.task_B.item() for located in alone]
     torch.testing.assert_close(
         together.score_BN, torch.cat([located.score_BN for located in alone]), rtol=1e-4, atol=1e-3
@@ -85,7 +87,7 @@ def test_a_verdict_does_not_depend_on_batch_mates(lesson: Lesson, method: Cmoe, 
 
 
 def test_a_verdict_does_not_depend_on_the_padding(lesson: Lesson, method: Cmoe, prompts: list[dict[str, Tensor]]):
-    left, right = (method.locate(collate(lesson, prompts, side)) for side in ("left", "right"))
+    left, right = (method.locating.locate(collate(lesson, prompts, side)) for side in ("left", "right"))
     assert torch.equal(left.score_BN, right.score_BN)
 
 
@@ -94,29 +96,29 @@ def test_a_verdict_is_about_the_prompt_and_never_about_the_answer(lesson: Lesson
     samples, prompts = data.samples, data.prompts
     assert isinstance(samples, SampleRows) and isinstance(prompts, PromptRows)
     with pytest.raises(ValueError, match="prompts"):
-        method.locate(collate(lesson, [samples[0], samples[1]]))
+        method.locating.locate(collate(lesson, [samples[0], samples[1]]))
 
     def rotated(row: dict) -> dict:
         question, answer = row["turns"]
         return {"turns": [question, {"role": "assistant", "text": answer["text"] + " and so on"}]}
 
-    other = PromptRows(prompts.rows.map(rotated), prompts.processor)
-    assert torch.equal(method.features(prompts), method.features(other))
+    other = PromptRows(prompts.rows.map(rotated), prompts.encoding)
+    assert torch.equal(method.locating.features.of_rows(prompts), method.locating.features.of_rows(other))
 
 
 def test_experts_never_move_what_the_locator_reads(lesson: Lesson, method: Cmoe, prompts: list[dict[str, Tensor]]):
     batch = collate(lesson, prompts)
-    plain = method.locate(batch).score_BN
-    with method.routed(torch.ones(len(prompts), dtype=torch.long)):
-        assert torch.equal(method.locate(batch).score_BN, plain)
+    plain = method.locating.locate(batch).score_BN
+    with method.answering(batch, torch.ones(len(prompts), dtype=torch.long)):
+        assert torch.equal(method.locating.locate(batch).score_BN, plain)
 
 
 def test_a_batch_learns_on_the_newest_routers_with_the_balance_term(lesson: Lesson, method: Cmoe):
     batch = lesson.prompts()
-    with torch.no_grad(), method.learning(batch) as extra_loss:
-        logits = method.model(**batch).logits
-        loss = extra_loss()
-    assert torch.equal(logits, lesson.logits[-1][-1])
+    with torch.no_grad(), method.training_context(batch) as extra_loss:
+        output = method.model(**batch)
+        loss = extra_loss(output)
+    assert torch.equal(output.logits, lesson.logits[-1][-1])
     weight = lesson.recipe.method.experts.balance_weight
     assert (
         0.5 * weight < loss < 3 * weight

@@ -14,8 +14,9 @@ from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.chat import session as chat
 from llava_cmoe.chat.session import open_session
 from llava_cmoe.data.collator import Collator
-from llava_cmoe.evaluation.generate import Candidate, Questions, Route, answer_batch
+from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Route, answer_batch
 from llava_cmoe.evaluation.log import Answer
+from llava_cmoe.locators.base import Locator
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.records import Located
 from llava_cmoe.registry.restore import restore_method
@@ -66,20 +67,20 @@ def twice(lesson: Lesson) -> Cmoe:
 
 
 @pytest.fixture(scope="module")
-def questions(lesson: Lesson) -> Questions:
+def questions(lesson: Lesson) -> EvalSet:
     """All evaluation questions of both tasks."""
     parts = list(lesson.questions.values())
     ids = tuple(sample_id for part in parts for sample_id in part.ids)
     texts = tuple(text for part in parts for text in part.texts)
     prompts = [part.prompts[index] for part in parts for index in range(len(part.ids))]
-    return Questions(ids, texts, prompts, NUM_TOKENS)
+    return EvalSet(ids, texts, prompts, NUM_TOKENS)
 
 
-def ask(method: Cmoe, questions: Questions, batch: Sequence[int]) -> list[Answer]:
-    return answer_batch(Candidate(method, method.model, method.processor), questions, batch, LOCATED)
+def ask(method: Cmoe, questions: EvalSet, batch: Sequence[int]) -> list[Answer]:
+    return answer_batch(EvalModel(method, method.model, method.processor), questions, batch, LOCATED)
 
 
-def everything(questions: Questions) -> range:
+def everything(questions: EvalSet) -> range:
     return range(len(questions.ids))
 
 
@@ -100,14 +101,14 @@ def passes(method: Cmoe) -> Iterator[list[int]]:
 
 def prefill(method: Cmoe, batch: dict[str, Tensor]) -> tuple[Tensor, Located]:
     """Logits of the first new token (B, V), and the verdict that they were computed under."""
-    with method.locating(batch) as verdict:
+    with method.answering(batch) as location:
         out = method.model.generate(**batch, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
-        located = verdict()
+        located = location()
     assert located is not None
     return out.logits[0], located
 
 
-def test_answers_and_located_tasks_are_those_of_two_passes(free: Cmoe, twice: Cmoe, questions: Questions):
+def test_answers_and_located_tasks_are_those_of_two_passes(free: Cmoe, twice: Cmoe, questions: EvalSet):
     one, two = (ask(method, questions, everything(questions)) for method in (free, twice))
     assert [(a.text, a.located) for a in one] == [(a.text, a.located) for a in two]
     assert {answer.located for answer in one} >= {0, 1}  # a mixed batch
@@ -119,13 +120,13 @@ def test_the_first_token_is_computed_on_the_located_route(free: Cmoe, twice: Cmo
     batch = lesson.prompts()
     (one, located), (two, _) = prefill(free, batch), prefill(twice, batch)
     torch.testing.assert_close(one, two, rtol=0, atol=1e-5)
-    with free.routed(torch.full((4,), -1)):
+    with free.answering(batch, torch.full((4,), -1)):
         base = free.model.generate(**batch, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
     assert bool((located.task_B >= 0).any())
     assert ((one - base.logits[0]).abs().amax(dim=1) > 1e-4).tolist() == (located.task_B >= 0).tolist()
 
 
-def test_a_prompt_is_read_once_and_decoding_is_as_ever(free: Cmoe, twice: Cmoe, questions: Questions):
+def test_a_prompt_is_read_once_and_decoding_is_as_ever(free: Cmoe, twice: Cmoe, questions: EvalSet):
     batch = everything(questions)
     longest = max(len(questions.prompts[index]["input_ids"]) for index in batch)
     with passes(free) as once, passes(twice) as two:
@@ -135,22 +136,27 @@ def test_a_prompt_is_read_once_and_decoding_is_as_ever(free: Cmoe, twice: Cmoe, 
     assert two[0] > 1 and two[1:] == once  # with the feature's own pass before
 
 
-def test_a_prompt_is_located_once_for_its_whole_answer(free: Cmoe, questions: Questions, monkeypatch):
+def test_a_prompt_is_located_once_for_its_whole_answer(free: Cmoe, questions: EvalSet, monkeypatch):
     seen: list[int] = []
-    locate = free.locator.locate
-    monkeypatch.setattr(free.locator, "locate", lambda feature_BD: seen.append(len(feature_BD)) or locate(feature_BD))
+    locate = Locator.locate
+
+    def counted(locator: Locator, feature_BD: Tensor) -> Located:
+        seen.append(len(feature_BD))
+        return locate(locator, feature_BD)
+
+    monkeypatch.setattr(Locator, "locate", counted)
     ask(free, questions, everything(questions))
     assert seen == [len(questions.ids)]
 
 
-def test_a_mixed_batch_equals_separate_batches(free: Cmoe, questions: Questions):
+def test_a_mixed_batch_equals_separate_batches(free: Cmoe, questions: EvalSet):
     together = ask(free, questions, everything(questions))
     alone = [answer for index in everything(questions) for answer in ask(free, questions, [index])]
     assert [(a.text, a.located) for a in together] == [(a.text, a.located) for a in alone]
 
 
 @pytest.mark.parametrize("width", [0, 1, 9])
-def test_padding_on_the_left_moves_no_verdict(free: Cmoe, lesson: Lesson, questions: Questions, width: int):
+def test_padding_on_the_left_moves_no_verdict(free: Cmoe, lesson: Lesson, questions: EvalSet, width: int):
     pad = lesson.run.backbone.processor.tokenizer.pad_token_id
     batch = Collator(pad, "left")(questions.prompts)
     fill = {"input_ids": pad, "attention_mask": 0}
@@ -158,7 +164,7 @@ def test_padding_on_the_left_moves_no_verdict(free: Cmoe, lesson: Lesson, questi
         name: torch.nn.functional.pad(tensor, (width, 0), value=fill[name]) if name in fill else tensor
         for name, tensor in batch.items()
     }
-    before = free.locate(batch)  # pads on the right, whatever it is given
+    before = free.locating.locate(batch)  # pads on the right, whatever it is given
     _, within = prefill(free, padded)
     assert torch.equal(within.task_B, before.task_B)
     torch.testing.assert_close(within.score_BN, before.score_BN, rtol=1e-3, atol=1e-3)
@@ -168,18 +174,18 @@ def test_a_pass_that_pads_on_the_right_is_located_at_its_last_real_tokens(free: 
     rows = [question.prompts[index] for question in lesson.questions.values() for index in (0, 3)]
     batch = Collator(lesson.run.backbone.processor.tokenizer.pad_token_id, "right")(rows)
     assert not batch["attention_mask"].all()
-    with torch.no_grad(), free.locating(batch) as verdict:
+    with torch.no_grad(), free.answering(batch) as location:
         free.model(**batch)
-    assert torch.equal(verdict().task_B, free.locate(batch).task_B)
-    torch.testing.assert_close(verdict().score_BN, free.locate(batch).score_BN, rtol=1e-3, atol=1e-3)
+    assert torch.equal(location().task_B, free.locating.locate(batch).task_B)
+    torch.testing.assert_close(location().score_BN, free.locating.locate(batch).score_BN, rtol=1e-3, atol=1e-3)
 
 
 def test_nothing_is_left_behind_after_an_answer_or_an_error(free: Cmoe, lesson: Lesson):
     batch = lesson.prompts()
     layers = free.model.get_decoder().layers
     prefill(free, batch)
-    with pytest.raises(ValueError, match="nothing is located yet"), free.locating(batch) as verdict:
-        verdict()
+    with pytest.raises(ValueError, match="nothing is located yet"), free.answering(batch) as location:
+        location()
     assert not any(layer._forward_pre_hooks for layer in layers)
     with torch.no_grad():
         assert torch.equal(free.model(**batch).logits, lesson.base)
@@ -188,7 +194,7 @@ def test_nothing_is_left_behind_after_an_answer_or_an_error(free: Cmoe, lesson: 
 def test_other_prompts_than_those_to_locate_are_refused(free: Cmoe, lesson: Lesson):
     batch = lesson.prompts()
     half = {name: tensor[:2] for name, tensor in batch.items()}
-    with pytest.raises(ValueError, match="were to be located"), torch.no_grad(), free.locating(half):
+    with pytest.raises(ValueError, match="were to be located"), torch.no_grad(), free.answering(half):
         free.model(**batch)
 
 
@@ -211,10 +217,10 @@ def test_an_old_task_computes_the_same_bits_after_the_model_grew(lesson: Lesson)
     assert torch.equal(before, after) and not torch.equal(after, lesson.logits[1][1])
 
 
-def test_chat_locates_and_answers_as_the_evaluation_does(free: Cmoe, lesson: Lesson, questions: Questions, monkeypatch):
+def test_chat_locates_and_answers_as_the_evaluation_does(free: Cmoe, lesson: Lesson, questions: EvalSet, monkeypatch):
     monkeypatch.setattr(chat, "LONGEST_ANSWER", NUM_TOKENS)
     talk = open_session(lesson.recipe.run)
-    row = lesson.run.exam.rows["sides"][1]
+    row = lesson.run.eval_spec.rows["sides"][1]
     [wanted] = ask(free, questions, [tiny.NUM_EVAL + 1])
     with passes(talk._method) as seen:
         reply = talk.ask(Path(row["image"]), row["turns"][0]["text"].removeprefix("<image>\n"))

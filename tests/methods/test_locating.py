@@ -9,10 +9,11 @@ from tiny import Lesson
 from torch import Tensor
 
 from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.locators import LOCATORS
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.records import Located, Mixture
+from llava_cmoe.records import Located
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 
@@ -37,28 +38,32 @@ def test_a_run_learns_answers_and_comes_back(kind: str, tiny_data: Path, tiny_ba
     lesson = tiny.attend(recipe)
     restored = restore_method(recipe, load_backbone(recipe.backbone), Registry(recipe.run))
     prompts = lesson.prompts()
-    located, again = lesson.run.method.locate(prompts), restored.locate(prompts)
-    assert located is not None and again is not None
+    (logits, located), (logits_again, again) = (answer(method, prompts) for method in (lesson.run.method, restored))
     assert torch.equal(located.score_BN, again.score_BN) and torch.isfinite(located.score_BN).all()
-    assert (located.mixture is not None) == ("selection=soft" in LESSONS[kind])
-    assert torch.equal(answer(lesson, restored, again), answer(lesson, lesson.run.method, located))
+    assert (located.tasks_BK.shape[1] > 1) == ("selection=soft" in LESSONS[kind])
+    assert torch.equal(logits_again, logits)
+    with torch.no_grad(), lesson.run.method.host.context.use(RoutePlan.of(located), prompts):
+        assert torch.equal(lesson.run.method.model(**prompts).logits, logits)  # of the very mixture
     assert lesson.results.locator is not None and None not in lesson.results.routes["located"].matrix[-1]
 
 
-def answer(lesson: Lesson, method: Method, located: Located) -> Tensor:
-    """Logits on the located route."""
-    with torch.no_grad(), method.routed(located.choice):
-        logits_BTV: Tensor = method.model(**lesson.prompts()).logits
-    return logits_BTV
+def answer(method: Method, prompts: dict[str, Tensor]) -> tuple[Tensor, Located]:
+    """Logits on the route that the method finds, and that route."""
+    with torch.no_grad(), method.answering(prompts) as location:
+        logits_BTV = method.model(**prompts).logits
+        located = location()
+    assert located is not None
+    return logits_BTV, located
 
 
 # Soft selection.
 
 
 def logits(lesson: Lesson, method: Cmoe, tasks: list[list[int]], weights: list[list[float]]) -> Tensor:
-    task_B = torch.tensor(tasks)[:, 0]
-    mixture = Mixture(torch.tensor(tasks), torch.tensor(weights))
-    return answer(lesson, method, Located(task_B, torch.zeros(len(task_B), 2), mixture))
+    prompts, plan = lesson.prompts(), RoutePlan.of(Located(torch.tensor(tasks), torch.tensor(weights)))
+    with torch.no_grad(), method.host.context.use(plan, prompts):
+        logits_BTV: Tensor = method.model(**prompts).logits
+    return logits_BTV
 
 
 def test_a_mixture_of_one_task_is_that_tasks_route_bit_for_bit(lesson: Lesson, method: Cmoe):

@@ -1,7 +1,7 @@
 """Probes tell where a task needs experts, and leave nothing behind."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -10,16 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_cmoe.backbones.sites import ffn_sites
-from llava_cmoe.data.collator import Collator
+from llava_cmoe.data import batches
+from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import IGNORED
 from llava_cmoe.experts.plan import RoutePlan
+from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods import probing
-from llava_cmoe.methods.base import StageData
-from llava_cmoe.methods.probing import chosen_of, count, mean_tokens, origin, probe, probe_use, thresholds_of
+from llava_cmoe.methods.base import ExtraLoss, StageData, TrainingContext, no_extra_loss
+from llava_cmoe.methods.probing import chosen_of, count, mean_tokens, probe, probe_use, source_expert, thresholds_of
 from llava_cmoe.settings.methods.cmoe import ProbeSettings
 
 TOP_K = 2
@@ -51,44 +53,39 @@ class Rows(Dataset[dict[str, Tensor]]):
 def host(tiny_llava: LlavaForConditionalGeneration) -> ExpertHost:
     """A pool of three experts per layer that do something, learned by one task and frozen."""
     generator = torch.Generator().manual_seed(0)
-    host = install(tiny_llava, ffn_sites(tiny_llava), rank=3, alpha=6.0, top_k=TOP_K)
-    for bank in host.banks.values():
+    host = install(tiny_llava, ffn_sites(tiny_llava), lambda width: TaskRouters(width, TOP_K), rank=3, alpha=6.0)
+    for site, bank in host.banks.items():
         bank.grow(3, generator=generator)
-        bank.add_router(generator=generator)
+        host.routers(TaskRouters)[site].add_task(bank.num_experts, bank.anchor.device, generator)
         for stack in bank.stacks.values():
-            stack.fresh.B.data.uniform_(-0.5, 0.5, generator=generator)
+            stack.trainable.B.data.uniform_(-0.5, 0.5, generator=generator)
     host.freeze()
     return host
-
-
-@pytest.fixture
-def collator(tiny_llava: LlavaForConditionalGeneration) -> Collator:
-    return Collator(tiny_llava.config.text_config.pad_token_id)
 
 
 def run_probe(
     model: LlavaForConditionalGeneration,
     host: ExpertHost,
-    collator: Collator,
-    taught: list[dict[str, Any]],
+    processor: LlavaProcessor,
+    fits: list[dict[str, Any]],
     **settings: Any,
 ) -> tuple[Any, Any]:
-    """Probe task 1 on twenty rows; teaching only moves what it may move, and is written down."""
+    """Probe task 1 on twenty rows; a fit only moves what it may move, and is written down."""
 
     @contextmanager
-    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
-        yield float
+    def training_context(batch: Batch) -> Iterator[ExtraLoss]:
+        yield no_extra_loss
 
-    def teach(samples: Any, learning: Any, **kwargs: Any) -> None:
+    def fit(samples: Any, training_context: TrainingContext, **kwargs: Any) -> None:
         moved = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        taught.append({"num_samples": len(samples), "moved": moved, **kwargs})
+        fits.append({"num_samples": len(samples), "moved": moved, **kwargs})
         generator = torch.Generator().manual_seed(3)
         for value in moved.values():
             value.data.add_(0.3 * torch.randn(value.shape, generator=generator))
 
     data = StageData(index=1, name="second", samples=Rows(20), prompts=None, seed=5)
     given = ProbeSettings(**{"fraction": 0.5, "holdout": 0.5, **settings})
-    return probe(model, host, data, collator, given, lambda weight: learning, teach)
+    return probe(model, host, data, processor, given, lambda weight: training_context, fit)
 
 
 @pytest.mark.parametrize(
@@ -108,11 +105,11 @@ def test_the_threshold_is_mean_minus_alpha_std(scope: str, expected: dict[str, f
 
 @pytest.mark.parametrize(("scope", "grown"), [("all", 2), ("none", 0)])
 def test_controls_grow_everywhere_or_nowhere_after_probing_as_ever(
-    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator, scope: str, grown: int
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor, scope: str, grown: int
 ):
-    taught: list[dict[str, Any]] = []
-    growth, _ = run_probe(tiny_llava, host, collator, taught, scope=scope)
-    assert len(growth.new_experts) == grown and len(growth.frequencies) == 2 and len(taught) == 1
+    fits: list[dict[str, Any]] = []
+    growth, _ = run_probe(tiny_llava, host, tiny_processor, fits, scope=scope)
+    assert len(growth.new_experts) == grown and len(growth.frequencies) == 2 and len(fits) == 1
 
 
 @pytest.mark.parametrize("use", [0.0, 1.0])
@@ -154,58 +151,60 @@ def test_several_probes_of_a_layer_are_judged_by_their_mean():
     ],
 )
 def test_new_experts_start_where_the_settings_say(init: str, used: tuple[float, ...], expected: int | None):
-    assert origin(used, ProbeSettings(init=init)) == expected
+    assert source_expert(used, ProbeSettings(init=init)) == expected
 
 
-def test_the_pool_is_what_it_was(tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator):
+def test_the_pool_is_what_it_was(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor
+):
     before = {name: value.clone() for name, value in tiny_llava.named_parameters()}
-    taught: list[dict[str, Any]] = []
-    run_probe(tiny_llava, host, collator, taught)
+    fits: list[dict[str, Any]] = []
+    run_probe(tiny_llava, host, tiny_processor, fits)
     after = dict(tiny_llava.named_parameters())
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert not any(value.requires_grad for value in after.values())
-    assert all(len(bank.routers) == 1 and bank.num_experts == 3 for bank in host.banks.values())
+    assert all(len(bank.router) == 1 and bank.num_experts == 3 for bank in host.banks.values())
 
 
-def test_only_probes_and_their_routers_are_taught_on_their_share_of_the_rows(
-    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
+def test_only_probes_and_their_routers_are_trained_on_their_share_of_the_rows(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor
 ):
-    taught: list[dict[str, Any]] = []
-    growth, _ = run_probe(tiny_llava, host, collator, taught, holdout=0.3, batch_size=2, learning_rate=0.1)
-    (call,) = taught
+    fits: list[dict[str, Any]] = []
+    growth, _ = run_probe(tiny_llava, host, tiny_processor, fits, holdout=0.3, batch_size=2, learning_rate=0.1)
+    (call,) = fits
     assert call["num_samples"] == 7  # half of twenty, less the three that are counted
     assert (call["epochs"], call["batch_size"], call["learning_rate"]) == (1, 2, 0.1)
-    assert all(".fresh." in name or name.endswith(".routers.task_1") for name in call["moved"])
+    assert all(".trainable." in name or name.endswith(".router.task_1") for name in call["moved"])
     assert growth.probe_parameters == sum(value.numel() for value in call["moved"].values())
 
 
 def test_a_layer_grows_where_its_probe_is_used_more_than_the_threshold(
-    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor
 ):
-    growth, starts = run_probe(tiny_llava, host, collator, [], scope="global")
+    growth, inits = run_probe(tiny_llava, host, tiny_processor, [], scope="global")
     assert len(growth.new_experts) == 1  # of two layers, one lies above the mean of both
     for site, used in growth.frequencies.items():
         assert sum(used) == pytest.approx(1, abs=1e-6) and len(used) == 4
         assert (site in growth.new_experts) == (used[-1] > growth.thresholds[site])
     ((site, index),) = growth.init_from.items()
     assert index == max(range(3), key=growth.frequencies[site].__getitem__)
-    for linear, pair in starts[site].copied.items():
+    for linear, pair in inits[site].copied.items():
         assert torch.equal(pair.a_ERI, host.banks[site].expert(index)[linear].a_ERI)
 
 
 @pytest.mark.parametrize("num", [1, 2])
 def test_probes_can_be_handed_on_as_the_new_experts(
-    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator, num: int
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor, num: int
 ):
-    taught: list[dict[str, Any]] = []
-    growth, starts = run_probe(tiny_llava, host, collator, taught, scope="all", init="probe", max_new_experts=num)
+    fits: list[dict[str, Any]] = []
+    growth, inits = run_probe(tiny_llava, host, tiny_processor, fits, scope="all", init="probe", max_new_experts=num)
     assert growth.init_from == dict.fromkeys(host.banks, 3) and growth.new_experts == dict.fromkeys(host.banks, num)
     for site, bank in host.banks.items():
-        bank.grow(num, generator=torch.Generator(), init_from=starts[site].copied)
+        bank.grow(num, generator=torch.Generator(), init_from=inits[site].copied)
         for linear, stack in bank.stacks.items():
-            for block, matrix in (("A", stack.fresh.A), ("B", stack.fresh.B)):
-                assert torch.equal(matrix, taught[0]["moved"][f"{site}.experts.{linear}.fresh.{block}"])
+            for block, matrix in (("A", stack.trainable.A), ("B", stack.trainable.B)):
+                assert torch.equal(matrix, fits[0]["moved"][f"{site}.experts.{linear}.trainable.{block}"])
                 assert len(matrix.unique(dim=0)) == num
 
 
@@ -213,14 +212,14 @@ def test_probes_can_be_handed_on_as_the_new_experts(
 def test_counts_depend_on_neither_batch_size_nor_padding(
     tiny_llava: LlavaForConditionalGeneration,
     host: ExpertHost,
-    collator: Collator,
+    tiny_processor: LlavaProcessor,
     monkeypatch: pytest.MonkeyPatch,
     batch_size: int,
 ):
     rows, plan = Rows(10), RoutePlan.single(0)
-    together = count(tiny_llava, rows, collator, host, plan)
+    together = count(tiny_llava, rows, tiny_processor, host, plan)
     monkeypatch.setattr(probing, "COUNT_BATCH", batch_size)  # 1: nothing is padded
-    apart = count(tiny_llava, rows, collator, host, plan)
+    apart = count(tiny_llava, rows, tiny_processor, host, plan)
     tokens = sum(len(row["input_ids"]) for row in map(rows.__getitem__, range(10)))
     for site, counts_E in together.items():
         assert counts_E.tolist() == apart[site].tolist()
@@ -228,13 +227,13 @@ def test_counts_depend_on_neither_batch_size_nor_padding(
 
 
 def test_of_answers_only_their_own_tokens_are_counted(
-    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor
 ):
     rows, plan = Rows(10), RoutePlan.single(0)
     for ids_T, kept in zip(rows.rows, rows.learned(), strict=True):
         assert 0 < kept < len(ids_T)
-    everything = count(tiny_llava, rows, collator, host, plan)
-    answers = count(tiny_llava, rows, collator, host, plan, "answer")
+    everything = count(tiny_llava, rows, tiny_processor, host, plan)
+    answers = count(tiny_llava, rows, tiny_processor, host, plan, "answer")
     for site, counts_E in answers.items():
         assert counts_E.sum() == TOP_K * sum(rows.learned())
         assert bool((counts_E <= everything[site]).all())
@@ -244,7 +243,7 @@ def test_of_answers_only_their_own_tokens_are_counted(
 def test_the_mean_token_of_a_site_is_the_frozen_models_and_knows_no_padding(
     tiny_llava: LlavaForConditionalGeneration,
     host: ExpertHost,
-    collator: Collator,
+    tiny_processor: LlavaProcessor,
     monkeypatch: pytest.MonkeyPatch,
     batch_size: int,
 ):
@@ -257,20 +256,23 @@ def test_the_mean_token_of_a_site_is_the_frozen_models_and_knows_no_padding(
     hook.remove()
     monkeypatch.setattr(probing, "COUNT_BATCH", batch_size)
     with host.context.use(RoutePlan.single(0)):  # experts of an earlier task do not touch it
-        means = mean_tokens(tiny_llava, rows, collator, host)
+        means = mean_tokens(tiny_llava, rows, tiny_processor, host)
     torch.testing.assert_close(means[site], torch.cat(seen).mean(dim=0), rtol=1e-5, atol=1e-6)
     assert means.keys() == host.banks.keys()
 
 
 def test_processes_share_the_counting_even_where_one_has_nothing_to_count(
-    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, collator: Collator, monkeypatch: pytest.MonkeyPatch
+    tiny_llava: LlavaForConditionalGeneration,
+    host: ExpertHost,
+    tiny_processor: LlavaProcessor,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     rows, plan = Rows(1), RoutePlan.single(0)
-    whole = count(tiny_llava, rows, collator, host, plan)
+    whole = count(tiny_llava, rows, tiny_processor, host, plan)
     parts = []
     for process in range(2):
         state = SimpleNamespace(process_index=process, num_processes=2)
-        monkeypatch.setattr(probing, "PartialState", lambda state=state: state)
-        parts.append(count(tiny_llava, rows, collator, host, plan))
+        monkeypatch.setattr(batches, "PartialState", lambda state=state: state)
+        parts.append(count(tiny_llava, rows, tiny_processor, host, plan))
     assert list(parts[1]) == list(whole)  # a site left out here would leave the others waiting for its sum
     assert all(torch.equal(parts[0][site] + parts[1][site], whole[site]) for site in whole)

@@ -21,7 +21,7 @@ def test_a_run_names_its_result_and_what_made_it(lesson_of: Callable[..., Lesson
     told = manifest_of(run)
     assert told.results_sha256 == fingerprint_file(run / "results.json")
     (call,) = told.calls
-    assert call.learned == tuple(call.asked) == ("colours", "sides") and min(call.asked.values()) > 0
+    assert call.learned == tuple(call.evaluated) == ("colours", "sides") and min(call.evaluated.values()) > 0
     assert (call.processes, call.effective_batch) == (1, BATCH)
     head = ["git", "rev-parse", "HEAD"]
     done = subprocess.run(head, cwd=Path(provenance.__file__).parent, capture_output=True, text=True)
@@ -41,7 +41,7 @@ def test_a_later_call_stands_behind_the_first(lesson_of: Callable[..., Lesson]):
     (recipe.run / "answers/after_02/sides.located.jsonl").unlink()
     sequence.evaluate_run(recipe)
     first, second = manifest_of(recipe.run).calls
-    assert first.learned == ("colours", "sides") and second.learned == () and list(second.asked) == ["sides"]
+    assert first.learned == ("colours", "sides") and second.learned == () and list(second.evaluated) == ["sides"]
 
 
 def test_a_batch_is_that_of_a_step_on_all_processes(lesson_of: Callable[..., Lesson]):

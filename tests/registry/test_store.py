@@ -330,6 +330,22 @@ def test_a_run_goes_on_after_a_setting_with_a_default_has_come_to_be(tmp_path):
         Registry(tmp_path, writer=True).open_run(other)
 
 
+def test_a_run_that_was_begun_with_the_old_name_of_a_setting_goes_on_with_the_new_one(tmp_path):
+    registry = begun(tmp_path)
+    path = tmp_path / "run.json"
+    document = json.loads(path.read_text())
+    experts = document["recipe"]["method"]["experts"]
+    experts["head_start"] = experts.pop("router_init_logit")
+    path.write_text(json.dumps(document))
+    record = commit(registry, 0)
+    assert "head_start" in record.settings["method"]["experts"]
+    assert registry.recipe() == recipe_for(tmp_path)
+    registry.open_run(recipe_for(tmp_path))
+    other = recipe_for(tmp_path, method={"name": "cmoe", "experts": {"router_init_logit": 1.0}})
+    with pytest.raises(RegistryError, match=r"method.experts.router_init_logit \(was 6.0, now 1.0\)"):
+        registry.open_run(other)
+
+
 def test_a_run_goes_on_only_with_the_data_and_the_backbone_it_began_with(tmp_path, caplog):
     registry, recipe = Registry(tmp_path, writer=True), recipe_for(tmp_path)
     began = Sources(data_files={"a/train.json": "1" * 64, "a/test.json": "2" * 64}, backbone_fingerprint="3" * 64)
@@ -347,7 +363,7 @@ def test_a_run_goes_on_only_with_the_data_and_the_backbone_it_began_with(tmp_pat
         with pytest.raises(RegistryError, match=told):
             registry.open_run(recipe, sources=now)
         assert content(tmp_path) == before
-    registry.open_run(recipe, anyway=True, sources=now)
+    registry.open_run(recipe, force=True, sources=now)
     assert "another backbone" in caplog.text
     registry.open_run(recipe, sources=now)
     with pytest.raises(RegistryError, match="another backbone"):
@@ -363,9 +379,9 @@ def test_what_is_learned_stays_on_its_backbone_whatever_is_said(tmp_path):
         0, NAMES[0], learned(0), data_fingerprint=fingerprint, backbone_fingerprint="base", seconds={"train": 1.0}
     )
     before = content(tmp_path)
-    for anyway in (False, True):
+    for force in (False, True):
         with pytest.raises(RegistryError, match="scienceqa was learned on another backbone .* set backbone.path to it"):
-            registry.open_run(recipe, anyway=anyway, sources=began.model_copy(update={"backbone_fingerprint": "other"}))
+            registry.open_run(recipe, force=force, sources=began.model_copy(update={"backbone_fingerprint": "other"}))
     assert content(tmp_path) == before
 
 
@@ -378,7 +394,7 @@ def test_a_run_that_is_older_than_sources_goes_on_and_takes_them_down(tmp_path):
     record = content(tmp_path / "tasks")
     with pytest.raises(RegistryError, match=r"scienceqa was learned from other data .*fingerprint data0, now"):
         registry.open_run(recipe, sources=Sources(data_files={}, backbone_fingerprint="base"))
-    registry.open_run(recipe, anyway=True, sources=Sources(data_files={}, backbone_fingerprint="base"))
+    registry.open_run(recipe, force=True, sources=Sources(data_files={}, backbone_fingerprint="base"))
     assert json.loads(path.read_text())["sources"] == {"backbone_fingerprint": "base", "data_files": {}}
     assert content(tmp_path / "tasks") == record
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_cmoe.sequence import sequence_of
+from llava_cmoe.data.task_data import sequence_of
+from llava_cmoe.settings import base
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.recipes import load_recipe, shipped
 
@@ -47,11 +48,29 @@ def test_an_override_that_cannot_be_used_is_named(recipe: Path, override: str, m
         load_recipe(recipe, [override])
 
 
+def test_the_old_name_of_a_setting_still_loads_and_the_new_one_is_named_once(
+    recipe: Path, caplog: pytest.LogCaptureFixture
+):
+    base._say_once.cache_clear()
+    made = [load_recipe(recipe, ["method.experts.head_start=2.5"]) for _ in range(2)]
+    assert made[0] == made[1] == load_recipe(recipe, ["method.experts.router_init_logit=2.5"])
+    assert made[0].method.experts.router_init_logit == 2.5
+    assert "head_start" not in made[0].model_dump_json()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "head_start" in caplog.text and "router_init_logit" in caplog.text
+
+
+def test_both_names_of_a_setting_are_refused(recipe: Path):
+    both = ["method.experts.head_start=2", "method.experts.router_init_logit=2"]
+    with pytest.raises(RecipeError, match="method.experts: head_start is the old name of router_init_logit; give one"):
+        load_recipe(recipe, both)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_shipped_recipe_is_whole_and_names_its_run_after_itself(path: Path):
     recipe = load_recipe(path)
     assert recipe.run == Path("runs") / path.stem
-    assert len(sequence_of(recipe).tasks) == 8
+    assert len(sequence_of(recipe.data).tasks) == 8
 
 
 @pytest.mark.parametrize("path", COIN, ids=lambda path: path.stem)

@@ -10,8 +10,10 @@ import torch
 
 from llava_cmoe import sequence
 from llava_cmoe.data.collator import Collator
+from llava_cmoe.evaluation.eval_spec import eval_sets_of
 from llava_cmoe.registry.schema import TaskRecord
 from llava_cmoe.registry.store import Registry
+from llava_cmoe.runs.run import Run, open_run
 from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.stage import StageTrainer
 
@@ -61,10 +63,10 @@ def test_checkpointing_runs_layers_again_until_the_stage_ends(
     recipe_in: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ):
     calls: list[int] = []
-    runs: list[sequence.Run] = []
+    runs: list[Run] = []
     opened, step = sequence.open_run, StageTrainer.training_step
 
-    def open_run(*args: Any, **kwargs: Any) -> sequence.Run:
+    def open_run(*args: Any, **kwargs: Any) -> Run:
         runs.append(opened(*args, **kwargs))
         layer = runs[0].method.model.model.language_model.layers[0]
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -110,9 +112,9 @@ def test_pictures_above_the_limit_are_learned_and_asked_smaller(learn: Learn, re
     changed = ("data.tasks=[sides]", "data.max_pixels=100")
     small, whole = learn("small", "sequential_lora", *changed), learn("whole", "sequential_lora", changed[0])
     assert small[0].files != whole[0].files
-    run = sequence.open_run(recipe_in("asked", "sequential_lora", *changed))
+    run = open_run(recipe_in("asked", "sequential_lora", *changed))
     pictures = [
-        sequence.encode_questions(exam, run.backbone.processor)["sides"].prompts[0]["pixel_values"]
-        for exam in (run.exam, sequence.open_run(recipe_in("asked", "sequential_lora", changed[0])).exam)
+        eval_sets_of(eval_spec, run.backbone.processor)["sides"].prompts[0]["pixel_values"]
+        for eval_spec in (run.eval_spec, open_run(recipe_in("asked", "sequential_lora", changed[0])).eval_spec)
     ]
     assert pictures[0].shape == pictures[1].shape and not torch.equal(*pictures)

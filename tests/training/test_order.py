@@ -3,18 +3,19 @@
 import pytest
 import torch
 from datasets import Dataset as Table
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from llava_cmoe.data.encoding import SampleRows
+from llava_cmoe.data.collator import ROW
+from llava_cmoe.data.encoding import Encoding, SampleRows
 from llava_cmoe.data.rows import MARKER, TRAIN_FEATURES
-from llava_cmoe.training.order import LikeRows, kinds_of
+from llava_cmoe.training.order import LengthGroupedSampler, NumberedRows, kinds_of
 
 STEP = 4
 KINDS = [(row % 3 > 0, 10 + 37 * row % 90) for row in range(62)]  # 41 with a picture, 21 without
 
 
 def order(seed: int = 0, epoch: int = 0) -> list[int]:
-    rows = LikeRows(KINDS, STEP, seed)
+    rows = LengthGroupedSampler(KINDS, STEP, seed)
     rows.set_epoch(epoch)
     return list(rows)
 
@@ -24,7 +25,8 @@ def steps_of(rows: list[int]) -> list[list[int]]:
 
 
 def test_every_row_comes_once_an_epoch():
-    assert sorted(order()) == sorted(order(epoch=1)) == list(range(len(KINDS))) and len(LikeRows(KINDS, STEP, 0)) == 62
+    assert sorted(order()) == sorted(order(epoch=1)) == list(range(len(KINDS)))
+    assert len(LengthGroupedSampler(KINDS, STEP, 0)) == 62
 
 
 def test_seed_and_epoch_decide_the_order_and_nothing_else_does():
@@ -50,12 +52,12 @@ def test_rows_of_a_step_are_of_like_length():
         return sum(max(step) - min(step) for step in lengths)
 
     shuffled = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(0)).tolist()
-    assert spread(list(LikeRows(kinds, STEP, 0))) < 0.2 * spread(shuffled)
+    assert spread(list(LengthGroupedSampler(kinds, STEP, 0))) < 0.2 * spread(shuffled)
 
 
 @pytest.mark.parametrize("count", [0, 1, STEP])
 def test_few_rows_of_one_kind_are_an_order_too(count: int):
-    assert sorted(LikeRows([(True, 5)] * count, STEP, 0)) == list(range(count))
+    assert sorted(LengthGroupedSampler([(True, 5)] * count, STEP, 0)) == list(range(count))
 
 
 def test_rows_tell_their_kinds_unread(tiny_processor):
@@ -65,10 +67,30 @@ def test_rows_tell_their_kinds_unread(tiny_processor):
         {name: [None] * 3 for name in TRAIN_FEATURES} | {"image": ["/no/such.png", None, None], "turns": turns},
         features=TRAIN_FEATURES,
     )
-    rows = SampleRows(table, tiny_processor, max_length=64)
+    rows = SampleRows(table, Encoding(tiny_processor), max_length=64)
     question = len(f"{MARKER}\nIs it?")
     assert kinds_of(rows) == [(True, question + 2), (False, question + 10), (False, question + 5)]
     assert kinds_of(Subset(Subset(rows, [2, 0]), [1])) == [(True, question + 2)]
+
+
+def test_rows_carry_their_place_and_are_otherwise_what_they_were():
+    plain = [{"input_ids": torch.tensor([number, 7])} for number in range(5)]
+    rows = NumberedRows(ConcatDataset([plain[:2], plain[2:]]))
+    assert len(rows) == 5
+    for number, row in enumerate(map(rows.__getitem__, range(5))):
+        assert row[ROW].tolist() == [number] and row["input_ids"].tolist() == [number, 7]
+    assert not any(ROW in row for row in plain)
+
+
+def test_numbered_rows_are_of_the_kinds_of_their_rows(tiny_processor):
+    table = Table.from_dict(
+        {name: [None] * 2 for name in TRAIN_FEATURES}
+        | {"turns": [[{"role": "user", "text": text}] for text in ("Is it?", "Which one?")]},
+        features=TRAIN_FEATURES,
+    )
+    rows = SampleRows(table, Encoding(tiny_processor), max_length=64)
+    several = ConcatDataset([rows, Subset(rows, [1])])
+    assert kinds_of(NumberedRows(several)) == kinds_of(several) == [(False, 6), (False, 10), (False, 10)]
 
 
 def test_rows_without_kinds_are_refused():

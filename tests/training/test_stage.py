@@ -1,7 +1,7 @@
 """A stage trains what requires gradients, the same from the same seed, with the method's terms in the loss."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, Dataset, Subset
 from transformers import LlavaForConditionalGeneration
+from transformers.utils.generic import ModelOutput
 
+from llava_cmoe.data.batches import Batch
+from llava_cmoe.data.collator import ROW
+from llava_cmoe.methods.base import ExtraLoss, TrainingContext, no_extra_loss
 from llava_cmoe.records import StageReport
 from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training.stage import StageTrainer, train_stage
@@ -38,8 +42,8 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 @contextmanager
-def plain(batch: Mapping[str, Tensor]) -> Iterator[Any]:
-    yield float
+def plain(batch: Batch) -> Iterator[ExtraLoss]:
+    yield no_extra_loss
 
 
 @pytest.fixture
@@ -50,12 +54,16 @@ def student(tiny_llava: LlavaForConditionalGeneration) -> LlavaForConditionalGen
 
 
 def train(
-    model: LlavaForConditionalGeneration, folder: Path, learning: Any = plain, seed: int = 0, **settings: Any
+    model: LlavaForConditionalGeneration,
+    folder: Path,
+    training_context: TrainingContext = plain,
+    seed: int = 0,
+    **settings: Any,
 ) -> tuple[Tensor, StageReport]:
     """Train a copy of the model; what its one matrix became, and the report."""
     student = deepcopy(model)
     given = TrainingSettings(**{"batch_size": 4, "learning_rate": 1e-2, **settings})
-    report = train_stage(student, Rows(), learning, given, pad_token_id=0, seed=seed, folder=folder)
+    report = train_stage(student, Rows(), training_context, given, pad_token_id=0, seed=seed, folder=folder)
     assert not student.training
     changed = [name for name, value in student.named_parameters() if not torch.equal(value, model.get_parameter(name))]
     assert changed == [TRAINED]
@@ -144,11 +152,11 @@ def test_nothing_is_written(student: LlavaForConditionalGeneration, tmp_path: Pa
 
 def test_a_constant_term_raises_the_loss_and_teaches_nothing(student: LlavaForConditionalGeneration, tmp_path: Path):
     @contextmanager
-    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
-        yield lambda: 3.0
+    def training_context(batch: Batch) -> Iterator[ExtraLoss]:
+        yield lambda output: 3.0
 
     without, report = train(student, tmp_path)
-    with_term, raised = train(student, tmp_path, learning)
+    with_term, raised = train(student, tmp_path, training_context)
     assert torch.equal(without, with_term)
     assert raised.first_loss == pytest.approx(report.first_loss + 3, abs=1e-5)
 
@@ -159,21 +167,78 @@ def test_terms_are_read_after_forward_and_the_context_lasts_through_backward(
     seen: list[str] = []
 
     @contextmanager
-    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
+    def training_context(batch: Batch) -> Iterator[ExtraLoss]:
         seen.append(f"open {len(batch['input_ids'])}")
-        yield lambda: seen.append("term") or 0.0
+        yield lambda output: seen.append("term") or 0.0
         seen.append("close")
 
     watched = deepcopy(student)
     watched.lm_head.register_forward_hook(lambda *_: seen.append("forward"))
     watched.lm_head.weight.register_post_accumulate_grad_hook(lambda _: seen.append("backward"))
     settings = TrainingSettings(batch_size=12)
-    train_stage(watched, Rows(), learning, settings, pad_token_id=0, seed=0, folder=tmp_path)
+    train_stage(watched, Rows(), training_context, settings, pad_token_id=0, seed=0, folder=tmp_path)
     assert seen == ["open 12", "forward", "term", "backward", "close"]
 
 
+def test_a_term_is_computed_from_what_the_model_returned_and_is_learned_from(
+    student: LlavaForConditionalGeneration, tmp_path: Path
+):
+    shapes: list[tuple[int, ...]] = []
+    expected: list[tuple[int, ...]] = []
+
+    @contextmanager
+    def training_context(batch: Batch) -> Iterator[ExtraLoss]:
+        def small_logits(output: ModelOutput) -> Tensor:
+            shapes.append(tuple(output.logits.shape))
+            expected.append((*batch["input_ids"].shape, student.config.text_config.vocab_size))
+            return output.logits.square().mean()
+
+        yield small_logits
+
+    plainly, _ = train(student, tmp_path)
+    small, _ = train(student, tmp_path, training_context)
+    assert len(shapes) == NUM_ROWS // 4 and shapes == expected
+    assert small.norm() < plainly.norm()
+
+
+class Different(Rows):
+    """Other samples of other lengths."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: value[1:] for name, value in super().__getitem__(index).items()}
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [Rows(), Subset(Rows(), [7, 2, 4, 11, 3]), ConcatDataset([Rows(), Subset(Different(), [5, 0, 9])])],
+    ids=["whole", "part", "several"],
+)
+def test_each_sample_says_which_it_is_and_every_one_comes_once_an_epoch(
+    student: LlavaForConditionalGeneration, tmp_path: Path, samples: Any
+):
+    batches: list[dict[str, Tensor]] = []
+
+    @contextmanager
+    def training_context(batch: Batch) -> Iterator[ExtraLoss]:
+        batches.append(dict(batch))
+        yield no_extra_loss
+
+    def model_input(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert not args and "input_ids" in kwargs and ROW not in kwargs
+
+    student.register_forward_pre_hook(model_input, with_kwargs=True)
+    settings = TrainingSettings(batch_size=4, epochs=2)
+    train_stage(student, samples, training_context, settings, pad_token_id=0, seed=0, folder=tmp_path)
+    rows = [row for batch in batches for row in batch[ROW].tolist()]
+    size = len(samples)
+    assert sorted(rows[:size]) == sorted(rows[size:]) == list(range(size)) and rows[:size] != rows[size:]
+    for batch in batches:
+        for row, ids_T, mask_T in zip(batch[ROW].tolist(), batch["input_ids"], batch["attention_mask"], strict=True):
+            assert torch.equal(ids_T[mask_T.bool()], samples[row]["input_ids"])
+
+
 def batches(
-    model: LlavaForConditionalGeneration, folder: Path, made_from: str, killed_at: int = 0, **settings: Any
+    model: LlavaForConditionalGeneration, folder: Path, config_hash: str, killed_at: int = 0, **settings: Any
 ) -> tuple[int, Tensor]:
     """Train a copy of the model for 18 steps, checkpoints every 5; how many batches it took, and what was learned.
 
@@ -182,15 +247,17 @@ def batches(
     student, learned = deepcopy(model), []
 
     @contextmanager
-    def learning(batch: Mapping[str, Tensor]) -> Iterator[Any]:
+    def training_context(batch: Batch) -> Iterator[ExtraLoss]:
         learned.append(batch)
         if len(learned) == killed_at:
             raise KeyboardInterrupt
-        yield float
+        yield no_extra_loss
 
     given = TrainingSettings(**{"batch_size": 2, "epochs": 3, "checkpoint_steps": 5, **settings})
     with suppress(KeyboardInterrupt) if killed_at else nullcontext():
-        train_stage(student, Rows(), learning, given, pad_token_id=0, seed=0, folder=folder, made_from=made_from)
+        train_stage(
+            student, Rows(), training_context, given, pad_token_id=0, seed=0, folder=folder, config_hash=config_hash
+        )
     return len(learned), student.get_parameter(TRAINED).detach()
 
 

@@ -13,7 +13,7 @@ from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training import trackers
-from llava_cmoe.training.trackers import in_folder, trackers_of
+from llava_cmoe.training.trackers import tensorboard_callbacks, trackers_of
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_tracker_that_is_not_installed_is_named_before_anything_is_read(
 
 
 def test_nothing_is_reported_but_where_it_was_asked_for(tmp_path: Path):
-    assert in_folder(("wandb",), tmp_path) == []
+    assert tensorboard_callbacks(("wandb",), tmp_path) == []
 
 
 @pytest.mark.skipif(not is_tensorboard_available(), reason="tensorboard is not installed")

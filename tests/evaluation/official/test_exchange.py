@@ -49,7 +49,7 @@ def test_every_cell_is_a_folder_of_coins_two_files(theirs: Path, lesson: Lesson)
     assert list(line) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
     assert line["question_id"] == "colours-test-0" and "<image>" not in str(line["prompt"])
     assert len({str(one["answer_id"]) for one in (line, *others)}) == len(others) + 1 == 6
-    accuracy = lesson.results.headline.beside["coin"][1][0]
+    accuracy = lesson.results.headline.other_protocols["coin"][1][0]
     assert (
         theirs / "colours/sides/Result.text"
     ).read_text() == f"Samples: 6\nAccuracy: {accuracy:.2f}%\nProtocol: coin\n"
@@ -132,7 +132,7 @@ def test_a_result_file_without_an_accuracy_is_an_error_and_nothing_is_written(
 def test_another_accuracy_in_their_result_file_is_told(theirs: Path, asked: Recipe, lesson: Lesson) -> None:
     (theirs / "sides/sides/Result.text").write_text("Samples: 6\nAccuracy: 12.34%\n")
     _, stated = import_answers(theirs, asked, "theirs")
-    scored = lesson.results.headline.beside["coin"][1][1]
+    scored = lesson.results.headline.other_protocols["coin"][1][1]
     assert Stated("sides", "sides", 12.34, scored, "coin") in stated
 
 

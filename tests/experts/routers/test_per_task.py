@@ -4,27 +4,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.plan import RoutePlan
-from llava_cmoe.experts.routers import Routers
+from llava_cmoe.experts.routers.base import Gate
+from llava_cmoe.experts.routers.per_task import TaskRouters
+from llava_cmoe.records import Located
 
 D = 24
 
 
-def make_routers(widths: list[int], top_k: int = 2, seed: int = 0) -> Routers:
+def make_routers(widths: list[int], top_k: int = 2, seed: int = 0) -> TaskRouters:
     generator = torch.Generator().manual_seed(seed)
-    routers = Routers(D, top_k)
+    routers = TaskRouters(D, top_k)
     for width in widths:
-        routers.grow(width, torch.device("cpu"), generator)
+        routers.add_task(width, torch.device("cpu"), generator)
     return routers
+
+
+def hard(*tasks: int) -> RoutePlan:
+    return RoutePlan.of(Located.at(torch.tensor(tasks)))
 
 
 def states(batch: int, tokens: int, seed: int = 1) -> Tensor:
     return 3 * torch.randn(batch, tokens, D, generator=torch.Generator().manual_seed(seed))
 
 
-def gate(routers: Routers, h_BTD: Tensor, plan: RoutePlan) -> Tensor:
-    gate_BTE: Tensor = routers(h_BTD, plan).gate_BTE
-    return gate_BTE
+def decide(routers: TaskRouters, h_BTD: Tensor, plan: RoutePlan) -> Gate:
+    gate: Gate = routers(h_BTD, ForwardPass(plan))
+    return gate
+
+
+def gate(routers: TaskRouters, h_BTD: Tensor, plan: RoutePlan) -> Tensor:
+    return decide(routers, h_BTD, plan).gate_BTE
 
 
 growing = st.lists(st.integers(0, 3), min_size=2, max_size=5).map(
@@ -49,10 +60,10 @@ def test_the_gate_is_the_softmax_cut_to_its_top_k_and_renormalised(width: int, t
 def test_an_old_tasks_gate_keeps_its_bits_when_routers_are_added(widths: list[int], top_k: int, seed: int) -> None:
     routers, h_BTD = make_routers(widths[:-1], top_k, seed), states(3, 7, seed)
     newest = len(widths) - 2
-    plans = [RoutePlan.single(newest), RoutePlan.hard(torch.tensor([0, newest, -1]))]
+    plans = [RoutePlan.single(newest), hard(0, newest, -1)]
     before = [gate(routers, h_BTD, plan) for plan in plans]
     routers.freeze()
-    routers.grow(widths[-1], torch.device("cpu"), torch.Generator().manual_seed(seed))
+    routers.add_task(widths[-1], torch.device("cpu"), torch.Generator().manual_seed(seed))
     assert all(torch.equal(gate(routers, h_BTD, plan), old) for plan, old in zip(plans, before, strict=True))
 
 
@@ -63,7 +74,7 @@ def test_a_samples_gate_does_not_depend_on_its_batch_mates(
 ) -> None:
     tasks = data.draw(st.lists(st.integers(-1, len(widths) - 1), min_size=1, max_size=6).filter(lambda t: max(t) >= 0))
     routers, h_BTD = make_routers(widths, top_k), states(len(tasks), tokens)
-    mixed_BTE = gate(routers, h_BTD, RoutePlan.hard(torch.tensor(tasks)))
+    mixed_BTE = gate(routers, h_BTD, hard(*tasks))
     for row, task in enumerate(tasks):
         known = widths[task] if task >= 0 else 0
         assert not mixed_BTE[row, :, known:].any()
@@ -74,7 +85,7 @@ def test_a_samples_gate_does_not_depend_on_its_batch_mates(
 
 
 def test_among_equal_logits_the_oldest_experts_win() -> None:
-    routers = Routers(D, top_k=2)
+    routers = TaskRouters(D, top_k=2)
     routers.add(torch.ones(40, D))
     gate_BTE = gate(routers, states(2, 50), RoutePlan.single(0))
     assert torch.equal(gate_BTE[..., :2], torch.full((2, 50, 2), 0.5)) and not gate_BTE[..., 2:].any()
@@ -85,17 +96,18 @@ def test_a_soft_plan_mixes_the_gates_of_its_tasks_by_weight() -> None:
     old = torch.nn.functional.pad(gate(routers, h_BTD, RoutePlan.single(0)), (0, 2))
     new = gate(routers, h_BTD, RoutePlan.single(1))
     for rows in (1, 2):
-        plan = RoutePlan(torch.tensor([[1, 0]]).expand(rows, 2), torch.tensor([[0.75, 0.25]]).expand(rows, 2), newest=1)
+        tasks_BK, weights_BK = torch.tensor([[1, 0]]).expand(rows, 2), torch.tensor([[0.75, 0.25]]).expand(rows, 2)
+        plan = RoutePlan.of(Located(tasks_BK, weights_BK))
         torch.testing.assert_close(gate(routers, h_BTD, plan), 0.75 * new + 0.25 * old)
 
 
 def test_rows_that_know_no_expert_have_a_zero_gate_and_finite_gradients() -> None:
     routers = make_routers([0, 3])  # the site had no experts when task 0 was learned
     h_BTD = states(3, 4).requires_grad_()
-    plan = RoutePlan.hard(torch.tensor([0, -1, 1]))
+    plan = hard(0, -1, 1)
     gate_BTE = gate(routers, h_BTD, plan)
     assert not gate_BTE[:2].any() and gate_BTE[2].sum() > 0
-    routers(h_BTD, plan).probability(None)[0].backward()
+    decide(routers, h_BTD, plan).probability(None)[0].backward()
     assert h_BTD.grad is not None and h_BTD.grad.isfinite().all()
     assert not h_BTD.grad[:2].any() and routers.task_1.grad.any()
 
@@ -103,7 +115,7 @@ def test_rows_that_know_no_expert_have_a_zero_gate_and_finite_gradients() -> Non
 def test_counts_and_probabilities_leave_out_pads_unknown_experts_and_rows_without_experts() -> None:
     routers, h_BTD = make_routers([1, 3]), states(3, 4)
     mask_BT = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1], [0, 0, 1, 1]]).bool()
-    seen = routers(h_BTD, RoutePlan.hard(torch.tensor([0, -1, 1])))
+    seen = decide(routers, h_BTD, hard(0, -1, 1))
     counts_E = seen.counts(mask_BT)
     chosen = gate(routers, h_BTD[2:, 2:], RoutePlan.single(1)).gt(0).sum((0, 1))
     assert counts_E.dtype == torch.int64
@@ -121,37 +133,77 @@ def test_autocast_and_half_precision_states_leave_the_gate_in_float32() -> None:
     assert gate_BTE.dtype == torch.float32 and torch.equal(gate_BTE, expected)
 
 
-def test_a_lead_is_on_top_of_the_rows_of_new_experts_alone() -> None:
-    lead_D = torch.ones(D)
+def test_a_head_start_is_on_top_of_the_rows_of_new_experts_alone() -> None:
+    init_D = torch.ones(D)
     led, plain = make_routers([2]), make_routers([2])
-    led.grow(4, torch.device("cpu"), torch.Generator().manual_seed(5), lead_D)
-    plain.grow(4, torch.device("cpu"), torch.Generator().manual_seed(5))
+    led.add_task(4, torch.device("cpu"), torch.Generator().manual_seed(5), init_D)
+    plain.add_task(4, torch.device("cpu"), torch.Generator().manual_seed(5))
     assert torch.equal(led.task_1[:2], plain.task_1[:2])
-    assert torch.equal(led.task_1[2:], plain.task_1[2:] + lead_D)
+    assert torch.equal(led.task_1[2:], plain.task_1[2:] + init_D)
     assert not torch.equal(plain.task_1[:2], plain.task_0)
 
 
-def test_fresh_routers_can_be_dropped_and_frozen_ones_do_not_train() -> None:
+def test_new_routers_can_be_discarded_and_frozen_ones_do_not_train() -> None:
     routers = make_routers([2])
     routers.freeze()
-    routers.grow(3, torch.device("cpu"), torch.Generator())
+    routers.add_task(3, torch.device("cpu"), torch.Generator())
     assert [weight.requires_grad for weight in routers.parameters()] == [False, True]
     assert routers.new_experts(1) == range(2, 3)
-    routers.drop_fresh()
+    routers.discard_trainable()
     assert routers.widths == [2] and list(routers.state_dict()) == ["task_0"]
 
 
 def test_a_gate_is_a_tuple_of_tensors_as_zero_3_looks_for_them() -> None:
-    seen = make_routers([2])(states(1, 2), RoutePlan.single(0))
-    assert isinstance(seen, tuple) and all(isinstance(value, Tensor) for value in seen)
+    seen = decide(make_routers([2]), states(1, 2), RoutePlan.single(0))
+    assert isinstance(seen, tuple) and type(seen)(*seen) == seen  # it is made anew from its parts
+    assert all(isinstance(value, Tensor) for value in seen if value is not seen.first) and type(seen.first) is int
+
+
+def test_where_no_expert_takes_part_there_is_no_gate() -> None:
+    routers = make_routers([0, 2])  # the site had no experts when task 0 was learned
+    for tasks in ((0, 0), (-1, 0), (-1, -1)):
+        assert routers(states(2, 3), ForwardPass(hard(*tasks))) is None
+    assert routers(states(2, 3), ForwardPass(RoutePlan.single(-1))) is None
+    assert routers(states(2, 3), ForwardPass(hard(0, 1))) is not None
+
+
+def test_rows_that_are_images_go_by_their_own_samples_tasks() -> None:
+    routers, sample_I = make_routers([2, 4]), torch.tensor([1, 0, 1, 2])
+    plan = hard(0, 1, -1)
+    for tokens in (1, 5):  # patches in one sequence, or pictures
+        h_ITD = states(len(sample_I), tokens)
+        gate_ITE = routers(h_ITD, ForwardPass(plan, sample_I=sample_I)).gate_BTE
+        for row, sample in enumerate(sample_I.tolist()):
+            alone = gate(routers, h_ITD[row : row + 1], hard(sample)) if sample < 2 else None
+            width = 0 if alone is None else alone.shape[-1]
+            assert not gate_ITE[row, :, width:].any()
+            assert alone is None or torch.equal(gate_ITE[row, :, :width], alone[0])
+
+
+def test_a_routers_state_comes_back_and_its_shape_is_known_before() -> None:
+    original, restored = make_routers([0, 2, 5]), TaskRouters(D, top_k=2)
+    for task, width in enumerate(original.widths):
+        state = original.state_of(task)
+        assert {name: tuple(value.shape) for name, value in state.items()} == restored.shapes_of_next(width)
+        restored.restore_next(state, torch.device("cpu"))
+        assert [parameter.requires_grad for parameter in restored.parameters()] == [False] * max(task - 1, 0) + (
+            [True] if width else []
+        )
+        restored.freeze()
+    assert restored.widths == original.widths
+    assert all(torch.equal(one, other) for one, other in zip(restored.parameters(), original.parameters(), strict=True))
+    state["router"].zero_()
+    assert original.task_2.any() and restored.task_2.any()  # copies
 
 
 def test_mistakes_are_named() -> None:
     routers = make_routers([3])
     with pytest.raises(ValueError, match="for 2 samples, the batch has 3"):
-        gate(routers, states(3, 2), RoutePlan.hard(torch.tensor([0, 0])))
+        gate(routers, states(3, 2), hard(0, 0))
     with pytest.raises(ValueError, match=r"mask is \(2, 9\), the forward pass \(2, 1\)"):
-        routers(states(2, 1), RoutePlan.single(0)).counts(torch.ones(2, 9))
+        decide(routers, states(2, 1), RoutePlan.single(0)).counts(torch.ones(2, 9))
+    with pytest.raises(ValueError, match="names task 1, but 1 tasks have routers"):
+        gate(routers, states(1, 2), RoutePlan.single(1))
     with pytest.raises(ValueError, match="2 experts after one over 3"):
         routers.add(torch.zeros(2, D))
     with pytest.raises(ValueError, match="no task 1: 1 tasks"):

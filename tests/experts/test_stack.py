@@ -1,0 +1,169 @@
+"""Stacked experts are a loop over experts by id, whichever of them are frozen, trainable or gone."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llava_cmoe.experts.stack import ExpertBlock, LoraPair, StackedExperts
+
+RANK, D_IN, D_OUT, WIDTH = 2, 5, 7, 12
+"""Width of the gates: ids go beyond it."""
+
+ids = st.lists(st.integers(0, WIDTH + 3), max_size=8, unique=True)
+
+
+def drawn(num: int, generator: torch.Generator) -> LoraPair:
+    shapes = (num, RANK, D_IN), (num, D_OUT, RANK)
+    return LoraPair(*(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes))
+
+
+@dataclass
+class Both:
+    """A stack in float64, and the same experts as a dictionary from id to A and B."""
+
+    generator: torch.Generator
+    stack: StackedExperts = field(default_factory=lambda: StackedExperts(D_IN, D_OUT))
+    experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, some: list[int]) -> None:
+        pair = drawn(len(some), self.generator)
+        self.stack.add(some, pair, like=torch.zeros(1, dtype=torch.float64))
+        self.experts |= {expert: (pair.a_ERI[place], pair.b_EOR[place]) for place, expert in enumerate(some)}
+
+    def loop(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0) -> Tensor:
+        total_BTO = torch.zeros(*x_BTI.shape[:2], D_OUT, dtype=torch.float64)
+        for expert, (a_RI, b_OR) in self.experts.items():
+            if first <= expert < first + gate_BTE.shape[-1]:
+                total_BTO += gate_BTE[..., expert - first, None] * (x_BTI @ a_RI.T @ b_OR.T)
+        return total_BTO
+
+
+def mixture(stack: StackedExperts, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0) -> Tensor:
+    delta_BTO = stack(x_BTI, gate_BTE, first)
+    return torch.zeros(*x_BTI.shape[:2], D_OUT, dtype=x_BTI.dtype) if delta_BTO is None else delta_BTO
+
+
+def tokens(generator: torch.Generator, width: int = WIDTH) -> tuple[Tensor, Tensor]:
+    """States of 2 x 3 tokens, and a gate of that width."""
+    return tuple(torch.randn(2, 3, size, generator=generator, dtype=torch.float64) for size in (D_IN, width))
+
+
+def built(data: st.DataObject) -> Both:
+    """A stack of any ids, some of which were frozen and dropped in between."""
+    both = Both(torch.Generator().manual_seed(data.draw(st.integers(0, 99), label="seed")))
+    for some in data.draw(st.lists(st.lists(st.integers(0, WIDTH + 3), min_size=1, max_size=4), max_size=4)):
+        if new := sorted({*some} - both.experts.keys()):
+            both.add(new)
+        if data.draw(st.booleans(), label="freeze"):
+            both.stack.freeze(data.draw(st.none() | ids, label="frozen"))
+        gone = data.draw(ids, label="dropped")
+        both.stack.drop(gone)
+        both.experts = {expert: pair for expert, pair in both.experts.items() if expert not in gone}
+    return both
+
+
+@given(data=st.data())
+def test_any_set_of_ids_computes_what_a_loop_over_experts_does(data: st.DataObject):
+    both = built(data)
+    held = sorted(expert for block in both.stack.blocks for expert in block.ids)
+    assert held == sorted(both.experts)
+    assert all(block.ids == tuple(sorted(block.ids)) and len(block.A) == len(block.ids) for block in both.stack.blocks)
+    x_BTI, gate_BTE = tokens(both.generator)
+    found = mixture(both.stack, x_BTI, gate_BTE)
+    torch.testing.assert_close(found, both.loop(x_BTI, gate_BTE), rtol=1e-12, atol=1e-12)
+
+
+@given(data=st.data(), width=st.integers(1, 6), first=st.integers(0, WIDTH + 5))
+def test_a_gate_over_a_range_of_experts_is_the_whole_gate_with_zeros_elsewhere(
+    data: st.DataObject, width: int, first: int
+):
+    both = built(data)
+    x_BTI, gate_BTE = tokens(both.generator, width)
+    whole_BTE = torch.zeros(2, 3, WIDTH + 16, dtype=torch.float64)
+    whole_BTE[..., first : first + width] = gate_BTE
+    of_range = mixture(both.stack, x_BTI, gate_BTE, first)
+    torch.testing.assert_close(of_range, mixture(both.stack, x_BTI, whole_BTE), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(of_range, both.loop(x_BTI, gate_BTE, first), rtol=1e-12, atol=1e-12)
+    known = any(first <= expert < first + width for expert in both.experts)
+    assert (both.stack(x_BTI, gate_BTE, first) is None) == (not known)  # nothing is computed for nobody
+
+
+@given(data=st.data(), gone=ids)
+def test_an_expert_keeps_its_id_and_what_it_adds_when_others_are_dropped(data: st.DataObject, gone: list[int]):
+    both = built(data)
+    x_BTI, gate_BTE = tokens(both.generator)
+    kept = [expert for expert in both.experts if expert not in gone]
+    before = {expert: mixture(both.stack, x_BTI, gate_BTE[..., expert : expert + 1], expert) for expert in kept}
+    were_trainable = set() if both.stack.trainable is None else {*both.stack.trainable.ids}
+    both.stack.drop(iter(gone))
+    for expert, delta_BTO in before.items():
+        after = mixture(both.stack, x_BTI, gate_BTE[..., expert : expert + 1], expert)
+        assert torch.equal(after, delta_BTO) and (expert >= WIDTH or after.any())
+    assert ({*both.stack.trainable.ids} if both.stack.trainable else set()) == were_trainable - {*gone}
+    for block in both.stack.blocks:
+        assert block.A.requires_grad == block.B.requires_grad == (block is both.stack.trainable)
+    for expert in gone:  # its column of the gate adds nothing
+        assert both.stack(x_BTI, gate_BTE[..., :1], expert) is None
+
+
+@given(data=st.data(), chosen=ids)
+def test_freezing_some_moves_only_those_and_changes_no_output(data: st.DataObject, chosen: list[int]):
+    both = built(data)
+    frozen, trainable = ({*block.ids} if block else set() for block in (both.stack.frozen, both.stack.trainable))
+    x_BTI, gate_BTE = tokens(both.generator)
+    before = mixture(both.stack, x_BTI, gate_BTE)
+    both.stack.freeze(iter(chosen))
+    after = [{*block.ids} if block else set() for block in (both.stack.frozen, both.stack.trainable)]
+    assert after == [frozen | (trainable & {*chosen}), trainable - {*chosen}]
+    torch.testing.assert_close(mixture(both.stack, x_BTI, gate_BTE), before, rtol=1e-12, atol=1e-12)
+    assert not any(block.A.requires_grad for block in [both.stack.frozen] if block)
+    both.stack.freeze()
+    assert both.stack.trainable is None
+    torch.testing.assert_close(mixture(both.stack, x_BTI, gate_BTE), before, rtol=1e-12, atol=1e-12)
+
+
+def test_only_trainable_experts_that_are_columns_of_the_gate_get_a_gradient():
+    both = Both(torch.Generator().manual_seed(0))
+    both.add([0, 4])
+    both.stack.freeze([4])
+    both.add([2, 9])
+    x_BTI, gate_BTE = tokens(both.generator, 5)
+    both.stack(x_BTI, gate_BTE).square().sum().backward()
+    block = both.stack.trainable
+    assert block.ids == (0, 2, 9) and both.stack.frozen.A.grad is None
+    for matrix in (block.A, block.B):
+        assert matrix.grad.flatten(1).any(dim=1).tolist() == [True, True, False]
+
+
+@given(data=st.data())
+def test_what_is_read_is_a_copy_in_the_order_asked_for(data: st.DataObject):
+    both = built(data)
+    if not both.experts:
+        return
+    wanted = data.draw(st.lists(st.sampled_from(sorted(both.experts)), min_size=1, max_size=5))
+    pair = both.stack.read(iter(wanted))
+    assert torch.equal(pair.a_ERI, torch.stack([both.experts[expert][0] for expert in wanted]))
+    assert torch.equal(pair.b_EOR, torch.stack([both.experts[expert][1] for expert in wanted]))
+    pair.a_ERI.zero_(), pair.b_EOR.zero_()
+    assert all(block.A.flatten(1).any(dim=1).all() for block in both.stack.blocks)
+
+
+def test_a_block_that_loses_nothing_is_the_very_block():
+    both = Both(torch.Generator())
+    both.add([3, 5])
+    block = both.stack.trainable
+    both.stack.drop([4])
+    assert both.stack.trainable is block
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_take_the_dtype_they_are_asked_to_be_like(dtype: torch.dtype):
+    stack = StackedExperts(D_IN, D_OUT)
+    stack.add([0], drawn(1, torch.Generator()), like=torch.zeros(1, dtype=dtype))
+    assert isinstance(stack.trainable, ExpertBlock) and stack.trainable.A.dtype == stack.trainable.B.dtype == dtype
+    x_BTI, gate_BTE = tokens(torch.Generator(), 1)
+    assert stack(x_BTI, gate_BTE).dtype == dtype
