@@ -176,7 +176,10 @@ def chat(
     """
     from llava_cmoe.chat.session import open_session
     from llava_cmoe.chat.terminal import answer, converse
+    from llava_cmoe.data.images import open_image
 
+    if image is not None:
+        open_image(image)  # a mistake there is found before a model is loaded
     console, session = Console(), open_session(run, after, merge)
     if prompt is None:
         converse(console, session, image)

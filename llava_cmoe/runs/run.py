@@ -67,10 +67,11 @@ def open_run(recipe: Recipe, writer: bool = False, force: bool = False) -> Run:
     check_engine_holds(recipe)
     data.check(reads_images(recipe.backbone))
     eval_spec = eval_spec_of(data, recipe.evaluation, recipe.run)
+    if not force:
+        registry.check_data(recipe, data.files)
     if writer:
         if not force:
             registry.check_recipe(recipe, launched.num_processes)
-            registry.check_data(recipe, data.files)
         check_lengths(recipe, data, len(registry.records()))  # before the recipe is on record, so that it can change
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
