@@ -66,7 +66,7 @@ def eval_spec_of(data: TaskData, evaluation: EvaluationSettings, folder: Path) -
 
 
 def eval_sets_of(eval_spec: EvalSpec, processor: Any, keep: bool = True) -> dict[str, EvalSet]:
-    """The exam's questions by task name, to be made once per run; a prompt is encoded when it is first asked.
+    """The questions by task name, to be made once per run; a prompt is encoded when it is first answered.
 
     It is then kept, because every later row of the matrix asks it again; `keep=False` gives up that time where all
     pictures do not fit into memory (1.4 MB each at 336 pixels).

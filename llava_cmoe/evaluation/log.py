@@ -115,7 +115,7 @@ class Subset(_Logged):
     """Which part of the questions was asked."""
 
     limit: int
-    """EvalSet per task, at most."""
+    """Questions per task, at most."""
     seed: int
     """Of the draw."""
     strata: str

@@ -89,7 +89,7 @@ class Registry:
             _sync(self.run)
 
     def check_recipe(self, recipe: Recipe, processes: int = 1, force: bool = False) -> None:
-        """Stop, or with `anyway` only warn, unless a recipe may begin the run or go on with it.
+        """Stop, or with `force` only warn, unless a recipe may begin the run or go on with it.
 
         Raises:
             RegistryError: the run was begun, or a task learned, with another recipe, or the run on another number of
@@ -115,9 +115,9 @@ class Registry:
             )
 
     def check_sources(self, recipe: Recipe, sources: Sources, force: bool = False) -> None:
-        """Stop, or with `anyway` only warn, unless data and backbone are those that a run was begun with.
+        """Stop, or with `force` only warn, unless data and backbone are those that a run was begun with.
 
-        What is learned already never comes back on another backbone: that is an error with `anyway`, too.
+        What is learned already never comes back on another backbone: that is an error with `force`, too.
 
         Args:
             recipe: says where they lie.
@@ -140,7 +140,7 @@ class Registry:
             )
 
     def check_data(self, recipe: Recipe, files: Mapping[str, str], force: bool = False) -> None:
-        """Stop, or with `anyway` only warn, unless the data is what a run was begun with; needs no model.
+        """Stop, or with `force` only warn, unless the data is what a run was begun with; needs no model.
 
         Raises:
             RegistryError: the run was begun, or a task learned, from other data; names the files, or both fingerprints.
@@ -310,7 +310,7 @@ class Registry:
 
 
 def differ(message: str, force: bool) -> None:
-    """Stop at a difference to how a run was begun, or with `anyway` only warn."""
+    """Stop at a difference to how a run was begun, or with `force` only warn."""
     if not force:
         raise RegistryError(message)
     logger.warning(message)

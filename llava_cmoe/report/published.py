@@ -62,7 +62,7 @@ class PublishedSet(Settings):
     protocol: str
     """Rules by which answers were scored."""
     samples: dict[str, int] = Field(default_factory=dict)
-    """EvalSet per task, where known."""
+    """Questions per task, where known."""
     tasks: tuple[str, ...] = ()
     """The tasks in the order in which they are learned; none where only means were published."""
     rows: dict[str, PublishedRow]
