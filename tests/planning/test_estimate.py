@@ -1,4 +1,4 @@
-"""The command says what a recipe would cost, in tables and as JSON, and loads and writes nothing else."""
+"""The command states what a recipe would cost, in tables and as JSON, and loads and writes nothing else."""
 
 import json
 import re

@@ -269,10 +269,10 @@ def test_quantized_linears_take_what_bitsandbytes_makes_of_them(shape: tuple[int
 
 
 def test_the_llms_linears_alone_are_quantized():
-    frame = meta_model(BackboneSettings(path="llava-hf/llava-1.5-7b-hf", dtype="bfloat16"))
-    sizes = backbone_bytes(frame)
+    model = meta_model(BackboneSettings(path="llava-hf/llava-1.5-7b-hf", dtype="bfloat16"))
+    sizes = backbone_bytes(model)
     layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
     rows = 4 * 4096 + 2 * 11008 + 4096
-    assert frame.num_parameters() == 7_063_427_072 and sizes["none"] == 2 * frame.num_parameters()
+    assert model.num_parameters() == 7_063_427_072 and sizes["none"] == 2 * model.num_parameters()
     assert sizes["8bit"] == sizes["none"] - 32 * layer + 32 * 4 * rows
     assert sizes["nf4"] == pytest.approx(sizes["none"] - 2 * 32 * layer + 32 * layer * (0.5 + 1 / 64), rel=1e-3)
