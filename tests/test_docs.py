@@ -14,7 +14,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from inspect import get_annotations
+from dataclasses import fields
+from inspect import get_annotations, signature
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from llava_cmoe.cli import main
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.evaluation.scorers import PROTOCOLS
 from llava_cmoe.methods import METHODS
-from llava_cmoe.methods.base import Method
+from llava_cmoe.methods.base import Method, StageData
 from llava_cmoe.planning.estimate import Budget
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, readme_markdown
@@ -322,7 +323,8 @@ def test_every_setting_that_is_named_exists(page: Path):
         r"(?<![\w/.])((?:data|backbone|method|training|evaluation)\.[a-z_]+(?:\.[a-z_]+)*)\b", TEXT[page]
     )
     files = {f"{name}.{ending}" for name in ("data", "backbone", "training", "evaluation") for ending in ("md", "py")}
-    assert set(named) - files - known_keys().keys() == set()
+    of_a_stage = {f"data.{field.name}" for field in fields(StageData)}
+    assert set(named) - files - of_a_stage - known_keys().keys() == set()
 
 
 def test_every_option_that_is_named_exists():
@@ -385,9 +387,14 @@ def test_the_page_on_data_names_every_scorer():
 
 
 def test_the_contract_on_the_page_is_that_of_the_code():
-    rows = re.findall(r"^\| `(\w+)` \|", part_of_methods("A method of your own"), re.MULTILINE)
+    stated = re.findall(r"^\| `(\w+)(?:\(([^)]*)\))?[^|]*` \|", part_of_methods("A method of your own"), re.MULTILINE)
     members = {name for name in {**vars(Method), **get_annotations(Method)} if not name.startswith("_")} | {"__init__"}
-    assert sorted(rows) == sorted(members - {"model", "processor"})
+    assert sorted(name for name, _ in stated) == sorted(members - {"model", "processor"})
+    for name, given in stated:
+        member = getattr(Method, name)
+        if callable(member):
+            parameters = [one.partition("=")[0] for one in given.split(", ")]
+            assert parameters == [one for one in signature(member).parameters if one != "self"], name
 
 
 def test_layers_under_other_names_are_settings():

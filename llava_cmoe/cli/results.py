@@ -148,7 +148,7 @@ def export_command(
 
     STAGE is the task learned last.
     """
-    from llava_cmoe.evaluation.official.exchange import export_answers
+    from llava_cmoe.evaluation.official.coin_format import export_answers
     from llava_cmoe.evaluation.rescoring import open_examined
 
     examined, console = open_examined(run, root), Console()
@@ -176,7 +176,7 @@ def import_command(
     RUN can then be reported, compared and scored again like a run of one's own.
     """
     from llava_cmoe.cli.progress import ProgressLine
-    from llava_cmoe.evaluation.official.exchange import import_answers
+    from llava_cmoe.evaluation.official.coin_format import import_answers
 
     imported, console = load_recipe(recipe, [*(overrides or ()), f"run={run}"]), Console()
     with ProgressLine(console) as bar:

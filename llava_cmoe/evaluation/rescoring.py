@@ -1,7 +1,7 @@
 """What was measured, measured again from the answers on disk: no model is loaded, nothing is generated.
 
 Everything comes from a folder's own `results.json` and `answers/` and from the data root they name, so it works for a
-run and for predictions that were brought along (`exchange.py`) alike.
+run and for predictions that were brought along (`official/coin_format.py`) alike.
 """
 
 from __future__ import annotations

@@ -88,11 +88,12 @@ def gates_seen(method: Method) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def collate(lesson: Lesson, rows: Rows, longer: int = 0) -> dict[str, Tensor]:
-    """Left-padded, by some tokens more than is needed."""
-    token = tokenizer_of(lesson.run.backbone.processor).pad_token_id
-    batch = Collator(token, "left")(rows)
-    for name, fill in (("input_ids", token), ("attention_mask", 0)):
-        batch[name] = pad(batch[name], (longer, 0), value=fill)
+    """Left-padded, by some tokens more than is needed; then other tokens than the padding's stand there."""
+    batch = Collator(tokenizer_of(lesson.run.backbone.processor).pad_token_id, "left")(rows)
+    if longer:
+        for name in ("input_ids", "attention_mask"):
+            batch[name] = pad(batch[name], (longer, 0))
+        batch["input_ids"].masked_fill_(batch["attention_mask"] == 0, 100)
     return batch
 
 

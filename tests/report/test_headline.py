@@ -81,8 +81,8 @@ def test_a_number_that_one_run_lacks_is_not_a_mean_over_the_others():
 def test_another_protocols_mean_is_over_all_tasks_or_absent():
     def judged(*last: float | None) -> dict[str, Spread]:
         run = result("joint", 0)
-        beside = {"coin": ((5.0, None, None), (5.0, 5.0, None), last)}
-        routes = {"located": run.headline.model_copy(update={"beside": beside})}
+        others = {"coin": ((5.0, None, None), (5.0, 5.0, None), last)}
+        routes = {"located": run.headline.model_copy(update={"other_protocols": others})}
         return summarise([run.model_copy(update={"routes": routes})]).methods[0].numbers
 
     assert judged(10.0, 20.0, 60.0)["last_coin"].mean == approx(30.0)

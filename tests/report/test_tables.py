@@ -69,7 +69,7 @@ def test_terminal_matrix_of_eight_tasks_fits_eighty_columns_without_cutting() ->
 
 
 def beside(results: Results, matrix: tuple) -> Results:
-    route = results.headline.model_copy(update={"beside": {"coin": matrix}})
+    route = results.headline.model_copy(update={"other_protocols": {"coin": matrix}})
     return results.model_copy(update={"routes": {"located": route}})
 
 

@@ -9,7 +9,7 @@ import pytest
 from tiny import Lesson
 
 from llava_cmoe.evaluation.log import read_results
-from llava_cmoe.evaluation.official.exchange import Stated, export_answers, import_answers
+from llava_cmoe.evaluation.official.coin_format import Stated, export_answers, import_answers
 from llava_cmoe.evaluation.rescoring import open_examined, rescore
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.paired_tests import compare
