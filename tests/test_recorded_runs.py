@@ -24,6 +24,8 @@ from llava_cmoe.sequence import learn
 
 RECORDED = Path(__file__).parent / "recorded"
 METHODS = ("cmoe", "sequential_lora", "moelora")
+SINCE = {"cmoe": ("method.probe.router=random", "method.probe.floor=0")}
+"""What recorded runs did before there was a setting for it."""
 TOLERANCE = 1e-5
 MEASURED = {"routes", "locator", "growth", "trainable_parameters", "num_samples"}
 """What a results file holds beside names, versions and times."""
@@ -43,7 +45,7 @@ def learn_beside(folder: Path, backbone: Path, method: str) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        learn(tiny.recipe(Path(method) / "run", Path("data"), Path("backbone"), method))
+        learn(tiny.recipe(Path(method) / "run", Path("data"), Path("backbone"), method, *SINCE.get(method, ())))
     finally:
         os.chdir(before)
     return folder / method / "run"

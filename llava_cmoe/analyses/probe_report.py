@@ -6,8 +6,12 @@ learned already. Nothing is added and nothing is written; learning is `sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 from functools import partial
+from itertools import combinations
+from random import Random
+from statistics import fmean
 
 from rich import box
 from rich.table import Table
@@ -27,6 +31,21 @@ from llava_cmoe.settings.run import Recipe
 
 
 @dataclass(frozen=True)
+class Agreement:
+    """How alike the decisions are that probing makes from several seeds, over all pairs of them; in percent.
+
+    Attributes:
+        layers: sites that grow from both seeds, of those that grow from either.
+        copied: sites whose most used expert of the pool is the same.
+        chance: the same of experts that are drawn at random.
+    """
+
+    layers: float
+    copied: float
+    chance: float
+
+
+@dataclass(frozen=True)
 class Probed:
     """What probing says of one task.
 
@@ -35,12 +54,14 @@ class Probed:
         learned: whether the probed model had learned it.
         use: site name to the mean frequency of its probes.
         growth: where it would grow, by which frequencies and thresholds.
+        agreement: of probing it again from other seeds; None where it was probed once.
     """
 
     task: str
     learned: bool
     use: dict[str, float]
     growth: Growth
+    agreement: Agreement | None = None
 
 
 class ProbeReport(RunFacts):
@@ -50,15 +71,20 @@ class ProbeReport(RunFacts):
     """Tasks that the probed model had learned."""
     probe: ProbeSettings
     """How it was probed; the recipe says how the run itself was."""
+    seeds: int = 1
+    """Seeds from which each task was probed; the first is that of learning, whose use and growth are reported."""
     tasks: tuple[Probed, ...]
     """In the order in which they are learned."""
 
 
-def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = lambda *_: None) -> ProbeReport:
+def probe_tasks(
+    recipe: Recipe, after: int | None = None, seeds: int = 1, progress: Progress = lambda *_: None
+) -> ProbeReport:
     """Probe every task of a run's sequence on the model as it was after its first `after` tasks (as it is if absent).
 
     A task is probed on the rows, and from the seed, with which learning probes it: of the next task this tells the
-    very growth that learning it would begin with.
+    very growth that learning it would begin with. With several `seeds` it is probed again on rows and from weights that
+    the others draw, and what is reported is how far the decisions agree.
 
     Raises:
         RecipeError: the run's method does not probe.
@@ -72,15 +98,36 @@ def probe_tasks(recipe: Recipe, after: int | None = None, progress: Progress = l
     assert isinstance(run.method, Cmoe)
     probed = []
     for index, stage in enumerate(run.stages):
-        data = stage_data(run, wanted, stage)
-        set_seed(data.seed)
-        fit = fit_fn(run, data, partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}"))
-        growth, _ = run.method.probe(data, fit)
-        use = {site: probe_use(used, run.method.settings.probe) for site, used in growth.frequencies.items()}
-        probed.append(Probed(stage.name, index < wanted, use, growth))
+        own, found = stage_data(run, wanted, stage), list[Growth]()
+        for number in range(seeds):
+            data = own if number == 0 else replace(own, seed=Random(f"{own.seed}/{number}").getrandbits(31))
+            set_seed(data.seed)
+            fit = fit_fn(run, data, partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}"))
+            found.append(run.method.probe(data, fit)[0])
+        settings = run.method.settings.probe
+        use = {site: probe_use(used, settings) for site, used in found[0].frequencies.items()}
+        agreement = agreement_of(found, settings) if seeds > 1 else None
+        probed.append(Probed(stage.name, index < wanted, use, found[0], agreement))
     return ProbeReport(
-        **facts_of_run(run).model_dump(), after=wanted, probe=run.method.settings.probe, tasks=tuple(probed)
+        **facts_of_run(run).model_dump(),
+        after=wanted,
+        probe=run.method.settings.probe,
+        seeds=seeds,
+        tasks=tuple(probed),
     )
+
+
+def agreement_of(found: Sequence[Growth], settings: ProbeSettings) -> Agreement:
+    """How far the decisions of several seeds agree; a pair that grows nowhere agrees."""
+    pairs, layers, copied, chance = list(combinations(found, 2)), list[float](), list[bool](), list[float]()
+    for one, other in pairs:
+        grown, also = set(one.new_experts), set(other.new_experts)
+        layers.append(len(grown & also) / len(grown | also) if grown | also else 1.0)
+        for site in one.frequencies.keys() & other.frequencies.keys():
+            pools = [growth.frequencies[site][: -settings.max_new_experts] for growth in (one, other)]
+            copied.append(pools[0].index(max(pools[0])) == pools[1].index(max(pools[1])))
+            chance.append(1 / len(pools[0]))
+    return Agreement(100 * fmean(layers), 100 * fmean(copied), 100 * fmean(chance))
 
 
 def render(calibration: ProbeReport) -> Table:
@@ -93,9 +140,15 @@ def render(calibration: ProbeReport) -> Table:
     for site in sites:
         table.add_column(site_label(site), justify="right")
     table.add_column("would grow", justify="right")
+    if calibration.seeds > 1:
+        for heading in ("same layers, %", "same expert, %", "by chance, %"):
+            table.add_column(heading, justify="right")
+        table.caption = f"agreement over all pairs of {calibration.seeds} seeds"
     for one in calibration.tasks:
         grown = one.growth.new_experts
         # No number where no counted row has the picture that a site reads.
         cells = [f"{'[bold]' * (site in grown)}{100 * one.use[site]:.0f}" if site in one.use else "" for site in sites]
-        table.add_row(one.task, "yes" if one.learned else "no", *cells, f"{len(grown)} of {len(sites)}")
+        agreed = () if one.agreement is None else astuple(one.agreement)
+        row = (*cells, f"{len(grown)} of {len(sites)}", *(f"{value:.0f}" for value in agreed))
+        table.add_row(one.task, "yes" if one.learned else "no", *row)
     return table

@@ -1,7 +1,7 @@
 """How far a run is: one live line in a terminal, one line per finished part anywhere else.
 
 Knows nothing of runs: it only answers the calls that long work makes on its way, `(where, what, done, total)` for one
-run, `moved`, `elsewhere` and `ended` for many.
+run, `moved` and `ended` for many.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -111,10 +110,6 @@ class StudyLine(_LiveLine):
         """So many runs are done, parts of runs counted, and these are at work."""
         where = f"{int(done)}/{self._total} runs"
         self._live.update(self._bar, completed=done, where=where, description=escape(", ".join(working)))
-
-    def elsewhere(self, name: str, log: Path) -> None:
-        """A run is waited for, as a process that this study did not start learns it."""
-        self._say(f"{name}: learned by another process, waiting for it; it writes {log}")
 
     def ended(self, name: str, seconds: float, failure: str | None) -> None:
         """A run is finished, or `failure` says what became of it."""

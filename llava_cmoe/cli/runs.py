@@ -70,6 +70,9 @@ def probe(
     after: Annotated[
         int | None, typer.Option(help="The model as it was after its first N tasks; as it is now if absent.", min=1)
     ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Probe each task from so many seeds, and report how far the decisions agree.", min=1)
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file for all that is measured.", metavar="FILE")] = None,
 ) -> None:
     """Ask in which layers each task would grow, and change nothing: tasks that are learned should need few.
@@ -85,7 +88,7 @@ def probe(
     recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))
     console = Console(quiet=not processes().is_main_process)
     with ProgressLine(console) as line:
-        calibration = probe_tasks(recipe, after, line)
+        calibration = probe_tasks(recipe, after, seeds, line)
     console.print(render(calibration))
     if out is not None and processes().is_main_process:
         out.write_text(calibration.model_dump_json(indent=1) + "\n")

@@ -52,8 +52,14 @@ class TaskData:
     @cached_property
     def evaluate(self) -> dict[str, Dataset]:
         """Task name to the rows that are asked; errors as of `train`."""
-        root, count = self.settings.root, self.settings.eval_rows
-        return {task.name: subsample(read_eval(root, task), count, self.seed) for task in self.sequence.tasks}
+        count, own = self.settings.eval_rows, self.settings.eval_seed
+        seed = self.seed if own is None else own
+        return {name: subsample(rows, count, seed) for name, rows in self._all_evaluate.items()}
+
+    @property
+    def num_evaluate(self) -> dict[str, int]:
+        """Task name to the number of evaluation rows there are, used or not."""
+        return {name: len(rows) for name, rows in self._all_evaluate.items()}
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -83,6 +89,10 @@ class TaskData:
     def encoding(self, task: TaskSpec, processor: Any, keep: bool = False) -> Encoding:
         """How a task's rows become tensors."""
         return Encoding(processor, task.geometry, self.settings.max_pixels, keep)
+
+    @cached_property
+    def _all_evaluate(self) -> dict[str, Dataset]:
+        return {task.name: read_eval(self.settings.root, task) for task in self.sequence.tasks}
 
     @cached_property
     def _all_train(self) -> dict[str, Dataset]:

@@ -16,7 +16,7 @@ from llava_cmoe.data.tasks import TaskSequence
 from llava_cmoe.evaluation.generate import EvalSet, RouteName
 from llava_cmoe.evaluation.log import Subset
 from llava_cmoe.evaluation.scorers import get_scorer
-from llava_cmoe.evaluation.subset import STRATA, stratified
+from llava_cmoe.evaluation.subset import STRATA, UNSTRATIFIED, stratified
 from llava_cmoe.settings.evaluation import EvaluationSettings
 
 
@@ -58,11 +58,29 @@ class EvalSpec:
 
 def eval_spec_of(data: TaskData, evaluation: EvaluationSettings, folder: Path) -> EvalSpec:
     """What a run is asked, its answers in `folder`; reads and checks the evaluation rows, needs no model."""
-    limit, subset_seed = evaluation.limit, evaluation.subset_seed
-    asked = {name: stratified(found, limit, subset_seed) for name, found in data.evaluate.items()}
-    of = {name: len(found) for name, found in data.evaluate.items()}
-    subset = None if limit is None else Subset(limit=limit, seed=subset_seed, strata=STRATA, of=of)
-    return EvalSpec(data.sequence, asked, folder / "answers", evaluation, data.seed, data.settings.max_pixels, subset)
+    limit, seed = evaluation.limit, evaluation.subset_seed
+    rows = {name: stratified(found, limit, seed) for name, found in data.evaluate.items()}
+    return EvalSpec(
+        data.sequence,
+        rows,
+        folder / "answers",
+        evaluation,
+        data.seed,
+        data.settings.max_pixels,
+        subset_of(data, evaluation),
+    )
+
+
+def subset_of(data: TaskData, evaluation: EvaluationSettings) -> Subset | None:
+    """Which part of the questions is evaluated; None if all are."""
+    of, drawn = data.num_evaluate, data.settings.eval_rows
+    if evaluation.limit is not None:
+        return Subset(limit=evaluation.limit, seed=evaluation.subset_seed, strata=STRATA, of=of)
+    if drawn is None or all(num <= drawn for num in of.values()):
+        return None
+    own = data.settings.eval_seed
+    seed = data.seed if own is None else own
+    return Subset(limit=drawn, seed=seed, strata=UNSTRATIFIED, of=of, by="data.eval_rows")
 
 
 def eval_sets_of(eval_spec: EvalSpec, processor: Any, keep: bool = True) -> dict[str, EvalSet]:

@@ -122,6 +122,8 @@ class Subset(_Logged):
     """What the draw keeps the shares of."""
     of: dict[str, int]
     """Task to the number of questions there are."""
+    by: Literal["evaluation.limit", "data.eval_rows"] = "evaluation.limit"
+    """The setting that made it."""
 
 
 class RouteResults(_Logged):

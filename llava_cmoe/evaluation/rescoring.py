@@ -71,9 +71,9 @@ def open_examined(folder: Path, root: Path | None = None) -> Examined:
     """
     results, source = results_of(folder), str(folder / "results.json")
     moved = {} if root is None else {"root": root}
-    data = parse_settings(DataSettings, results.recipe["data"] | moved, source)
+    data = parse_settings(DataSettings, results.recipe["data"] | moved, source, recorded=True)
     asked = results.recipe["evaluation"] | {"routes": tuple(results.routes), "limit": None}
-    if results.subset is not None:  # which an evaluation may have chosen against its recipe
+    if results.subset is not None and results.subset.by == "evaluation.limit":  # maybe against its recipe
         asked |= {"limit": results.subset.limit, "subset_seed": results.subset.seed}
     tasks = TaskData.open(data, results.seed)
     files = tasks.files

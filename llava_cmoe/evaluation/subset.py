@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from llava_cmoe.data.rows import MARKER
 
+UNSTRATIFIED = "nothing: drawn at random"
 STRATA = "the question's first two words, then the reference answer"
 
 

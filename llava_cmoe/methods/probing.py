@@ -78,7 +78,7 @@ def probe(
     routers = host.routers(TaskRouters)
     for site, bank in host.banks.items():
         bank.grow(settings.max_new_experts, generator=generator)
-        routers[site].add_task(bank.num_experts, bank.anchor.device, generator)
+        routers[site].add_task(bank.num_experts, bank.anchor.device, generator, copy=settings.router == "copied")
     probe_parameters = sum(ledger.trainable(bank).parameters for bank in host.banks.values())
     fit(
         Subset(data.samples, order[num_counted:].tolist()),
@@ -182,19 +182,24 @@ def _share(
 
 
 def thresholds_of(frequencies: Mapping[str, Sequence[float]], settings: ProbeSettings) -> dict[str, float]:
-    """tau_l = mean - alpha * std (Eq. 2), of one layer's frequencies or of all layers' probe frequencies.
+    """tau_l = mean - alpha * std (Eq. 2), of one layer or over the layers, and at least the floor.
 
-    The standard deviation is that of the population: there is no larger set of experts that these were drawn from.
+    Frequencies of different layers are compared in units of chance, 1 / n of n experts. The standard deviation is that
+    of the population: there is no larger set of experts that these were drawn from.
     """
 
     def threshold(values: Sequence[float]) -> float:
-        return statistics.fmean(values) - settings.alpha * statistics.pstdev(values)
+        """In units of chance, as the values are."""
+        return max(statistics.fmean(values) - settings.alpha * statistics.pstdev(values), settings.floor)
 
     match settings.scope:
         case "layer":
-            return {site: threshold(used) for site, used in frequencies.items()}
+            return {
+                site: threshold([one * len(used) for one in used]) / len(used) for site, used in frequencies.items()
+            }
         case "global" | "random":
-            return dict.fromkeys(frequencies, threshold([probe_use(used, settings) for used in frequencies.values()]))
+            shared = threshold([probe_use(used, settings) * len(used) for used in frequencies.values()])
+            return {site: shared / len(used) for site, used in frequencies.items()}
         case "all":
             return dict.fromkeys(frequencies, -1.0)  # below any frequency, also that of a probe no token used
         case "none":

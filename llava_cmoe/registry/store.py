@@ -180,7 +180,7 @@ class Registry:
         return RunRecord.read(self._run_file) if self._run_file.exists() else None
 
     def _resolve(self, settings: dict[str, Any], source: str) -> Recipe:
-        return parse_recipe(settings | {"run": str(self.run)}, source)
+        return parse_recipe(settings | {"run": str(self.run)}, source, recorded=True)
 
     def commit(
         self,

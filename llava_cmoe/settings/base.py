@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 
 logger = logging.getLogger(__name__)
+
+RECORDED = {"recorded": True}
+"""Context in which the record of a run is validated: it may be older than a setting."""
 
 
 class RecipeError(ValueError):
@@ -21,15 +24,19 @@ class Settings(BaseModel):
 
     Attributes:
         renamed: old name of a setting to its name now; recipes and runs that have the old one still load.
+        former: what held before a setting existed, where that is not its default; for the records of older runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     renamed: ClassVar[Mapping[str, str]] = {}
+    former: ClassVar[Mapping[str, Any]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _take_old_names(cls, document: Any) -> Any:
+    def _take_old_names(cls, document: Any, info: ValidationInfo) -> Any:
+        if info.context is RECORDED and isinstance(document, Mapping):
+            document = {**cls.former, **document}
         for old, new in cls.renamed.items() if isinstance(document, Mapping) else ():
             if old in document:
                 if new in document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -11,6 +12,8 @@ from llava_cmoe.settings.base import Settings
 
 class DataSettings(Settings):
     """Which task sequence is learned, and from where."""
+
+    former: ClassVar = {"eval_seed": None}
 
     sequence: str = "data_configs/pocket.yaml"
     """Task sequence as YAML: a path, or the name of one in `data_configs/` (`pocket`, `coin`)."""
@@ -21,7 +24,11 @@ class DataSettings(Settings):
     train_rows: int | None = Field(None, gt=0)
     """Use only this many training rows per task (seeded draw); all when absent."""
     eval_rows: int | None = Field(None, gt=0)
-    """Use only this many evaluation rows per task (seeded draw); all when absent."""
+    """Use only this many evaluation rows per task, drawn by `eval_seed`, and mark every result as a subset; all when
+    absent."""
+    eval_seed: int | None = 0
+    """Seed of that draw; not the run's, so that runs of several seeds answer the same questions. The run's with null,
+    as in runs that are older than this setting."""
     keep_encoded: bool = False
     """Keep encoded rows in memory after their first use: for small data (85 kB a row at 84 pixels, 1.3 MB at 336)."""
     workers: int = Field(0, ge=0)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llava_cmoe.settings.base import RecipeError, Settings
+from llava_cmoe.settings.base import RECORDED, RecipeError, Settings
 from llava_cmoe.settings.methods import MethodSettings
 from llava_cmoe.settings.run import Recipe
 
@@ -43,9 +43,9 @@ def override(document: dict[str, Any], overrides: Iterable[str], source: str) ->
     return parse_recipe(document, source)
 
 
-def parse_recipe(document: Mapping[str, Any], source: str) -> Recipe:
-    """Validate a mapping as a recipe; `source` names it in error messages."""
-    return parse_settings(Recipe, document, source)
+def parse_recipe(document: Mapping[str, Any], source: str, recorded: bool = False) -> Recipe:
+    """Validate a mapping as a recipe; `source` names it in errors; `recorded`: it is a run's record."""
+    return parse_settings(Recipe, document, source, recorded)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -65,10 +65,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
-def parse_settings(model: type[AnySettings], document: Mapping[str, Any], source: str) -> AnySettings:
+def parse_settings(
+    model: type[AnySettings], document: Mapping[str, Any], source: str, recorded: bool = False
+) -> AnySettings:
     """Validate a mapping as `model`; every problem becomes one line of a RecipeError that starts with `source`."""
     try:
-        return model.model_validate(document)
+        return model.model_validate(document, context=RECORDED if recorded else None)
     except ValidationError as error:
         known = list(known_keys(model))
         raise RecipeError("\n".join(f"{source}: {_explain(item, known)}" for item in error.errors())) from error

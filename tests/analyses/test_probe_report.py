@@ -7,8 +7,9 @@ import pytest
 from commands import refused, type_in
 from tiny import Lesson, files_of
 
-from llava_cmoe.analyses.probe_report import Probed, ProbeReport, probe_tasks, render
+from llava_cmoe.analyses.probe_report import Probed, ProbeReport, agreement_of, probe_tasks, render
 from llava_cmoe.records import Growth
+from llava_cmoe.settings.methods.cmoe import ProbeSettings
 
 
 @pytest.fixture
@@ -42,6 +43,34 @@ def test_the_command_shows_every_task_and_writes_what_it_shows(lesson: Lesson, t
         for site, used in one.growth.frequencies.items():
             mean = sum(used) / len(used)  # alpha 0: the threshold is the mean
             assert one.growth.thresholds[site] == pytest.approx(mean)
+
+
+def test_probing_from_several_seeds_reports_how_far_they_agree(lesson: Lesson, tmp_path: Path):
+    out = tmp_path / "probed.json"
+    result = type_in("probe", lesson.recipe.run, "--after", "1", "--seeds", "3", "--out", out)
+    assert result.exit_code == 0, result.output
+    written = ProbeReport.model_validate_json(out.read_bytes())
+    assert written.seeds == 3 and "all pairs of 3 seeds" in result.output
+    once = probe_tasks(lesson.recipe, after=1)
+    for several, one in zip(written.tasks, once.tasks, strict=True):  # the first seed is learning's
+        assert several.growth.frequencies == one.growth.frequencies
+        assert several.growth.new_experts == one.growth.new_experts
+    assert all(one.agreement is None for one in once.tasks)
+    for one in written.tasks:
+        assert one.agreement is not None
+        assert 0 <= one.agreement.layers <= 100 and 0 <= one.agreement.copied <= 100 and one.agreement.chance == 50
+
+
+def test_agreement_is_over_all_pairs_of_seeds():
+    def grown(layers: set[str], most_used: int) -> Growth:
+        used = tuple(0.5 if expert == most_used else 0.1 for expert in range(4))
+        return Growth(dict.fromkeys(layers, 1), frequencies={"a": (*used, 0.2), "b": (*used, 0.2)})
+
+    found = [grown({"a", "b"}, 0), grown({"a"}, 0), grown(set(), 3)]
+    agreement = agreement_of(found, ProbeSettings())
+    assert agreement.layers == pytest.approx(100 * (1 / 2 + 0 + 0) / 3)
+    assert agreement.copied == pytest.approx(100 / 3) and agreement.chance == 25
+    assert agreement_of([grown(set(), 0), grown(set(), 0)], ProbeSettings()).layers == 100
 
 
 def test_a_site_that_no_counted_row_reached_has_no_number(lesson: Lesson):

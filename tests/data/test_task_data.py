@@ -10,7 +10,10 @@ from datasets import Dataset
 
 from llava_cmoe.data.problems import DataError
 from llava_cmoe.data.task_data import TaskData, held_out_rows, subsample
+from llava_cmoe.evaluation.eval_spec import eval_spec_of
 from llava_cmoe.settings.data import DataSettings
+from llava_cmoe.settings.evaluation import EvaluationSettings
+from llava_cmoe.settings.recipes import parse_settings
 
 
 @pytest.fixture
@@ -84,3 +87,39 @@ def test_what_a_draw_leaves_out_is_all_that_it_does_not_take(count: int | None):
     rows = Dataset.from_dict({"id": list(range(20))})
     taken, left = subsample(rows, count, seed=3)["id"][:], held_out_rows(rows, count, seed=3)["id"][:]
     assert sorted([*taken, *left]) == list(range(20))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_every_seed_of_a_run_is_asked_the_same_part_of_the_questions(tiny_data: Path, count: int):
+    asked = [
+        TaskData.open(settings_of(tiny_data, eval_rows=count), seed).evaluate["sides"]["id"][:] for seed in range(4)
+    ]
+    assert len(asked[0]) == count and all(ids == asked[0] for ids in asked)
+    others = [
+        TaskData.open(settings_of(tiny_data, eval_rows=count, eval_seed=own), 0).evaluate["sides"]["id"][:]
+        for own in range(1, 9)
+    ]
+    assert any(ids != asked[0] for ids in others)
+
+
+def test_a_run_older_than_the_setting_is_asked_what_its_own_seed_drew(tiny_data: Path):
+    older = parse_settings(
+        DataSettings, settings_of(tiny_data, eval_rows=3).model_dump(exclude={"eval_seed"}), "run.json", recorded=True
+    )
+    assert older.eval_seed is None
+    for seed in range(3):
+        asked = TaskData.open(older, seed).evaluate["colours"]["id"][:]
+        whole = TaskData.open(settings_of(tiny_data), seed).evaluate["colours"]
+        assert asked == subsample(whole, 3, seed)["id"][:]
+
+
+@pytest.mark.parametrize(("count", "marked"), [(3, True), (tiny.NUM_EVAL, False), (None, False)])
+def test_a_draw_of_the_questions_is_a_subset_and_all_of_them_are_none(
+    tiny_data: Path, count: int | None, marked: bool, tmp_path: Path
+):
+    data = TaskData.open(settings_of(tiny_data, eval_rows=count), seed=7)
+    subset = eval_spec_of(data, EvaluationSettings(), tmp_path).subset
+    assert (subset is not None) == marked
+    if subset is not None:
+        assert (subset.limit, subset.seed, subset.by) == (count, 0, "data.eval_rows")
+        assert subset.of == {"colours": tiny.NUM_EVAL, "sides": tiny.NUM_EVAL}

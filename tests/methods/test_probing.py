@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -99,8 +101,90 @@ def run_probe(
 )
 def test_the_threshold_is_mean_minus_alpha_std(scope: str, expected: dict[str, float]):
     frequencies = {"a": (0.2, 0.2, 0.6), "b": (0.5, 0.3, 0.2)}
-    settings = ProbeSettings(alpha=0.5, scope=scope)
+    settings = ProbeSettings(alpha=0.5, scope=scope, floor=0)
     assert thresholds_of(frequencies, settings) == pytest.approx(expected, abs=1e-12)
+
+
+POOLS = st.lists(
+    st.lists(st.floats(0, 1), min_size=2, max_size=12).filter(lambda used: sum(used) > 0), min_size=1, max_size=8
+)
+"""Use of the experts of some layers, of pools of different size; not normalised yet."""
+
+
+def shares(pools: list[list[float]]) -> dict[str, tuple[float, ...]]:
+    return {f"layer {index}": tuple(one / sum(used) for one in used) for index, used in enumerate(pools)}
+
+
+@given(POOLS, st.sampled_from(["layer", "global", "random"]), st.floats(0, 4))
+def test_no_layer_grows_whose_probe_is_used_less_than_chance(pools: list[list[float]], scope: str, alpha: float):
+    frequencies, settings = shares(pools), ProbeSettings(scope=scope, alpha=alpha)
+    thresholds = thresholds_of(frequencies, settings)
+    for site, used in frequencies.items():
+        assert thresholds[site] >= (1 - 1e-9) / len(used)
+    if scope != "random":
+        chosen = chosen_of(frequencies, thresholds, settings, torch.Generator())
+        assert all(frequencies[site][-1] * len(frequencies[site]) > 1 - 1e-9 for site in chosen)
+
+
+@given(st.lists(st.tuples(st.integers(2, 30), st.floats(0, 1.9)), min_size=2, max_size=8), st.floats(0, 2))
+def test_layers_are_compared_by_use_in_units_of_chance_whatever_the_size_of_their_pools(
+    layers: list[tuple[int, float]], alpha: float
+):
+    def grown(sizes: list[int]) -> list[str]:
+        frequencies = {
+            f"layer {index}": (*[(1 - times / size) / (size - 1)] * (size - 1), times / size)
+            for index, (size, (_, times)) in enumerate(zip(sizes, layers, strict=True))
+        }
+        settings = ProbeSettings(scope="global", alpha=alpha)
+        return chosen_of(frequencies, thresholds_of(frequencies, settings), settings, torch.Generator())
+
+    margins = {round(times, 9) for _, times in layers} | {1.0}
+    assume(len(margins) == len(layers) + 1 and min(abs(a - b) for a in margins for b in margins if a != b) > 1e-3)
+    mean = sum(times for _, times in layers) / len(layers)
+    spread = math.sqrt(sum((times - mean) ** 2 for _, times in layers) / len(layers))
+    assume(all(abs(times - max(mean - alpha * spread, 1)) > 1e-6 for _, times in layers))
+    assert grown([size for size, _ in layers]) == grown([2] * len(layers)) == grown([30] * len(layers))
+
+
+def test_one_layer_that_stands_out_lets_none_grow_that_no_token_uses():
+    frequencies = {f"layer {index}": (1.0, 0.0) for index in range(5)} | {"layer 5": (0.2, 0.8)}
+    for floor in (0.0, 1.0):  # in units of chance: mean 0.27, std 0.6, so mean - std lies below zero
+        settings = ProbeSettings(scope="global", alpha=1, floor=floor)
+        chosen = chosen_of(frequencies, thresholds_of(frequencies, settings), settings, torch.Generator())
+        assert chosen == ["layer 5"]
+
+
+@pytest.mark.parametrize("router", ["copied", "random"])
+def test_a_probe_router_starts_as_the_last_tasks_router_or_at_random(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor, router: str
+):
+    before = {site: one.weight(0).detach().clone() for site, one in host.routers(TaskRouters).items()}
+    seen: list[dict[str, Tensor]] = []
+    for seed in (5, 6):
+        found = starting_routers(tiny_llava, host, tiny_processor, seed, router=router)
+        seen.append(found)
+        for site, weight_ED in found.items():
+            assert torch.equal(weight_ED[:3], before[site]) == (router == "copied")
+    for site, weight_ED in seen[0].items():
+        assert not torch.equal(weight_ED[3:], seen[1][site][3:])  # the probe's own row is drawn
+
+
+def starting_routers(
+    model: LlavaForConditionalGeneration, host: ExpertHost, processor: LlavaProcessor, seed: int, **settings: Any
+) -> dict[str, Tensor]:
+    """The probe routers as probing begins to train them."""
+    found: dict[str, Tensor] = {}
+
+    def fit(samples: Any, training_context: TrainingContext, **kwargs: Any) -> None:
+        found.update({site: one.weight(1).detach().clone() for site, one in host.routers(TaskRouters).items()})
+
+    data = StageData(index=1, name="second", samples=Rows(20), prompts=None, seed=seed)
+    probe(model, host, data, processor, ProbeSettings(**settings), lambda weight: no_training_context, fit)
+    return found
+
+
+def no_training_context(batch: Batch) -> Any:
+    raise AssertionError("nothing is trained")
 
 
 @pytest.mark.parametrize(("scope", "grown"), [("all", 2), ("none", 0)])
@@ -123,7 +207,7 @@ def test_the_random_control_grows_as_many_layers_as_the_probes_choose_wherever_t
     frequencies = {f"layer {index}": (1 - index / 10, index / 10) for index in range(8)}
 
     def chosen(scope: str, seed: int) -> list[str]:
-        settings = ProbeSettings(alpha=0.5, scope=scope)
+        settings = ProbeSettings(alpha=0.5, scope=scope, floor=0)
         thresholds = thresholds_of(frequencies, settings)
         return chosen_of(frequencies, thresholds, settings, torch.Generator().manual_seed(seed))
 
@@ -182,7 +266,7 @@ def test_only_probes_and_their_routers_are_trained_on_their_share_of_the_rows(
 def test_a_layer_grows_where_its_probe_is_used_more_than_the_threshold(
     tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor
 ):
-    growth, inits = run_probe(tiny_llava, host, tiny_processor, [], scope="global")
+    growth, inits = run_probe(tiny_llava, host, tiny_processor, [], scope="global", floor=0)
     assert len(growth.new_experts) == 1  # of two layers, one lies above the mean of both
     for site, used in growth.frequencies.items():
         assert sum(used) == pytest.approx(1, abs=1e-6) and len(used) == 4

@@ -49,16 +49,26 @@ class TaskRouters(Router):
         self.widths.append(width)
 
     def add_task(
-        self, num_experts: int, device: torch.device, generator: torch.Generator, init_D: Tensor | None = None
+        self,
+        num_experts: int,
+        device: torch.device,
+        generator: torch.Generator,
+        init_D: Tensor | None = None,
+        copy: bool = False,
     ) -> None:
         """Append the next task's router over `num_experts`, drawn as `nn.Linear` draws its weight.
 
         Every site gets one per task, so that router numbers are task indices, also where no expert was added or exists.
-        `init_D` is added to the rows of experts that the router before does not know: a start in their favour.
+        `init_D` is added to the rows of experts that the router before does not know: a start in their favour. With
+        `copy` the rows of the others are that router's.
         """
         weight_ED = linear_init((num_experts, self.hidden_size), generator)
+        known = self.widths[-1] if self.widths else 0
         if init_D is not None:
-            weight_ED[self.widths[-1] if self.widths else 0 :] += init_D.to(weight_ED)
+            weight_ED[known:] += init_D.to(weight_ED)
+        before_ED = self.weight(len(self) - 1) if known and copy else None
+        if before_ED is not None:
+            weight_ED[:known] = before_ED.detach().to(weight_ED)
         self.add(weight_ED.to(device) if num_experts else None)
 
     def new_experts(self, task: int) -> range:

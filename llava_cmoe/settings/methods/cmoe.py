@@ -46,14 +46,21 @@ class ExpertSettings(Settings):
 class ProbeSettings(Settings):
     """Probe-guided knowledge extension: where does the new task need experts?"""
 
+    former: ClassVar = {"router": "random", "floor": 0.0}
+
     fraction: float = Field(0.1, gt=0, le=1)
     """Share of the task's training rows that probing reads."""
     holdout: float = Field(0.1, gt=0, lt=1)
     """Share of those rows kept for counting; the others train the probes."""
     alpha: float = Field(0.25, ge=0)
     """Threshold tau = mean - alpha * std of activation frequencies (Eq. 2); larger grows more layers."""
+    floor: float = Field(1.0, ge=0)
+    """Least threshold, in units of chance: a token that chooses at random gives each of n experts 1 / n of its slots. A
+    choice: without it (0) a layer grows whose probe no token used, where one frequency stands out. With `scope: layer`
+    the mean is chance itself, so a floor of 1 leaves alpha without effect."""
     scope: Literal["layer", "global", "all", "none", "random"] = "layer"
-    """Mean and std over the experts of one layer, or over the layers' probe frequencies; or, as controls of what
+    """Mean and std over the experts of one layer, or over the layers' probe frequencies, each times the layer's number
+    of experts, as pools differ in size; or, as controls of what
     probes are good for, a threshold that all layers pass, or none does, or as many layers as `global` chooses, drawn
     at random."""
     max_new_experts: int = Field(1, gt=0)
@@ -66,6 +73,9 @@ class ProbeSettings(Settings):
     """Tokens whose experts are counted: all that are not padding, or those of the answers."""
     balance_weight: float = Field(0.01, ge=0)
     """Weight of the balance loss while probing; 0 shows how much of the probes' use it causes."""
+    router: Literal["copied", "random"] = "copied"
+    """Start of a probe router's rows for the pool's experts: those of the last task's router, or drawn. Drawn rows make
+    the layers chosen and the expert copied a matter of the seed; the probe's own row is always drawn."""
     learning_rate: float | None = Field(None, gt=0)
     """Learning rate while probing; the training stage's when absent."""
     batch_size: int | None = Field(None, gt=0)
