@@ -70,7 +70,7 @@ def draw_confusion(results: Results, path: Path) -> None:
     _label(axes, rows=results.tasks[: len(counts)], columns=results.locator.columns)
     axes.set_ylabel("prompts of", fontsize=10, color=FAINT)
     axes.set_title(f"{results.method}: located as", fontsize=11.5, fontweight="bold", color=INK, pad=10)
-    axes.set_xlabel(f"located right: {results.locator.mean_accuracy:.1f} %", fontsize=10, color=INK, labelpad=8)
+    axes.set_xlabel(f"locator accuracy: {results.locator.mean_accuracy:.1f} %", fontsize=10, color=INK, labelpad=8)
     _save(figure, path)
 
 

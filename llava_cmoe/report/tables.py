@@ -144,7 +144,7 @@ def number(value: float | None) -> str:
 
 
 TEXT_HEADINGS = ("run", "method", "route")
-METRIC_HEADINGS = (*TEXT_HEADINGS, *HEADLINE_METRICS.values(), "located right")
+METRIC_HEADINGS = (*TEXT_HEADINGS, *HEADLINE_METRICS.values(), "locator accuracy")
 
 
 def _beside(cell: str, interval: Interval | None) -> str:

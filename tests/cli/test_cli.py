@@ -170,7 +170,7 @@ def test_training_a_finished_run_again_changes_nothing(lesson, run, written):
     assert result.exit_code == 0, result.output
     assert files_of(run / "tasks") == before
     assert comparable(read_results(run / "results.json")) == comparable(lesson.results)
-    assert "located right" in result.output
+    assert "locator accuracy" in result.output
 
 
 def test_training_renders_a_pocket_sequence_that_is_missing(lesson, written, tmp_path, monkeypatch):
