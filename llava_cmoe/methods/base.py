@@ -208,6 +208,11 @@ def no_extra_loss(output: ModelOutput) -> float:
     return 0.0
 
 
+def zero3_refusal(zero_stage: int, reason: str) -> str | None:
+    """The refusal of a method that reads weights outside the forward pass of their module; `reason` ends in these."""
+    return f"{reason}, ZeRO-3 spreads them; choose zero_configs/zero2.yaml" if zero_stage == 3 else None
+
+
 def with_report(learned: Learned, growth: Growth, report: StageReport) -> Learned:
     """What was learned, with how it grew and trained in its facts, and what that took in its seconds."""
     facts = {

@@ -22,7 +22,7 @@ from transformers.utils.generic import ModelOutput
 from llava_cmoe.data.batches import Batch, batches, share_of
 from llava_cmoe.data.conversation import IGNORED, Processor
 from llava_cmoe.experts.ledger import trainable, trained_parameters
-from llava_cmoe.methods.base import ExtraLoss, PlannedFit, StageData, Tensors
+from llava_cmoe.methods.base import ExtraLoss, PlannedFit, StageData, Tensors, zero3_refusal
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.ewc import EwcSettings
@@ -42,9 +42,7 @@ class Ewc(SequentialLora):
     def refusal(cls, settings: EwcSettings, zero_stage: int) -> str | None:
         """ZeRO-3 spreads the weights that the penalty compares."""
         del settings
-        if zero_stage < 3:
-            return None
-        return "ewc's penalty needs whole weights, ZeRO-3 spreads them; choose zero_configs/zero2.yaml"
+        return zero3_refusal(zero_stage, "ewc's penalty needs whole weights")
 
     def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
         """The one adapter for every task; importances are as many as weights."""

@@ -22,7 +22,7 @@ from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.collator import ROW
 from llava_cmoe.data.conversation import IGNORED, Processor
 from llava_cmoe.experts.ledger import trained_parameters
-from llava_cmoe.methods.base import ExtraLoss, FitFn, StageData, no_extra_loss
+from llava_cmoe.methods.base import ExtraLoss, FitFn, StageData, no_extra_loss, zero3_refusal
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.records import Growth
 from llava_cmoe.settings.methods.lwf import LwfSettings
@@ -41,9 +41,7 @@ class Lwf(SequentialLora):
     def refusal(cls, settings: LwfSettings, zero_stage: int) -> str | None:
         """Under ZeRO-3 no weight is whole, so none can be replaced by what it was."""
         del settings
-        if zero_stage < 3:
-            return None
-        return "lwf runs the model with its earlier weights, ZeRO-3 spreads them; choose zero_configs/zero2.yaml"
+        return zero3_refusal(zero_stage, "lwf runs the model with its earlier weights")
 
     def before_task(self, data: StageData, fit: FitFn) -> Growth:
         """Remember the adapter as it is, from the second task on."""

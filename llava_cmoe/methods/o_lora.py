@@ -23,7 +23,16 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.constant import EveryExpert
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
-from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, FitFn, Method, PlannedFit, StageData, Tensors
+from llava_cmoe.methods.base import (
+    DeferredLocation,
+    ExtraLoss,
+    FitFn,
+    Method,
+    PlannedFit,
+    StageData,
+    Tensors,
+    zero3_refusal,
+)
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.o_lora import OLoraSettings
 
@@ -45,9 +54,7 @@ class OLora(Method):
     def refusal(cls, settings: OLoraSettings, zero_stage: int) -> str | None:
         """ZeRO-3 spreads the matrices that the penalty multiplies."""
         del settings
-        if zero_stage < 3:
-            return None
-        return "o_lora's penalty needs whole matrices, ZeRO-3 spreads them; choose zero_configs/zero2.yaml"
+        return zero3_refusal(zero_stage, "o_lora's penalty needs whole matrices")
 
     def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
         """An adapter everywhere for every task."""

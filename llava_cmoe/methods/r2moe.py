@@ -40,6 +40,7 @@ from llava_cmoe.methods.base import (
     StageData,
     Tensors,
     with_report,
+    zero3_refusal,
 )
 from llava_cmoe.methods.frozen_features import FrozenFeatures
 from llava_cmoe.records import Growth, Learned
@@ -73,9 +74,7 @@ class R2moe(Method):
     def refusal(cls, settings: R2moeSettings, zero_stage: int) -> str | None:
         """ZeRO-3 spreads the router that is distilled."""
         del settings
-        if zero_stage < 3:
-            return None
-        return "r2moe's distillation needs whole routers, ZeRO-3 spreads them; choose zero_configs/zero2.yaml"
+        return zero3_refusal(zero_stage, "r2moe's distillation needs whole routers")
 
     def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
         """An expert everywhere for every task, of which none is removed."""
