@@ -117,13 +117,21 @@ def shares(pools: list[list[float]]) -> dict[str, tuple[float, ...]]:
 
 @given(POOLS, st.sampled_from(["layer", "global", "random"]), st.floats(0, 4))
 def test_no_layer_grows_whose_probe_is_used_less_than_chance(pools: list[list[float]], scope: str, alpha: float):
-    frequencies, settings = shares(pools), ProbeSettings(scope=scope, alpha=alpha)
+    frequencies, settings = shares(pools), ProbeSettings(scope=scope, alpha=alpha, floor=1)
     thresholds = thresholds_of(frequencies, settings)
     for site, used in frequencies.items():
         assert thresholds[site] >= (1 - 1e-9) / len(used)
     if scope != "random":
         chosen = chosen_of(frequencies, thresholds, settings, torch.Generator())
         assert all(frequencies[site][-1] * len(frequencies[site]) > 1 - 1e-9 for site in chosen)
+
+
+@given(POOLS, st.sampled_from(["layer", "global"]), st.floats(0, 4))
+def test_no_layer_grows_whose_probe_no_token_used(pools: list[list[float]], scope: str, alpha: float):
+    frequencies = shares([*pools, [1.0, 0.0], [0.0, 1.0]])
+    settings = ProbeSettings(scope=scope, alpha=alpha)
+    chosen = chosen_of(frequencies, thresholds_of(frequencies, settings), settings, torch.Generator())
+    assert all(frequencies[site][-1] > 0 for site in chosen)
 
 
 @given(st.lists(st.tuples(st.integers(2, 30), st.floats(0, 1.9)), min_size=2, max_size=8), st.floats(0, 2))
@@ -135,7 +143,7 @@ def test_layers_are_compared_by_use_in_units_of_chance_whatever_the_size_of_thei
             f"layer {index}": (*[(1 - times / size) / (size - 1)] * (size - 1), times / size)
             for index, (size, (_, times)) in enumerate(zip(sizes, layers, strict=True))
         }
-        settings = ProbeSettings(scope="global", alpha=alpha)
+        settings = ProbeSettings(scope="global", alpha=alpha, floor=1)
         return chosen_of(frequencies, thresholds_of(frequencies, settings), settings, torch.Generator())
 
     margins = {round(times, 9) for _, times in layers} | {1.0}

@@ -46,7 +46,7 @@ class ExpertSettings(Settings):
 class ProbeSettings(Settings):
     """Probe-guided knowledge extension: where does the new task need experts?"""
 
-    former: ClassVar = {"router": "random", "floor": 0.0}
+    former: ClassVar = {"router": "random"}
 
     fraction: float = Field(0.1, gt=0, le=1)
     """Share of the task's training rows that probing reads."""
@@ -54,10 +54,10 @@ class ProbeSettings(Settings):
     """Share of those rows kept for counting; the others train the probes."""
     alpha: float = Field(0.25, ge=0)
     """Threshold tau = mean - alpha * std of activation frequencies (Eq. 2); larger grows more layers."""
-    floor: float = Field(1.0, ge=0)
-    """Least threshold, in units of chance: a token that chooses at random gives each of n experts 1 / n of its slots. A
-    choice: without it (0) a layer grows whose probe no token used, where one frequency stands out. With `scope: layer`
-    the mean is chance itself, so a floor of 1 leaves alpha without effect."""
+    floor: float = Field(0.0, ge=0)
+    """Least threshold, in units of chance: a token that chooses at random gives each of n experts 1 / n of its slots.
+    At 0 a layer whose probe no token used never grows, however far one frequency stands out; at 1 none grows whose
+    probe is used less than chance, and with `scope: layer`, whose mean is chance, alpha has no effect."""
     scope: Literal["layer", "global", "all", "none", "random"] = "layer"
     """Mean and std over the experts of one layer, or over the layers' probe frequencies, each times the layer's number
     of experts, as pools differ in size; or, as controls of what
