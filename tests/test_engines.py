@@ -94,9 +94,9 @@ def together(make: Make, tiny_data: Path) -> Callable[[str], dict[Case, Recipe]]
     @cache
     def learned(engine: str) -> dict[Case, Recipe]:
         cases: list[Case] = [LONGER, ("sequential_lora", ()), ("moelora", ())]
-        if engine in ("ddp", "zero2", "zero3"):
-            holds = [name for name in BASELINES if engine != "zero3" or name not in REFUSED]
-            cases += [(name, (*two_tasks, *BASELINES[name])) for name in holds]
+        # Under ZeRO-3 the one whose router decides for other modules; what all of them share is the others' cases.
+        holds = {"ddp": list(BASELINES), "zero2": list(BASELINES), "zero3": ["pmoe"]}.get(engine, [])
+        cases += [(name, (*two_tasks, *BASELINES[name])) for name in holds]
         if engine == "zero3":  # a process's few tokens cannot choose all experts: who waits for one that is not used?
             cases.append(("cmoe", ("method.experts.num_first=4", "method.experts.top_k=1")))
         if engine == "zero2":
