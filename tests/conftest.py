@@ -34,21 +34,20 @@ from transformers import (
 
 torch.set_num_threads(1)
 
-SLOW = {
-    *("test_engines", "test_families", "test_docs", "test_gpu", "test_sequence", "test_speed", "test_recorded_runs"),
-    *("test_cli", "test_pocket_demo", "test_collect", "test_results_page", "test_backbone"),
-    *("test_memory", "test_estimate", "test_growth_schedule", "test_runner", "test_run", "test_plan"),
-    *("test_long_runs", "test_trackers", "test_quantized", "test_before_the_llm", "test_free_locating"),
-    *("test_battery", "test_invariance", "test_r2moe", "test_lwf", "test_refit_locator", "test_reproduction"),
-    *("test_unseen", "test_throughput", "test_search", "test_probe_report", "test_store", "test_check"),
-}
-"""Files whose tests learn whole runs, start processes or read all that ships; `make quick` leaves them out."""
+TESTS = Path(__file__).parent
+
+QUICK = {"settings", "provenance", "locators", "experts", "evaluation", "registry", "report"}
+"""Rooms whose tests `make quick` runs, beside those of the architecture; the others learn whole runs, start processes
+or read all that ships."""
+SLOW = {"test_store", "test_runner", "test_results_page"}
+"""Files of these rooms that do so, too."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow."""
     for item in items:
-        if item.path.stem in SLOW:
+        quick = item.path.stem == "test_architecture" or bool(QUICK & set(item.path.relative_to(TESTS).parts))
+        if not quick or item.path.stem in SLOW:
             item.add_marker(pytest.mark.slow)
 
 
