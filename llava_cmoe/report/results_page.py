@@ -38,8 +38,7 @@ Read them with two reservations:
 - The settings of these recipes were chosen on the evaluation questions of the seeds that are reported, so the numbers
   are too favourable. They will be measured again with settings chosen on other rows.
 - One frozen LoRA per task behind the same locator ([recipe](../train/recipes/pocket_lora_per_task.yaml)) is the control
-  that explains a method with a locator, and it is not in these tables yet. In a first check, on one seed, it was as
-  good as CMoE."""
+  that explains a method with a locator, and it is not in these tables yet."""
 
 
 @dataclass(frozen=True)
