@@ -21,6 +21,7 @@ from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import encode_prompt, tokenizer_of
 from llava_cmoe.data.encoding import Encoding, open_square
+from llava_cmoe.data.images import open_image, side_of_square
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.task_data import sequence_of
@@ -91,6 +92,19 @@ def open_session(run: Path, after: int | None = None, merge: int | None = None) 
     return ChatSession(method, backbone, names, geometries, recipe.data.max_pixels)
 
 
+def check_picture(run: Path, image: Path) -> None:
+    """Find what is wrong with a picture before a backbone is loaded.
+
+    Raises:
+        DataError: the picture is missing, broken or too large.
+        RegistryError: no run in this folder.
+    """
+    open_image(image)
+    data = Registry(run).recipe().data
+    for geometry in {task.geometry for task in sequence_of(data).tasks}:
+        side_of_square(image, geometry, data.max_pixels)
+
+
 class ChatSession:
     """A learned method and its backbone; every question is located anew, earlier ones are not remembered."""
 
@@ -158,7 +172,12 @@ class ChatSession:
     def _batch(self, image: Path | None, question: str, geometry: Geometry) -> dict[str, Tensor]:
         turns: list[Turn] = [{"role": "user", "text": question if image is None else f"{MARKER}\n{question}"}]
         encoding = Encoding(self._processor, geometry, self._max_pixels)
-        encoded = encode_prompt(self._processor, turns, None if image is None else open_square(image, encoding))
+        try:
+            encoded = encode_prompt(self._processor, turns, None if image is None else open_square(image, encoding))
+        except MemoryError as error:
+            raise DataError(
+                Problem(image or Path(), "too little memory to read it; ask about a smaller one")
+            ) from error
         collate = Collator(self._tokenizer.pad_token_id, "left")
         return on_device(collate([encoded]), self._method.model.device)
 

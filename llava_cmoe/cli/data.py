@@ -47,6 +47,9 @@ def check(
     processes: Annotated[
         int | None, typer.Option(help="Processes that open pictures; one per core if absent.", min=1)
     ] = None,
+    max_pixels: Annotated[
+        int | None, typer.Option(help="The recipe's data.max_pixels: larger pictures are shrunk, not refused.", min=1)
+    ] = None,
 ) -> None:
     """Find everything that would stop training: every file is read, every picture is opened.
 
@@ -63,7 +66,7 @@ def check(
     console, tasks, processor = Console(), load_sequence(sequence), load_processor(backbone)
     scorers = unknown_scorers(tasks)
     with ProgressLine(console) as line:
-        report = check_sequence(root, tasks, partial(line, "checking"), processes or os.cpu_count() or 1)
+        report = check_sequence(root, tasks, partial(line, "checking"), processes or os.cpu_count() or 1, max_pixels)
     report = replace(report, problems=(*scorers, *report.problems))
     show_check(console, report, processor)
     if not report.ok:

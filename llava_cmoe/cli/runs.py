@@ -177,12 +177,11 @@ def chat(
 
     EvalSet are best asked as the tasks ask them, with the instruction on a line of its own (write \n before it).
     """
-    from llava_cmoe.chat.session import open_session
+    from llava_cmoe.chat.session import check_picture, open_session
     from llava_cmoe.chat.terminal import answer, converse
-    from llava_cmoe.data.images import open_image
 
     if image is not None:
-        open_image(image)  # a mistake there is found before a model is loaded
+        check_picture(run, image)
     console, session = Console(), open_session(run, after, merge)
     if prompt is None:
         converse(console, session, image)

@@ -19,7 +19,7 @@ from llava_cmoe.data.images import find_broken
 from llava_cmoe.data.paths import eval_file, folders_in_use, train_file
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER
-from llava_cmoe.data.tasks import Published, RowCount, TaskSequence, TaskSpec
+from llava_cmoe.data.tasks import Geometry, Published, RowCount, TaskSequence, TaskSpec
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -32,7 +32,11 @@ CHUNK = 32
 
 
 def check_sequence(
-    root: Path, sequence: TaskSequence, progress: Progress = lambda *_: None, processes: int = 1
+    root: Path,
+    sequence: TaskSequence,
+    progress: Progress = lambda *_: None,
+    processes: int = 1,
+    max_pixels: int | None = None,
 ) -> CheckReport:
     """Read every file of a sequence and open every picture once.
 
@@ -41,6 +45,7 @@ def check_sequence(
         sequence: the tasks.
         progress: called after every file and every few pictures.
         processes: how many open pictures; 1 opens them here.
+        max_pixels: largest square picture that the processor will be given; as large as they are when None.
     """
     scans: list[_Scan] = []
     overlaps: list[Problem] = []
@@ -58,7 +63,8 @@ def check_sequence(
             scan.questions.clear()  # the largest of what is kept
             scans.append(scan)
     problems = [problem for scan in scans for problem in scan.problems]
-    problems += _open_all(scans, progress, processes)
+    padded = {task.name for task in sequence.tasks if task.geometry == "pad"}
+    problems += _open_all(scans, padded, max_pixels, progress, processes)
     return CheckReport(
         root=root,
         sequence=sequence.name,
@@ -150,19 +156,23 @@ def _overlaps(train: _Scan, evaluate: _Scan) -> Iterator[Problem]:
             yield Problem(evaluate.file, reason, index, row_id)
 
 
-def _open_all(scans: Sequence[_Scan], progress: Progress, processes: int) -> Iterator[Problem]:
-    """What is wrong with pictures, each blamed on the first row that shows it."""
+def _open_all(
+    scans: Sequence[_Scan], padded: set[str], max_pixels: int | None, progress: Progress, processes: int
+) -> Iterator[Problem]:
+    """What is wrong with pictures, each blamed on the first row that shows it (and pads it, if any does)."""
     first: dict[str, tuple[_Scan, int, str]] = {}
-    for scan in scans:
+    for scan in sorted(scans, key=lambda scan: scan.task not in padded):
         for path, (index, row_id) in scan.pictures.items():
             first.setdefault(path, (scan, index, row_id))
-    paths = list(first)
-    chunks = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
+    pictures: list[tuple[str, Geometry, int | None]] = [
+        (path, "pad" if scan.task in padded else "crop", max_pixels) for path, (scan, _, _) in first.items()
+    ]
+    chunks = [pictures[start : start + CHUNK] for start in range(0, len(pictures), CHUNK)]
     with _opener(processes) as opened:
         done = 0
         for chunk, reasons in zip(chunks, opened(find_broken, chunks), strict=True):
             done += len(chunk)
-            progress("opening pictures", done, len(paths))
+            progress("opening pictures", done, len(pictures))
             for path, reason in reasons.items():
                 scan, index, row_id = first[path]
                 yield Problem(scan.file, reason, index, row_id)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_cmoe.data.conversation import check_length, count_tokens, encode_prompt, encode_sample, tokenizer_of
-from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrink, shrunk_size, size_of
+from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrink, side_of_square
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry
@@ -73,6 +73,9 @@ class EncodedRows(Dataset[dict[str, Tensor]], ABC):
             return self.encode(row["turns"], image)
         except ValueError as error:
             raise ValueError(f"row {index} (id {row['id']}): {error}") from error
+        except MemoryError as error:
+            reason = "too little memory to encode it; make its picture smaller (data.max_pixels)"
+            raise ValueError(f"row {index} (id {row['id']}): {reason}") from error
 
     @abstractmethod
     def encode(self, turns: list[Turn], image: Image.Image | None) -> dict[str, Tensor]:
@@ -99,30 +102,31 @@ class SampleRows(EncodedRows):
         return [(image is not None, length) for image, length in zip(self.rows["image"], texts, strict=True)]
 
     def check_lengths(self, file: Path) -> None:
-        """Raise for the first sample that is too long, before hours of training reach it.
+        """Raise for the first sample that is too long or too large, before hours of training reach it.
 
         No picture is decoded: a grey square stands for all of its size, or for all where a small and a large one become
-        equally many tokens, as LLaVA-1.5's do; sizes are then not even read.
+        equally many tokens, as LLaVA-1.5's do.
 
         Args:
             file: where the rows come from, for the error.
 
         Raises:
-            DataError: names the file, the row's id, its length and the limit; or a picture that cannot be opened.
+            DataError: names the file, the row's id, its length and the limit; or a picture that cannot be squared.
         """
-        tokens = cache(self._tokens_of_a_square)
+        tokens, side_of = cache(self._tokens_of_a_square), cache(self._side_of)
         some_pictures = any(path is not None for path in self.rows["image"])
         sizes_matter = some_pictures and tokens(SMALL) != tokens(LARGE)
         for row in self.rows:
-            side = SMALL
-            if sizes_matter and row["image"] is not None:
-                side = side_of_square(Path(row["image"]), self.encoding)
             try:
-                image_tokens = 0 if row["image"] is None else tokens(side)
+                side = SMALL if row["image"] is None else side_of(row["image"])
+                image_tokens = 0 if row["image"] is None else tokens(side if sizes_matter else SMALL)
                 check_length(count_tokens(self.encoding.processor, row["turns"], image_tokens), self.max_length)
             except ValueError as error:
                 # No index: these rows may be a draw of the file's.
                 raise DataError(Problem(file, str(error), row_id=row["id"])) from error
+
+    def _side_of(self, picture: str) -> int:
+        return side_of_square(Path(picture), self.encoding.geometry, self.encoding.max_pixels)
 
     def _tokens_of_a_square(self, side: int) -> int:
         """Tokens that the marker becomes for a square picture, less the one of its placeholder."""
@@ -155,20 +159,16 @@ def open_square(path: Path, encoding: Encoding) -> Image.Image:
     """Open a picture and make it square, as the processor's model expects it, and not larger than `max_pixels`.
 
     Padding has the colour of the image processor's mean, which normalising turns into zeros (as in LLaVA).
+
+    Raises:
+        DataError: errors of `open_image` and of `side_of_square`; or the backbone reads text alone.
     """
     if tokenizer_of(encoding.processor) is encoding.processor:
         raise DataError(Problem(path, "a picture, and the backbone reads text alone"))
+    side = side_of_square(path, encoding.geometry, encoding.max_pixels)  # before anything is decoded
     image = open_image(path)
     if encoding.geometry == "crop":
         square = centre_crop(image)
-    else:
-        red, green, blue = (int(255 * mean) for mean in encoding.processor.image_processor.image_mean)
-        square = pad_to_square(image, (red, green, blue))
-    return square if encoding.max_pixels is None else shrink(square, encoding.max_pixels)
-
-
-def side_of_square(path: Path, encoding: Encoding) -> int:
-    """The side in pixels of what `open_square` makes, from the file's header alone."""
-    size, most = size_of(path), encoding.max_pixels
-    side = min(size) if encoding.geometry == "crop" else max(size)
-    return side if most is None else shrunk_size(side, side, most)[0]
+        return square if encoding.max_pixels is None else shrink(square, encoding.max_pixels)
+    red, green, blue = (int(255 * mean) for mean in encoding.processor.image_processor.image_mean)
+    return pad_to_square(image, (red, green, blue), side)

@@ -1,6 +1,8 @@
 """Safe opening of image files, and the geometry that makes a picture square.
 
-Resizing and normalising belong to the backbone's image processor; which geometry a task uses, to `tasks.py`.
+Resizing and normalising belong to the backbone's image processor; which geometry a task uses, to `tasks.py`; what grey
+of more than 8 bits becomes, to `deep_grey.py`. A limit holds for what is allocated, not for what a file promises: a
+strip of 60000 x 4 pixels is small, and the square around it 10 GB.
 """
 
 from __future__ import annotations
@@ -9,18 +11,21 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from llava_cmoe.data.deep_grey import DEEP, grey_of_8_bits
 from llava_cmoe.data.problems import DataError, Problem
+from llava_cmoe.data.tasks import Geometry
 
 Found = TypeVar("Found")
 
 MAX_PIXELS = 80_000_000
-"""Largest picture that is opened, in pixels: 240 MB as RGB, four times a large camera's."""
+"""Largest picture that is opened, and largest square that is made, in pixels: 240 MB as RGB, four times a large
+camera's."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Kinds of image that are read; Pillow knows more, one of which starts a PostScript interpreter."""
@@ -62,6 +67,8 @@ def _read(path: Path, read: Callable[[], Found], max_pixels: int) -> Found:
         raise DataError(Problem(path, f"not an image of the kinds {', '.join(FORMATS)}")) from error
     except BROKEN as error:
         raise DataError(Problem(path, f"truncated or broken image ({error})")) from error
+    except MemoryError as error:
+        raise DataError(Problem(path, "too little memory to open it; make the picture smaller")) from error
 
 
 def _size(path: Path) -> tuple[int, int]:
@@ -69,12 +76,34 @@ def _size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def find_broken(paths: Iterable[str]) -> dict[str, str]:
-    """Which of these pictures cannot be opened, and why."""
+def side_of_square(path: Path, geometry: Geometry, max_pixels: int | None) -> int:
+    """The side in pixels of the square that is made of a picture, from the file's header alone.
+
+    Args:
+        path: of the picture.
+        geometry: whether it is padded or cropped.
+        max_pixels: largest square that is wanted; any when None.
+
+    Raises:
+        DataError: missing, not an image, or a square of more than `MAX_PIXELS` pixels.
+    """
+    width, height = size_of(path)
+    side = min(width, height) if geometry == "crop" else max(width, height)
+    made = side if max_pixels is None else shrunk_size(side, side, max_pixels)[0]
+    if made * made > MAX_PIXELS:
+        reason = f"oversized image ({width} x {height} pixels, padded to a square of {made} x {made})"
+        fix = "set data.max_pixels, which shrinks it first, or cut the picture"
+        raise DataError(Problem(path, f"{reason}; squares of at most {MAX_PIXELS} pixels are made: {fix}"))
+    return made
+
+
+def find_broken(pictures: Iterable[tuple[str, Geometry, int | None]]) -> dict[str, str]:
+    """Which of these pictures cannot be opened or squared, and why; each with the arguments of `side_of_square`."""
     broken = {}
-    for path in paths:
+    for path, geometry, max_pixels in pictures:
         try:
             open_image(Path(path))
+            side_of_square(Path(path), geometry, max_pixels)
         except DataError as error:
             broken[path] = str(error)
     return broken
@@ -85,20 +114,29 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
         width, height = image.size
         if width * height > max_pixels:  # known from the header, before a decompression bomb could unfold
             raise Image.DecompressionBombError(f"{width} x {height} pixels")
-        return _to_rgb(ImageOps.exif_transpose(image))
+        tags = dict(getattr(image, "tag_v2", {}))  # a TIFF's, which a turned copy has lost
+        return _to_rgb(ImageOps.exif_transpose(image), tags)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits at 255 and leave a white picture
-        image = image.convert("I").point(lambda grey: grey / 256).convert("L")
+def _to_rgb(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    if image.mode.startswith(DEEP):
+        image = grey_of_8_bits(image, tags)
     if not image.has_transparency_data:
         return image.convert("RGB")
     layers = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layers).convert("RGB")
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
-    """Centre an image on a square of its longer side, as LLaVA does; boxes of CoIN's Grounding live on that square."""
+def pad_to_square(image: Image.Image, colour: tuple[int, int, int], side: int | None = None) -> Image.Image:
+    """Centre an image on a square of its longer side, as LLaVA does; boxes of CoIN's Grounding live on that square.
+
+    A smaller `side` shrinks the image first, so that no square of its own size is ever made; a box then stays where it
+    is up to a pixel.
+    """
+    longer = max(image.size)
+    if side is not None and side < longer:
+        width, height = (max(1, round(length * side / longer)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     width, height = image.size
     if width == height:
         return image

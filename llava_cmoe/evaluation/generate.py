@@ -34,7 +34,7 @@ from llava_cmoe.records import Located
 logger = logging.getLogger(__name__)
 
 RouteName = Literal["located", "oracle", "random"]
-FAILURES = (ValueError, RuntimeError)
+FAILURES = (ValueError, RuntimeError, MemoryError)
 """What one sample can cause: a picture that cannot be read, a prompt that the model cannot take, too little memory."""
 
 Progress = Callable[[int, int], None]
@@ -184,7 +184,7 @@ def answer_or_record(eval_model: EvalModel, questions: EvalSet, batch: Sequence[
     """Answer a batch; if that fails, each of its samples alone, recording why of those that fail again.
 
     Raises:
-        ValueError, RuntimeError: not one of several samples can be answered, so it is no sample's fault.
+        ValueError, RuntimeError, MemoryError: not one of several samples can be answered, so it is no sample's fault.
     """
     try:
         return answer_batch(eval_model, questions, batch, route)

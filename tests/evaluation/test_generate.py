@@ -307,15 +307,41 @@ def test_a_sample_that_cannot_be_answered_is_recorded_and_its_batch_mates_are_an
     assert generate(eval_model, broken, tmp_path / "again.jsonl") == once
 
 
+@pytest.mark.parametrize("place", ["encode", "answer"])
+def test_too_little_memory_for_one_sample_is_that_samples_failure(
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    encode = PromptRows.encode
+
+    def out_of_memory(rows: PromptRows, turns: Any, image: Any) -> Any:
+        if turns[0]["text"] == questions.texts[4]:
+            raise MemoryError
+        return encode(rows, turns, image)
+
+    def answer_short(eval_model: EvalModel, questions: EvalSet, batch: Any, route: Route) -> Any:
+        if 4 in batch:
+            raise MemoryError
+        return answer_batch(eval_model, questions, batch, route)
+
+    if place == "encode":
+        monkeypatch.setattr(PromptRows, "encode", out_of_memory)
+    else:
+        monkeypatch.setattr("llava_cmoe.evaluation.generate.answer_batch", answer_short)
+    generate(eval_model, questions, tmp_path / "a.jsonl")
+    failed = {answer.id: answer.failed for answer in read_answers(tmp_path / "a.jsonl") if answer.failed is not None}
+    assert failed.keys() == {"q4"} and "memory" in failed["q4"].lower()
+
+
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_a_batch_that_only_fails_as_a_batch_costs_nothing(
-    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    eval_model: EvalModel, questions: EvalSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     """Too little memory for several samples is enough for one."""
     whole = generate(eval_model, questions, tmp_path / "whole.jsonl")
 
     def short_of_memory(eval_model: EvalModel, questions: EvalSet, batch: Any, route: Route) -> Any:
         if len(batch) > 1:
-            raise torch.OutOfMemoryError(f"{time.perf_counter()} bytes")
+            raise kind(f"{time.perf_counter()} bytes")
         return answer_batch(eval_model, questions, batch, route)
 
     monkeypatch.setattr("llava_cmoe.evaluation.generate.answer_batch", short_of_memory)
