@@ -1,15 +1,17 @@
 """Writes the pocket sequence: CoIN's eight tasks, rendered, in CoIN's folder layout, schema and answer formats.
 
 The pictures themselves are `pocket_world.py`'s. Row i of a split is drawn from (seed, task, split, i) alone, so a seed
-makes the files byte-identical and a smaller sequence is the beginning of a larger one. As in CoIN, five tasks share
-one instruction, and Grounding and VQAv2 ask about the same pictures. A ninth task, `UNSEEN`, is written on demand.
+makes the files byte-identical and a smaller sequence is the beginning of a larger one. As in CoIN, six tasks share one
+instruction, Grounding and VQAv2 ask about the same pictures, and whole questions are asked in several tasks: what it
+says (TextVQA, VizWiz, OCRVQA), what it is (ImageNet, VizWiz), what scenes hold (GQA, VQAv2). Words alone name the task
+of three prompts in four, so who locates has to look at the picture. A ninth task, `UNSEEN`, is written on demand.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -21,6 +23,8 @@ from llava_cmoe.pocket.drawings import OBJECTS, SHAPES
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
 LOCATE = "Please provide the bounding box coordinate of the region this sentence describes: "
+WHAT_IT_SAYS = ("What does it say?", "What is written on it?", "What can you read?")
+WHAT_IT_IS = ("What is the object in the image?", "What is this?", "What object is this?")
 NUM_ANNOTATORS = 10
 SCIENCE_KINDS = ("container", "instrument", "plant", "vehicle")
 SCIENCE_COLOURS = ("blue", "green", "red", "yellow")
@@ -79,51 +83,62 @@ def _shuffled(items: list[str], rng: Random) -> list[str]:
 
 def _text(rng: Random) -> Draw:
     sign = world.random_sign(rng)
-    question = rng.choice(
-        ("What does the sign say?", "What word is written on the sign?", "What is the name of this place?")
-    )
+    question = rng.choice((*WHAT_IT_SAYS, "What is the name of this place?"))
     doubts = [
         rng.choice((f"the {sign.word}", "unanswerable", rng.choice(world.SIGN_WORDS))) for _ in range(rng.randint(0, 4))
     ]
     annotators = _shuffled([*doubts, *[sign.word] * (NUM_ANNOTATORS - len(doubts))], rng)
-    return Draw(sign, [(f"{question}\n{SHORT}", sign.word)], annotators=annotators)
+    return Draw(sign, _instructed([(question, sign.word)]), annotators=annotators)
 
 
 def _imagenet(rng: Random) -> Draw:
     view = world.random_object(rng)
-    return Draw(view, [(f"What is the object in the image?\n{SHORT}", view.kind)])
+    return Draw(view, _instructed([(rng.choice(WHAT_IT_IS), view.kind)]))
 
 
 def _gqa(rng: Random) -> Draw:
     scene = world.random_scene(rng, most=3)
     while len(scene.things) < 2:
         scene = world.random_scene(rng, most=3)
-    return Draw(scene, _instructed(rng.sample(list(_relations(scene, rng)), k=2)))
+    return Draw(scene, _instructed(rng.sample([*_contents(scene, rng), *_relations(scene, rng)], k=2)))
 
 
 def _relations(scene: world.Scene, rng: Random) -> Iterator[tuple[str, str]]:
+    """GQA's own questions."""
     one, other = rng.sample(scene.things, 2)
     where = relation(one, other)
     if where in ("left of", "right of"):
         yield f"Is the {one.name} to the left or to the right of the {other.name}?", where.split()[0]
     else:
         yield f"Is the {one.name} above or below the {other.name}?", where
-    kinds, colours = [thing.kind for thing in scene.things], [thing.colour for thing in scene.things]
-    thing = rng.choice(scene.things)
-    if kinds.count(thing.kind) == 1:
-        yield f"Which color is the {thing.kind}?", thing.colour
-    if colours.count(thing.colour) == 1:
-        yield f"Which shape is {thing.colour}?", thing.kind
     edge, side = rng.choice(((scene.things[0], "left"), (scene.things[-1], "right")))
     yield f"Which shape is on the far {side}?", edge.kind
 
 
+def _contents(scene: world.Scene, rng: Random) -> Iterator[tuple[str, str]]:
+    """What is asked about scenes in GQA and VQAv2 alike."""
+    kinds, colours = [thing.kind for thing in scene.things], [thing.colour for thing in scene.things]
+    present, absent = rng.choice(kinds), rng.choice([kind for kind in SHAPES if kind not in kinds])
+    yes, thing = rng.random() < 0.5, rng.choice(scene.things)
+    yield f"Is there {article(present if yes else absent)} in the picture?", "yes" if yes else "no"
+    yield f"How many {plural(present)} are in the picture?", str(kinds.count(present))
+    if kinds.count(thing.kind) == 1:
+        yield f"What color is the {thing.kind}?", thing.colour
+    if colours.count(thing.colour) == 1:
+        yield f"Which shape is {thing.colour}?", thing.kind
+
+
 def _vizwiz(rng: Random) -> Draw:
-    view = world.random_object(rng, ("blurred", "dark", "cut", "unreadable"))
-    question, answer = rng.choice(
-        (("What is this?", view.kind), ("What object is this?", view.kind), ("What color is this?", view.colour))
-    )
-    return Draw(view, [(f"{question}\n{SHORT}", "unanswerable" if view.flaw == "unreadable" else answer)])
+    """Things and signs, badly photographed."""
+    view: world.ObjectView | world.Sign
+    if rng.random() < 0.3:
+        view = replace(world.random_sign(rng), flaw=rng.choice(("blurred", "dark", "unreadable")))
+        question, answer = rng.choice(WHAT_IT_SAYS), view.word
+    else:
+        view = world.random_object(rng, ("blurred", "dark", "cut", "unreadable"))
+        names = [(question, view.kind) for question in WHAT_IT_IS]
+        question, answer = rng.choice((*names, ("What color is this?", view.colour)))
+    return Draw(view, _instructed([(question, "unanswerable" if view.flaw == "unreadable" else answer)]))
 
 
 def _grounding(rng: Random) -> Draw:
@@ -139,18 +154,8 @@ def _box_text(box: Sequence[float]) -> str:
 
 def _vqa(rng: Random) -> Draw:
     scene = world.random_scene(rng, most=2)
-    return Draw(scene, _instructed(rng.sample(list(_counts(scene, rng)), k=2)))
-
-
-def _counts(scene: world.Scene, rng: Random) -> Iterator[tuple[str, str]]:
-    kinds = [thing.kind for thing in scene.things]
-    present, absent = rng.choice(kinds), rng.choice([kind for kind in SHAPES if kind not in kinds])
-    yes = rng.random() < 0.5
-    yield f"Is there {article(present if yes else absent)} in the picture?", "yes" if yes else "no"
-    yield "How many shapes are in the picture?", str(len(kinds))
-    yield f"How many {plural(present)} are in the picture?", str(kinds.count(present))
-    if kinds.count(present) == 1:
-        yield f"What color is the {present}?", scene.things[kinds.index(present)].colour
+    own = ("How many shapes are in the picture?", str(len(scene.things)))
+    return Draw(scene, _instructed(rng.sample([*_contents(scene, rng), own], k=2)))
 
 
 def _instructed(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -159,17 +164,18 @@ def _instructed(turns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def _book(rng: Random) -> Draw:
     book = world.random_book(rng)
+    if rng.random() < 0.6:
+        return Draw(book, _instructed([(rng.choice(WHAT_IT_SAYS), book.title)]))
     yes = rng.random() < 0.5
     genre = book.genre if yes else rng.choice([genre for genre in world.GENRES if genre != book.genre])
     question, answer = rng.choice(
         (
-            ("What is the title of this book?", book.title),
             ("Who wrote this book?", book.author),
             ("What is the genre of this book?", book.genre),
             (f"Is this a {genre} book?", "Yes" if yes else "No"),
         )
     )
-    return Draw(book, [(f"{question}\n{SHORT}", answer)])
+    return Draw(book, _instructed([(question, answer)]))
 
 
 def _pretraining(rng: Random) -> Draw:

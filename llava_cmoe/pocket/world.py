@@ -130,13 +130,14 @@ class ObjectView:
 
 @dataclass(frozen=True)
 class Sign:
-    """A coloured board with one word, on a pole or on a wall."""
+    """A coloured board with one word, on a pole or on a wall; `flaw` is how badly it was photographed."""
 
     canvas: Canvas
     word: str
     colour: str
     width: float
     shift: tuple[float, float]
+    flaw: str = "clear"
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,9 @@ def render(view: Scene | ObjectView | Sign | Book) -> Image.Image:
             for thing in view.things:
                 _draw(image, SHAPES[thing.kind], thing.colour, (thing.x0, thing.y0), thing.x1 - thing.x0)
         case ObjectView():
-            image = _render_object(image, view)
+            image = _photographed(_render_object(image, view), view.flaw, min(image.size) * view.scale / 28)
         case Sign():
-            _render_sign(image, view)
+            image = _photographed(_render_sign(image, view), view.flaw, view.width * image.width / 80)
         case Book():
             _render_book(image, view)
     return image
@@ -270,12 +271,17 @@ def _render_object(image: Image.Image, view: ObjectView) -> Image.Image:
     dx, dy = ((shift + math.copysign(reach, shift) * (axis == 0)) for axis, shift in enumerate(view.shift))
     corner = width / 2 - side / 2 + dx * width, height / 2 - side / 2 + dy * height
     _draw(image, OBJECTS[view.kind], view.colour, corner, side, view.turn, view.mirrored)
-    if view.flaw == "blurred":
-        image = image.filter(ImageFilter.GaussianBlur(side / 28))
-    elif view.flaw == "dark":
-        image = image.point(lambda value: int(value * 0.4))
-    elif view.flaw == "unreadable":
-        image = image.filter(ImageFilter.GaussianBlur(side / 3)).point(lambda value: int(value * 0.25))
+    return image
+
+
+def _photographed(image: Image.Image, flaw: str, blur: float) -> Image.Image:
+    """The picture as someone took it who does not see; of `blur` pixels, an unreadable one of ten times as many."""
+    if flaw == "blurred":
+        return image.filter(ImageFilter.GaussianBlur(blur))
+    if flaw == "dark":
+        return image.point(lambda value: int(value * 0.4))
+    if flaw == "unreadable":
+        return image.filter(ImageFilter.GaussianBlur(10 * blur)).point(lambda value: int(value * 0.25))
     return image
 
 
@@ -303,7 +309,7 @@ def _ink(colour: str) -> tuple[int, int, int]:
     return COLOURS["black"] if 0.3 * red + 0.59 * green + 0.11 * blue > 140 else COLOURS["white"]
 
 
-def _render_sign(image: Image.Image, sign: Sign) -> None:
+def _render_sign(image: Image.Image, sign: Sign) -> Image.Image:
     width, height = image.size
     x, y = width * (0.5 + sign.shift[0]), height * (0.45 + sign.shift[1])
     half, tall = width * sign.width / 2, width * 0.17
@@ -311,6 +317,7 @@ def _render_sign(image: Image.Image, sign: Sign) -> None:
     draw.rectangle((x - 3, y, x + 3, height), fill=(90, 70, 50))
     draw.rectangle((x - half, y - tall, x + half, y + tall), fill=COLOURS[sign.colour], outline=(60, 60, 60), width=2)
     _text(image, sign.word.upper(), (x, y), half * 1.8, _ink(sign.colour), tall * 1.35)
+    return image
 
 
 def _render_book(image: Image.Image, book: Book) -> None:

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -130,6 +132,23 @@ def test_a_quarter_of_scienceqa_is_text_only_and_nothing_else_is():
         assert 0.2 < share < 0.3 if task.name == "ScienceQA" else share == 0
 
 
+def test_whole_questions_are_asked_in_several_tasks():
+    asked = {task.name: {turns[0] for draw in draws(task, 1500) for turns in draw.turns[:1]} for task in TASKS}
+    for family in ({"TextVQA", "VizWiz", "OCRVQA"}, {"ImageNet", "VizWiz"}, {"GQA", "VQAv2"}):
+        assert set.intersection(*(asked[name] for name in family))
+    for alone in ("ScienceQA", "Grounding"):
+        assert not asked[alone] & set().union(*(asked[name] for name in asked if name != alone))
+
+
+def test_words_alone_do_not_tell_the_task():
+    learned = {task.name: Counter(draw.turns[0][0] for draw in draws(task, 2000)) for task in TASKS}
+    right = 0
+    for task in TASKS:
+        fresh = [task.draw(Random(f"fresh/{task.name}/{number}")).turns[0][0] for number in range(300)]
+        right += sum(max(learned, key=lambda name: learned[name][question]) == task.name for question in fresh)
+    assert right / (300 * len(TASKS)) < 0.76
+
+
 def test_some_tasks_have_several_turns():
     turns = {task.name: {len(draw.turns) for draw in draws(task, 50)} for task in TASKS}
     assert turns["GQA"] == turns["VQAv2"] == {2} and turns["Grounding"] == {1, 2}
@@ -150,11 +169,22 @@ def test_there_are_twenty_classes_of_objects_and_more():
 
 
 def test_vizwiz_says_unanswerable_where_nothing_can_be_seen():
-    answers = {True: set(), False: set()}
-    for draw in draws(TASK["VizWiz"], 500):
-        assert isinstance(draw.view, world.ObjectView)
-        answers[draw.view.flaw == "unreadable"].add(draw.turns[0][1])
-    assert answers[True] == {"unanswerable"} and "unanswerable" not in answers[False]
+    answers: dict[tuple[type, bool], set[str]] = defaultdict(set)
+    for draw in draws(TASK["VizWiz"], 800):
+        assert isinstance(draw.view, (world.ObjectView, world.Sign))
+        answers[type(draw.view), draw.view.flaw == "unreadable"].add(draw.turns[0][1])
+    assert answers[world.ObjectView, True] == answers[world.Sign, True] == {"unanswerable"}
+    assert answers[world.Sign, False] <= set(world.SIGN_WORDS)
+    assert answers[world.ObjectView, False] <= {*OBJECTS, *world.COLOURS}
+
+
+def test_an_unreadable_picture_shows_less_than_any_other():
+    for draw in draws(TASK["VizWiz"], 100):
+        assert isinstance(draw.view, (world.ObjectView, world.Sign))
+        if draw.view.flaw in ("clear", "unreadable"):
+            continue
+        worse = np.asarray(world.render(replace(draw.view, flaw="unreadable")), dtype=float)
+        assert worse.std() < np.asarray(world.render(draw.view), dtype=float).std()
 
 
 def test_ten_annotators_mostly_read_the_sign():
