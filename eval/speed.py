@@ -142,7 +142,7 @@ def measure(run: Path, batch_size: int, repetitions: int, device: str) -> dict[s
 
 def questions(recipe: Recipe, method: Cmoe, num_tasks: int, batch_size: int) -> tuple[Batch, Tensor]:
     """One left-padded batch of evaluation prompts, from all learned tasks in turn, and the true task of each."""
-    data = TaskData.open(recipe.data, recipe.seed)
+    data = TaskData.of(recipe)
     specs = data.sequence.tasks[:num_tasks]
     prompts = [PromptRows(data.evaluate[task.name], data.encoding(task, method.processor)) for task in specs]
     tasks = [number % num_tasks for number in range(batch_size)]

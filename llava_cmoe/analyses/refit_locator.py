@@ -62,7 +62,7 @@ def check_source(recipe: Recipe, source: Registry) -> None:
             f"{source.run}: its experts were learned with another recipe: {', '.join(differences)}; only "
             "method.locator and evaluation may differ where experts are taken over"
         )
-    data = TaskData.open(recipe.data, recipe.seed)
+    data = TaskData.of(recipe)
     for record in source.records()[len(Registry(recipe.run).records()) :]:
         is_same = {
             "other data": record.data_fingerprint == data.fingerprint,
@@ -125,7 +125,7 @@ def _check_same(source: Registry, record: TaskRecord, same: Mapping[str, bool]) 
 def _copy_answers(run: Run, source: Registry, after: int) -> None:
     eval_spec, folder = run.eval_spec, source.run / run.eval_spec.folder.name
     theirs, ours = source.recipe().evaluation, eval_spec.settings
-    if any(getattr(theirs, key) != getattr(ours, key) for key in ("batch_size", "limit", "subset_seed")):
+    if any(getattr(theirs, key) != getattr(ours, key) for key in ("batch_size", "split", "limit", "subset_seed")):
         return  # other questions; and the last bits of a logit may depend on who shares the batch
     for path in sorted((folder / eval_spec.answers_folder(after).name).glob("*.jsonl")):
         if path.stem.rpartition(".")[2] in UNLOCATED:

@@ -10,11 +10,14 @@ from datasets import Dataset
 
 from llava_cmoe.data.coin import read_eval, read_train, refuse_pictures
 from llava_cmoe.data.encoding import Encoding
-from llava_cmoe.data.paths import files_of
+from llava_cmoe.data.paths import files_of, train_file
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.data.tasks import TaskSequence, TaskSpec
+from llava_cmoe.data.validation import as_questions, split
 from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.settings.data import DataSettings
+from llava_cmoe.settings.evaluation import Split
+from llava_cmoe.settings.run import Recipe
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,27 @@ class TaskData:
         settings: where it lies, and how much of it is used.
         seed: of the draws.
         sequence: the tasks, in order.
+        split: which questions are asked; training rows that are, are not learned.
     """
 
     settings: DataSettings
     seed: int
     sequence: TaskSequence
+    split: Split = "test"
 
     @classmethod
-    def open(cls, settings: DataSettings, seed: int) -> TaskData:
+    def open(cls, settings: DataSettings, seed: int, split: Split = "test") -> TaskData:
         """Parse the sequence's YAML.
 
         Raises:
             RecipeError: unknown sequence or task, or a broken file.
         """
-        return cls(settings, seed, sequence_of(settings))
+        return cls(settings, seed, sequence_of(settings), split)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> TaskData:
+        """The data of a recipe's run; errors as of `open`."""
+        return cls.open(recipe.data, recipe.seed, recipe.evaluation.split)
 
     @cached_property
     def train(self) -> dict[str, Dataset]:
@@ -47,7 +57,7 @@ class TaskData:
         Raises:
             DataError: the first problem found; names file, row and reason.
         """
-        return {name: subsample(rows, self.settings.train_rows, self.seed) for name, rows in self._all_train.items()}
+        return {name: subsample(rows, self.settings.train_rows, self.seed) for name, rows in self._to_learn.items()}
 
     @cached_property
     def evaluate(self) -> dict[str, Dataset]:
@@ -73,8 +83,8 @@ class TaskData:
         return fingerprint_all(self.files)
 
     def held_out(self, name: str) -> Dataset:
-        """The training rows of a task that are not learned."""
-        return held_out_rows(self._all_train[name], self.settings.train_rows, self.seed)
+        """The training rows of a task that are neither learned nor asked."""
+        return held_out_rows(self._to_learn[name], self.settings.train_rows, self.seed)
 
     def check(self, reads_images: bool) -> None:
         """Read everything, so that a mistake is found before a model is loaded.
@@ -92,11 +102,22 @@ class TaskData:
 
     @cached_property
     def _all_evaluate(self) -> dict[str, Dataset]:
-        return {task.name: read_eval(self.settings.root, task) for task in self.sequence.tasks}
+        root, tasks = self.settings.root, self.sequence.tasks
+        if self.split == "test":
+            return {task.name: read_eval(root, task) for task in tasks}
+        asked = {name: rows for name, (_, rows) in self._parts.items()}
+        return {task.name: as_questions(asked[task.name], task.scorer, train_file(root, task)) for task in tasks}
 
     @cached_property
-    def _all_train(self) -> dict[str, Dataset]:
-        return {task.name: read_train(self.settings.root, task) for task in self.sequence.tasks}
+    def _to_learn(self) -> dict[str, Dataset]:
+        return {name: rows for name, (rows, _) in self._parts.items()}
+
+    @cached_property
+    def _parts(self) -> dict[str, tuple[Dataset, Dataset]]:
+        """Training rows that are learned, and those that are asked, of which the test split has none."""
+        whole = {task.name: read_train(self.settings.root, task) for task in self.sequence.tasks}
+        is_test = self.split == "test"
+        return {name: (rows, rows.select([])) if is_test else split(rows) for name, rows in whole.items()}
 
 
 def sequence_of(settings: DataSettings) -> TaskSequence:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from llava_cmoe.data.encoding import Encoding, PromptRows
 from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.data.validation import SEED
 from llava_cmoe.evaluation.generate import EvalSet, RouteName
 from llava_cmoe.evaluation.log import Subset
 from llava_cmoe.evaluation.scorers import get_scorer
@@ -72,15 +73,18 @@ def eval_spec_of(data: TaskData, evaluation: EvaluationSettings, folder: Path) -
 
 
 def subset_of(data: TaskData, evaluation: EvaluationSettings) -> Subset | None:
-    """Which part of the questions is evaluated; None if all are."""
+    """Which part of the questions is evaluated; None if all of the test split are."""
     of, drawn = data.num_evaluate, data.settings.eval_rows
     if evaluation.limit is not None:
-        return Subset(limit=evaluation.limit, seed=evaluation.subset_seed, strata=STRATA, of=of)
-    if drawn is None or all(num <= drawn for num in of.values()):
-        return None
-    own = data.settings.eval_seed
-    seed = data.seed if own is None else own
-    return Subset(limit=drawn, seed=seed, strata=UNSTRATIFIED, of=of, by="data.eval_rows")
+        return Subset(limit=evaluation.limit, seed=evaluation.subset_seed, strata=STRATA, of=of, split=data.split)
+    if drawn is not None and any(num > drawn for num in of.values()):
+        own = data.settings.eval_seed
+        seed = data.seed if own is None else own
+        return Subset(limit=drawn, seed=seed, strata=UNSTRATIFIED, of=of, by="data.eval_rows", split=data.split)
+    if data.split == "validation":
+        most = max(of.values())
+        return Subset(limit=most, seed=SEED, strata=UNSTRATIFIED, of=of, by="evaluation.split", split=data.split)
+    return None
 
 
 def eval_sets_of(eval_spec: EvalSpec, processor: Any, keep: bool = True) -> dict[str, EvalSet]:

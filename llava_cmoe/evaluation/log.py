@@ -16,6 +16,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from llava_cmoe.evaluation.bootstrap import Interval
 from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.settings.evaluation import Split
 
 Row = tuple[float | None, ...]
 
@@ -122,8 +123,16 @@ class Subset(_Logged):
     """What the draw keeps the shares of."""
     of: dict[str, int]
     """Task to the number of questions there are."""
-    by: Literal["evaluation.limit", "data.eval_rows"] = "evaluation.limit"
+    by: Literal["evaluation.limit", "data.eval_rows", "evaluation.split"] = "evaluation.limit"
     """The setting that made it."""
+    split: Split = "test"
+    """Whose questions they are: with `validation`, training rows that were held out."""
+
+    @property
+    def words(self) -> str:
+        """What marks a number as measured on it."""
+        part = "" if self.by == "evaluation.split" else f"subset of {self.limit}"
+        return ", ".join(filter(None, ("validation split" if self.split == "validation" else "", part)))
 
 
 class RouteResults(_Logged):

@@ -75,7 +75,8 @@ def open_examined(folder: Path, root: Path | None = None) -> Examined:
     asked = results.recipe["evaluation"] | {"routes": tuple(results.routes), "limit": None}
     if results.subset is not None and results.subset.by == "evaluation.limit":  # maybe against its recipe
         asked |= {"limit": results.subset.limit, "subset_seed": results.subset.seed}
-    tasks = TaskData.open(data, results.seed)
+    evaluation = parse_settings(EvaluationSettings, asked, source)
+    tasks = TaskData.open(data, results.seed, evaluation.split)
     files = tasks.files
     if tasks.fingerprint != results.data:
         changed = [name for name in files if results.data_files.get(name, files[name]) != files[name]]
@@ -83,7 +84,7 @@ def open_examined(folder: Path, root: Path | None = None) -> Examined:
             f"{source}: was measured on other data than {data.root} holds now{_listed(changed)}; "
             "bring those files back, or name the folder that has them with --root"
         )
-    eval_spec = eval_spec_of(tasks, parse_settings(EvaluationSettings, asked, source), folder)
+    eval_spec = eval_spec_of(tasks, evaluation, folder)
     _check_answers(results, eval_spec)
     return Examined(folder, results, eval_spec, data.root, files)
 

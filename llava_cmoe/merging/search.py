@@ -97,7 +97,7 @@ def open_subject(recipe: Recipe, num_rows: int) -> Subject:
     """Bring a run's learned tasks back, and read rows of theirs that were not learned."""
     if not isinstance(recipe.method, CmoeSettings):
         raise RecipeError(f"{recipe.run}: method {recipe.method.name} has no pool of experts to merge; cmoe has")
-    num_learned, data = check_learned(recipe), TaskData.open(recipe.data, recipe.seed)
+    num_learned, data = check_learned(recipe), TaskData.of(recipe)
     tasks = data.sequence.tasks[:num_learned]
     rows = {task.name: data.held_out(task.name) for task in tasks}
     for name, left in rows.items():

@@ -55,7 +55,7 @@ class Preview:
 
 def preview(recipe: Recipe) -> Preview:
     """Count rows, and grow the method on paper for the first stage; no weight is loaded and nothing written."""
-    data = TaskData.open(recipe.data, recipe.seed)
+    data = TaskData.of(recipe)
     names, tasks = data.sequence.names, count_rows(data)
     if recipe.data.root.exists() and not reads_images(recipe.backbone):
         refuse_pictures(recipe.data.root, data.sequence.tasks)

@@ -103,7 +103,7 @@ def budget(
             hours of unknown data.
         BackboneError: no config to be found.
     """
-    method, backbone, data = on_paper(recipe), meta_model(recipe.backbone), TaskData.open(recipe.data, recipe.seed)
+    method, backbone, data = on_paper(recipe), meta_model(recipe.backbone), TaskData.of(recipe)
     stages, sites = [stage for stage in method.stages(data.sequence.names) if stage.learns], expert_sizes(method)
     if not stages:
         raise RecipeError(f"method {recipe.method.name} learns nothing, so there is nothing to plan")

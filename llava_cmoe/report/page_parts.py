@@ -38,7 +38,7 @@ def named(path: Path, facts: str) -> str:
 
 def source(path: Path, shared: Shared) -> str:
     """The line below a table of several runs: its file, and what its numbers depend on."""
-    subset = "" if shared.subset is None else f" (subset of {shared.subset.limit})"
+    subset = "" if shared.subset is None else f" ({shared.subset.words})"
     packages = ", ".join(f"{name} {shared.versions[name]}" for name in ("torch", "transformers", "peft"))
     return named(
         path,

@@ -164,7 +164,7 @@ def _intervals(measured: RouteResults, j: int, row: Sequence[float | None]) -> S
 def _part(results: Results) -> str:
     """Marks what was not asked all questions."""
     subset = results.subset
-    return "" if subset is None else f", subset of {subset.limit} questions a task (seed {subset.seed})"
+    return "" if subset is None else f", {subset.words} (seed {subset.seed})"
 
 
 def _is_routed(results: Results) -> bool:

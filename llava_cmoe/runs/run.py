@@ -62,7 +62,7 @@ def open_run(recipe: Recipe, writer: bool = False, force: bool = False) -> Run:
         LaunchError: the launch's engine cannot hold what the recipe learns.
         BackboneError: the backbone cannot be used.
     """
-    launched, data = processes(), TaskData.open(recipe.data, recipe.seed)
+    launched, data = processes(), TaskData.of(recipe)
     registry = Registry(recipe.run, writer=writer and launched.is_main_process)
     check_engine_holds(recipe)
     data.check(reads_images(recipe.backbone))

@@ -8,6 +8,9 @@ from pydantic import Field
 
 from llava_cmoe.settings.base import Settings
 
+Split = Literal["test", "validation"]
+"""Which questions are asked: those of the evaluation files, or held-out training rows."""
+
 
 class JudgeSettings(Settings):
     """An LLM that judges answers (scorer `llm_judge`), behind any OpenAI-compatible endpoint."""
@@ -29,6 +32,9 @@ class EvaluationSettings(Settings):
     """Samples per generation batch and process."""
     routes: tuple[Literal["located", "oracle", "random"], ...] = Field(("located",), min_length=1)
     """Which routes are measured; the first one is the headline."""
+    split: Split = "test"
+    """Questions that are asked: the evaluation files', or, to choose settings by, a tenth of the training rows, which
+    are then not learned. It is drawn once and for all, whatever the run's seed, and every result is marked so."""
     limit: int | None = Field(None, gt=0)
     """Ask only a stratified subset of this many questions per task, and mark every result so; all when absent."""
     subset_seed: int = 0

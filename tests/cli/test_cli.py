@@ -487,7 +487,7 @@ def test_a_subset_is_measured_beside_the_whole_and_marked(run, tmp_path):
     before = files_of(run)
     result = type_in("eval", run, "--limit", 3, "--subset-seed", 1)
     assert result.exit_code == 0, result.output
-    assert "subset of 3 questions a task (seed 1)" in result.output
+    assert "subset of 3 (seed 1)" in result.output
     part = run / "subsets/3_1"
     results = read_results(part / "results.json")
     assert results.num_samples == {"colours": 3, "sides": 3}

@@ -123,7 +123,7 @@ def test_a_note_tells_what_could_not_be_answered_and_every_label_that_not_all_wa
         update={"failed": {"after_03/GQA.located": 2, "after_03/GQA.oracle": 9}, "subset": subset}
     )
     assert notes(results, "located") == ["could not be answered, counted as wrong: 2 of after_03/GQA.located"]
-    mark = "subset of 5 questions a task (seed 2)"
+    mark = "subset of 5 (seed 2)"
     assert mark in run_label(results, "located") and mark in metrics_markdown([results])
 
 

@@ -130,7 +130,7 @@ def import_answers(
     """
     _refuse_full(recipe.run)
     settings = recipe.evaluation.model_copy(update={"routes": (ROUTE,)})
-    data = TaskData.open(recipe.data, recipe.seed)
+    data = TaskData.of(recipe)
     eval_spec = eval_spec_of(data, settings, recipe.run)
     cells = _cells(source, eval_spec)
     said = {cell: _stated(path.with_name(RESULT)) for cell, path in cells.items() if path.with_name(RESULT).is_file()}
