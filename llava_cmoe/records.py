@@ -23,6 +23,7 @@ class Growth:
         frequencies: site name to activation frequency per expert while probing, the probe last; without sites that no
             counted token reached, empty when not probed.
         thresholds: site name to the threshold tau_l (Eq. 2) that the probe's frequency was compared with.
+        nearest: learned task, from 0, that the new one begins as; None where it begins as the frozen model.
         probe_seconds: wall-clock cost of probing.
         probe_parameters: trainable parameters while probing (temporary, never stored).
     """
@@ -31,6 +32,7 @@ class Growth:
     init_from: Mapping[str, int] = field(default_factory=dict)
     frequencies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
+    nearest: int | None = None
     probe_seconds: float = 0.0
     probe_parameters: int = 0
 

@@ -28,10 +28,10 @@ class Parts(PreTrainedModel):
             self.add_module(name, module)
 
 
-def add_task(bank: ExpertBank, num_new: int, generator: torch.Generator, init_D: Tensor | None = None) -> None:
+def add_task(bank: ExpertBank, num_new: int, generator: torch.Generator) -> None:
     """Begin the next task as methods do: new experts without effect yet, and a router over all that there are now."""
     bank.grow(num_new, generator=generator)
-    bank.router.add_task(bank.num_experts, bank.anchor.device, generator, init_D)
+    bank.router.add_task(bank.num_experts, bank.anchor.device, generator)
 
 
 def train_task(bank: ExpertBank, num_new: int, generator: torch.Generator, bound: float = 0.5) -> None:

@@ -19,7 +19,7 @@ from llava_cmoe.settings.base import RecipeError
 
 @dataclass(frozen=True)
 class Site:
-    """A place that may hold experts: the FFN of one layer, the projector, or one linear.
+    """A place that may hold experts: attention or FFN of one layer, the projector, or one linear.
 
     Attributes:
         name: module path from the model's root, such as `model.language_model.layers.3.mlp`.
@@ -120,6 +120,22 @@ def ffn_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     return _checked(model, sites)
 
 
+def attention_sites(model: PreTrainedModel) -> tuple[Site, ...]:
+    """The LLM's attention blocks in order of depth; the linears of one site share a gate.
+
+    Raises:
+        RecipeError: unknown architecture, or attention linears that lie in no common block that reads them first.
+    """
+    names, depth = _names(model), len(llm_layers(model))
+    blocks = {linear.partition(".")[0] for linear in names.attention_linears if "." in linear}
+    if len(blocks) != 1 or not all("." in linear for linear in names.attention_linears):
+        _refuse(model, "its attention linears lie in no common block, as self_attn.q_proj and self_attn.v_proj do")
+    (block,) = blocks
+    linears = tuple(linear.partition(".")[2] for linear in names.attention_linears)
+    sites = tuple(Site(f"{names.layers}.{layer}.{block}", layer, linears) for layer in range(depth))
+    return _checked(model, sites)
+
+
 def linear_sites(model: PreTrainedModel) -> tuple[Site, ...]:
     """Every linear of the LLM's attention and FFN as a site of its own; never lm_head, vision or projector.
 
@@ -200,7 +216,7 @@ def _checked(model: PreTrainedModel, sites: tuple[Site, ...]) -> tuple[Site, ...
             _refuse(
                 model,
                 f"{site.name}.{site.linears[0]} reads {first.in_features} features where the LLM has {width}; the "
-                "first of ffn_linears must read the FFN's own input",
+                "first linear named must read the block's own input",
             )
     return sites
 

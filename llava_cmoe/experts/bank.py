@@ -25,7 +25,7 @@ Shape letters: B batch, T tokens, D hidden, E experts, R rank, I and O input and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -39,7 +39,7 @@ from llava_cmoe.experts.stack import LoraPair, StackedExperts, stack_name
 
 
 class ExpertBank(nn.Module):
-    """A frozen FFN or linear, the experts on its linears, and the router whose gate they share."""
+    """A frozen attention block, FFN or linear, the experts on its linears, and the router whose gate they share."""
 
     anchor: Tensor
     router: Router
@@ -71,14 +71,16 @@ class ExpertBank(nn.Module):
         self.register_buffer("anchor", torch.zeros(1, dtype=dtype, device=linears[0].weight.device), persistent=False)
         self._gate: Gate | None = None
 
-    def forward(self, h_BTD: Tensor, *args: Any) -> Tensor:
+    def forward(self, *args: Any, **named: Any) -> Any:
         """What the frozen module returns, its linears carrying the experts under the plan in use.
 
-        Patches of several pictures that lie in one sequence, (T, D), are rows of one token each.
+        The site's input is the first argument, or `hidden_states`. Patches of several pictures that lie in one
+        sequence, (T, D), are rows of one token each.
         """
+        h_BTD = input_of(args, named)
         self._gate = self._decide(h_BTD if h_BTD.ndim == 3 else h_BTD.unsqueeze(1))
         try:
-            return cast(Tensor, self.frozen(h_BTD, *args))
+            return self.frozen(*args, **named)
         finally:
             self._gate = None
 
@@ -154,10 +156,10 @@ class ExpertBank(nn.Module):
                 pair = init_from[key].copies(num, noise, generator)
             stack.add(range(start, start + num), pair, like=self.anchor)
 
-    def expert(self, index: int, num: int = 1) -> dict[str, LoraPair]:
-        """A copy per linear of one expert, or of `num` from this one on, to start new ones from; -1 is the newest."""
-        start = self.ids[index]
-        return {key: stack.read(range(start, start + num)) for key, stack in self.stacks.items()}
+    def expert(self, *places: int) -> dict[str, LoraPair]:
+        """A copy per linear of the experts at these places in the order of ids, to start new ones from; -1: newest."""
+        ids = self.ids
+        return {key: stack.read([ids[place] for place in places]) for key, stack in self.stacks.items()}
 
     def freeze(self, ids: Iterable[int] | None = None) -> None:
         """End a task: the experts named (all where none is) and what the router learned change no more."""
@@ -176,6 +178,12 @@ class ExpertBank(nn.Module):
         """Forget the experts and routers since the last `freeze()`: probes."""
         self.drop(self.trainable_ids)
         self.router.discard_trainable()
+
+
+def input_of(args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
+    """A site's input among the arguments that it is called with; attention is called with names."""
+    found: Tensor = args[0] if args else named["hidden_states"]
+    return found
 
 
 class ExpertLinear(nn.Module):

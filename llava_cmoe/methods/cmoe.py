@@ -29,12 +29,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from llava_cmoe.backbones.sites import Site, ffn_sites, projector_sites, vision_sites
+from llava_cmoe.backbones.sites import Site, attention_sites, ffn_sites, projector_sites, vision_sites
 from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
-from llava_cmoe.experts.routers.per_task import TaskRouters
+from llava_cmoe.experts.routers.per_task import RouterStart, TaskRouters
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import (
@@ -49,7 +49,7 @@ from llava_cmoe.methods.base import (
     with_report,
 )
 from llava_cmoe.methods.locating import TaskLocating
-from llava_cmoe.methods.probing import ExpertInit, expected_sites, probe
+from llava_cmoe.methods.probing import ExpertInit, as_nearest, expected_sites, probe, with_head_start
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.methods.cmoe import CmoeSettings, ExpertSettings
@@ -113,16 +113,15 @@ class Cmoe(Method):
         """Add trainable experts where the task grows (Eq. 3), and a router everywhere."""
         generator = torch.Generator().manual_seed(seed)
         for site, bank in self.host.banks.items():
-            begin = init.get(site)
+            begin, num_new = init.get(site), growth.new_experts.get(site, 0)
+            start = self._router_start(site, begin, num_new, growth.nearest) if begin else None
             bank.grow(
-                growth.new_experts.get(site, 0),
+                num_new,
                 generator=generator,
                 init_from=begin.copied if begin else None,
                 noise=self.settings.probe.clone_noise,
             )
-            self.routers[site].add_task(
-                bank.num_experts, bank.anchor.device, generator, self._own_rows(begin) if begin else None
-            )
+            self.routers[site].add_task(bank.num_experts, bank.anchor.device, generator, start)
 
     @contextmanager
     def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:
@@ -179,9 +178,13 @@ class Cmoe(Method):
         if freeze:
             self.host.freeze()
 
-    def _own_rows(self, begin: ExpertInit) -> Tensor:
-        """What the new experts' rows of a router start with, (D,), so that the mean token's logit is the setting."""
-        return self.settings.experts.router_init_logit * begin.mean_D / begin.mean_D.square().sum()
+    def _router_start(self, site: str, begin: ExpertInit, num_new: int, nearest: int | None) -> RouterStart:
+        """From drawn rows to what a new router starts with."""
+        logit = self.settings.experts.router_init_logit
+        weight_ED = None if nearest is None else self.routers[site].weight(nearest)
+        if weight_ED is None:
+            return lambda drawn_ED: with_head_start(drawn_ED, num_new, begin.mean_D, logit)
+        return lambda drawn_ED: as_nearest(drawn_ED, weight_ED, begin.places, begin.mean_D, logit)
 
     def _training_context(self, balance_weight: float) -> TrainingContext:
         @contextmanager
@@ -200,12 +203,15 @@ class Cmoe(Method):
 
 def _sites(model: PreTrainedModel, experts: ExpertSettings) -> tuple[Site, ...]:
     """Where experts may live, in the order in which the model runs them."""
-    llm = ffn_sites(model)
-    if experts.first_layer >= len(llm):
+    kinds = {"attention": attention_sites, "ffn": ffn_sites}
+    blocks = [kinds[block](model) for block in kinds if block in experts.blocks]
+    num_layers = len(blocks[0])
+    if experts.first_layer >= num_layers:
         raise RecipeError(
             f"method.experts.first_layer is {experts.first_layer}, but this model's LLM layers are 0 to "
-            f"{len(llm) - 1}; set it to one of them"
+            f"{num_layers - 1}; set it to one of them"
         )
+    llm = [site for layer in zip(*blocks, strict=True) for site in layer if site.layer >= experts.first_layer]
     vision = vision_sites(model) if "vision" in experts.also_in else ()
     projector = projector_sites(model) if "projector" in experts.also_in else ()
-    return (*vision, *projector, *llm[experts.first_layer :])
+    return (*vision, *projector, *llm)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import reduce
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from llava_cmoe.data.batches import batches, share_of
 from llava_cmoe.data.conversation import IGNORED, Processor
 from llava_cmoe.experts import ledger
-from llava_cmoe.experts.bank import ExpertBank
+from llava_cmoe.experts.bank import ExpertBank, input_of
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.stack import LoraPair
@@ -38,13 +38,15 @@ COUNT_BATCH = 32
 
 @dataclass(frozen=True)
 class ExpertInit:
-    """How the new experts of a site begin.
+    """How the new experts of a site begin, if it grows, and what its new router starts from.
 
     Attributes:
-        copied: per linear, the expert they are copies of, or as many experts; None for a fresh LoRA init.
+        places: of the experts that they copy, one or as many as are new; none for a fresh LoRA init.
+        copied: these, per linear; None for a fresh LoRA init.
         mean_D: mean input of the site over the task's tokens, in the frozen model.
     """
 
+    places: tuple[int, ...]
     copied: Mapping[str, LoraPair] | None
     mean_D: Tensor
 
@@ -75,10 +77,14 @@ def probe(
         : max(2, round(len(data.samples) * settings.fraction))
     ]
     num_counted = max(1, round(len(order) * settings.holdout))
+    rows = Subset(data.samples, order[:num_counted].tolist())
+    nearest = nearest_task(model, rows, processor, host, data.index) if settings.init == "nearest_task" else None
     routers = host.routers(TaskRouters)
+    like = data.index - 1 if nearest is None else nearest
     for site, bank in host.banks.items():
         bank.grow(settings.max_new_experts, generator=generator)
-        routers[site].add_task(bank.num_experts, bank.anchor.device, generator, copy=settings.router == "copied")
+        start = partial(with_rows, rows_ED=routers[site].weight(like)) if settings.router == "copied" else None
+        routers[site].add_task(bank.num_experts, bank.anchor.device, generator, start)
     probe_parameters = sum(ledger.trainable(bank).parameters for bank in host.banks.values())
     fit(
         Subset(data.samples, order[num_counted:].tolist()),
@@ -88,29 +94,56 @@ def probe(
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
     )
-    rows, plan = Subset(data.samples, order[:num_counted].tolist()), RoutePlan.single(data.index)
-    counts = count(model, rows, processor, host, plan, settings.counted)
+    counts = count(model, rows, processor, host, RoutePlan.single(data.index), settings.counted)
     counts = {site: counts_E for site, counts_E in counts.items() if counts_E.any()}  # no picture: nothing to decide
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
     thresholds = thresholds_of(frequencies, settings)
     chosen = chosen_of(frequencies, thresholds, settings, generator)
-    origins = {site: source_expert(frequencies[site], settings) for site in chosen}
+    pools = {site: counts_E[: -settings.max_new_experts] for site, counts_E in counts.items()}
+    if nearest is not None:
+        pools = count(model, rows, processor, host, RoutePlan.single(nearest), settings.counted)
+    places = {site: copied_places(pools[site].tolist(), settings, nearest) for site in chosen}
     means = mean_tokens(model, rows, processor, host)
-    num_copied = settings.max_new_experts if settings.init == "probe" else 1
-    starts = {
-        site: ExpertInit(None if index is None else host.banks[site].expert(index, num_copied), means[site])
-        for site, index in origins.items()
+    init = {
+        site: ExpertInit(
+            places.get(site, ()), host.banks[site].expert(*places[site]) if places.get(site) else None, means[site]
+        )
+        for site in frequencies
     }
     host.discard_trainable()
     growth = Growth(
         new_experts=dict.fromkeys(chosen, settings.max_new_experts),
-        init_from={site: index for site, index in origins.items() if index is not None},
+        init_from={site: copied[0] for site, copied in places.items() if copied},
         frequencies=frequencies,
         thresholds=thresholds,
+        nearest=nearest,
         probe_seconds=time.monotonic() - began,
         probe_parameters=probe_parameters,
     )
-    return growth, starts
+    return growth, init
+
+
+@torch.no_grad()
+def nearest_task(
+    model: PreTrainedModel,
+    samples: Subset[dict[str, Tensor]],
+    processor: Processor,
+    host: ExpertHost,
+    num_tasks: int,
+) -> int | None:
+    """The learned task whose routers give some rows' answers the lowest loss; None if the frozen model's is lower.
+
+    Costs a forward pass over the rows per task; all processes get the same answer.
+    """
+    plans = [None, *map(RoutePlan.single, range(num_tasks))]
+    losses = torch.zeros(len(plans), dtype=torch.float64, device=model.device)
+    for inputs, labels_BT in _share(model, samples, processor):
+        for place, plan in enumerate(plans):
+            with host.context.use(plan, inputs):
+                num_answered = (labels_BT[:, 1:] != IGNORED).sum()
+                losses[place] += model(**inputs, labels=labels_BT, use_cache=False).loss * num_answered
+    best = int(reduce(losses, "sum").argmin())
+    return None if best == 0 else best - 1
 
 
 @torch.no_grad()
@@ -153,12 +186,13 @@ def mean_tokens(
     }
     num_tokens = dict.fromkeys(sums, 0)
 
-    def add(site: str, bank: ExpertBank, args: tuple[Tensor]) -> None:
-        tokens_ND = args[0].flatten(0, -2) if bank.site.of_images else args[0][mask_BT]
+    def add(site: str, bank: ExpertBank, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        h_BTD = input_of(args, named)
+        tokens_ND = h_BTD.flatten(0, -2) if bank.site.of_images else h_BTD[mask_BT]
         sums[site] += tokens_ND.double().sum(dim=0)
         num_tokens[site] += len(tokens_ND)
 
-    hooks = [bank.register_forward_pre_hook(partial(add, site)) for site, bank in host.banks.items()]
+    hooks = [bank.register_forward_pre_hook(partial(add, site), with_kwargs=True) for site, bank in host.banks.items()]
     try:
         for inputs, _ in _share(model, samples, processor):
             mask_BT = inputs["attention_mask"].bool()
@@ -236,13 +270,54 @@ def probe_use(used: Sequence[float], settings: ProbeSettings) -> float:
     return statistics.fmean(used[-settings.max_new_experts :])
 
 
-def source_expert(used: Sequence[float], settings: ProbeSettings) -> int | None:
-    """Expert that new ones copy (Eq. 3: the most used of the pool), or the first probe; None for a fresh LoRA init."""
-    pool = used[: -settings.max_new_experts]
+def copied_places(pool: Sequence[int], settings: ProbeSettings, nearest: int | None) -> tuple[int, ...]:
+    """Experts that a site's new ones copy, by place; none for a fresh LoRA init.
+
+    The most used (Eq. 3), of the nearest task as many as are new, or the probes.
+
+    Args:
+        pool: slots of each old expert, under the probes' routers or, where a task is near, under its own.
+        settings: how many are new, and how they begin.
+        nearest: learned task that the new one begins as; None if none is near.
+    """
+    num_new, num_old = settings.max_new_experts, len(pool)
+    most_used = sorted(range(num_old), key=lambda place: (-pool[place], place))
     match settings.init:
         case "most_used":
-            return pool.index(max(pool)) if pool else None
+            return tuple(most_used[:1])
+        case "nearest_task":
+            return () if nearest is None or num_old < num_new else tuple(most_used[:num_new])
         case "probe":
-            return len(pool)
+            return tuple(range(num_old, num_old + num_new))
         case "lora":
-            return None
+            return ()
+
+
+def with_rows(drawn_ED: Tensor, rows_ED: Tensor | None) -> Tensor:
+    """A router that starts with another one's rows for the experts that this one knows."""
+    known = 0 if rows_ED is None else len(rows_ED)
+    return drawn_ED if rows_ED is None else torch.cat([rows_ED.detach().to(drawn_ED), drawn_ED[known:]])
+
+
+def with_head_start(drawn_ED: Tensor, num_new: int, mean_D: Tensor, logit: float) -> Tensor:
+    """A router that starts in favour of the last `num_new` experts, by a logit at the task's mean token."""
+    rows_ED = drawn_ED.clone()
+    rows_ED[len(rows_ED) - num_new :] += _towards(mean_D, logit)
+    return rows_ED
+
+
+def as_nearest(drawn_ED: Tensor, nearest_ED: Tensor, places: Sequence[int], mean_D: Tensor, logit: float) -> Tensor:
+    """A router that starts as the nearest task's: copies have the rows, and so the gate, of the experts they copy.
+
+    These, and experts that the nearest task did not know, start behind by a logit at the task's mean token.
+    """
+    rows_ED = drawn_ED - _towards(mean_D, logit)
+    behind_ND = rows_ED[list(places)]
+    rows_ED[: len(nearest_ED)] = nearest_ED.to(rows_ED)
+    rows_ED[len(rows_ED) - len(places) :] = rows_ED[list(places)]
+    rows_ED[list(places)] = behind_ND
+    return rows_ED
+
+
+def _towards(mean_D: Tensor, logit: float) -> Tensor:
+    return (logit * mean_D / mean_D.square().sum()).cpu()

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 
 from llava_cmoe.backbones.sites import (
     Site,
+    attention_sites,
     ffn_sites,
     linear_sites,
     llm_layers,
@@ -45,6 +46,28 @@ def test_linear_sites_are_all_linears_of_the_llms_layers_and_no_others(
     assert {site.name for site in sites} == expected and len(sites) == len(expected)
     assert all(site.linears == ("",) for site in sites)
     assert [site.layer for site in sites] == sorted(site.layer for site in sites)
+
+
+@pytest.mark.parametrize("backbone", ["tiny_llava", "tiny_llama"])
+def test_attention_and_ffn_sites_hold_all_linears_of_the_llms_layers(
+    backbone: str, request: pytest.FixtureRequest
+) -> None:
+    model = request.getfixturevalue(backbone)
+    sites = (*attention_sites(model), *ffn_sites(model))
+    assert sorted(f"{site.name}.{path}" for site in sites for path in site.linears) == sorted(
+        site.name for site in linear_sites(model)
+    )
+    assert [site.layer for site in attention_sites(model)] == list(range(len(llm_layers(model))))
+
+
+@pytest.mark.parametrize("linears", [(), ("q_proj", "v_proj"), ("self_attn.q_proj", "cross_attn.v_proj")])
+def test_attention_linears_without_a_common_block_are_refused(
+    tiny_llama: LlamaForCausalLM, linears: tuple[str, ...]
+) -> None:
+    names = SiteSettings(layers="model.layers", ffn="mlp", ffn_linears=("gate_proj",), attention_linears=linears)
+    name_sites(tiny_llama, names)
+    with pytest.raises(RecipeError, match="its attention linears lie in no common block"):
+        attention_sites(tiny_llama)
 
 
 @pytest.mark.parametrize("backbone", ["tiny_llava", "tiny_llama"])

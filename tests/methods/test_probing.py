@@ -11,19 +11,31 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from llava_cmoe.backbones.sites import ffn_sites
 from llava_cmoe.data import batches
 from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import IGNORED
+from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods import probing
 from llava_cmoe.methods.base import ExtraLoss, StageData, TrainingContext, no_extra_loss
-from llava_cmoe.methods.probing import chosen_of, count, mean_tokens, probe, probe_use, source_expert, thresholds_of
+from llava_cmoe.methods.probing import (
+    as_nearest,
+    chosen_of,
+    copied_places,
+    count,
+    mean_tokens,
+    nearest_task,
+    probe,
+    probe_use,
+    thresholds_of,
+    with_head_start,
+)
 from llava_cmoe.settings.methods.cmoe import ProbeSettings
 
 TOP_K = 2
@@ -233,17 +245,79 @@ def test_several_probes_of_a_layer_are_judged_by_their_mean():
     assert probe_use((0.5, 0.1, 0.4), ProbeSettings()) == 0.4
 
 
-@pytest.mark.parametrize(
-    ("init", "used", "expected"),
-    [
-        ("most_used", (0.1, 0.4, 0.2, 0.3), 1),
-        ("most_used", (1.0,), None),
-        ("probe", (0.1, 0.4, 0.5), 2),
-        ("lora", (0.6, 0.4), None),
-    ],
-)
-def test_new_experts_start_where_the_settings_say(init: str, used: tuple[float, ...], expected: int | None):
-    assert source_expert(used, ProbeSettings(init=init)) == expected
+@given(st.lists(st.integers(0, 5), max_size=8), st.integers(1, 3), st.sampled_from([None, 0, 3]))
+def test_new_experts_copy_what_the_settings_say(pool: list[int], num_new: int, nearest: int | None):
+    def places(init: str) -> tuple[int, ...]:
+        return copied_places(pool, ProbeSettings(init=init, max_new_experts=num_new), nearest)
+
+    assert places("lora") == ()
+    assert places("probe") == tuple(range(len(pool), len(pool) + num_new))
+    assert places("most_used") == ((pool.index(max(pool)),) if pool else ())
+    near = places("nearest_task")
+    if nearest is None or len(pool) < num_new:
+        assert near == ()
+    else:  # as many different ones as are new, and no other is used more
+        assert len(set(near)) == num_new and near[:1] == places("most_used")
+        assert all(pool[place] <= min(pool[one] for one in near) for place in set(range(len(pool))) - set(near))
+
+
+@given(st.integers(0, 9999), st.integers(2, 6), st.integers(0, 3), st.sampled_from([0, 2]))
+def test_a_router_that_starts_as_the_nearest_tasks_mixes_what_that_one_mixed(
+    seed: int, num_known: int, num_later: int, num_new: int
+):
+    generator = torch.Generator().manual_seed(seed)
+    width, mean_D = 16, torch.randn(16, generator=generator)
+    nearest_ED = torch.randn(num_known, width, generator=generator)
+    drawn_ED = 0.1 * torch.randn(num_known + num_later + num_new, width, generator=generator)
+    h_BTD = mean_D + 0.2 * torch.randn(3, 5, width, generator=generator)
+    of_nearest = TaskRouters(width, TOP_K)
+    of_nearest.add(nearest_ED)
+    chosen = gate_of(of_nearest, h_BTD)
+    places = tuple(chosen.sum(dim=(0, 1)).argsort(descending=True)[:num_new].tolist())
+    started = TaskRouters(width, TOP_K)
+    started.add(as_nearest(drawn_ED, nearest_ED, places, mean_D, logit=200.0))
+    begun = gate_of(started, h_BTD)
+    copies = begun[..., num_known + num_later :]
+    kept = [place for place in range(num_known) if place not in places]
+    torch.testing.assert_close(begun[..., kept], chosen[..., kept])  # what is not copied goes on as it is
+    torch.testing.assert_close(copies, chosen[..., list(places)])  # a copy has the share of what it copies
+    assert not begun[..., [*places, *range(num_known, num_known + num_later)]].any()
+
+
+def gate_of(routers: TaskRouters, h_BTD: Tensor) -> Tensor:
+    gate = routers(h_BTD, ForwardPass(RoutePlan.single(0)))
+    assert gate is not None
+    return gate.gate_BTE
+
+
+def test_a_head_start_is_on_top_of_the_rows_of_new_experts_alone():
+    drawn_ED, mean_D = torch.randn(5, 8), torch.randn(8)
+    led_ED = with_head_start(drawn_ED, 2, mean_D, logit=6.0)
+    assert torch.equal(led_ED[:3], drawn_ED[:3])
+    torch.testing.assert_close((led_ED - drawn_ED)[3:] @ mean_D, torch.full((2,), 6.0))
+
+
+def test_the_nearest_task_is_the_one_whose_routers_lose_least(
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor
+):
+    generator, routers = torch.Generator().manual_seed(8), host.routers(TaskRouters)
+    for site, bank in host.banks.items():
+        for _ in range(2):
+            bank.grow(1, generator=generator)
+            for stack in bank.stacks.values():
+                stack.trainable.B.data.uniform_(-0.5, 0.5, generator=generator)
+            routers[site].add_task(bank.num_experts, bank.anchor.device, generator)
+            bank.freeze()
+    rows = Subset(Rows(6), range(6))
+    losses = {}
+    for task in (None, 0, 1, 2):
+        with host.context.use(None if task is None else RoutePlan.single(task)), torch.no_grad():
+            losses[task] = sum(
+                tiny_llava(**{name: value[None] for name, value in row.items()}, use_cache=False).loss.item()
+                * sum(row["labels"][1:] != IGNORED).item()
+                for row in rows
+            )
+    assert nearest_task(tiny_llava, rows, tiny_processor, host, 3) == min(losses, key=losses.__getitem__)
 
 
 def test_the_pool_is_what_it_was(

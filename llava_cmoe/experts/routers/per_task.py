@@ -8,7 +8,7 @@ N routers; S is B (images or patches, where rows are these), or 1 where one plan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.init import linear_init
 from llava_cmoe.experts.routers.base import Gate, Router
+
+RouterStart = Callable[[Tensor], Tensor]
+"""From drawn rows (E, D) to the rows that a new router starts with."""
 
 
 class TaskRouters(Router):
@@ -53,22 +56,21 @@ class TaskRouters(Router):
         num_experts: int,
         device: torch.device,
         generator: torch.Generator,
-        init_D: Tensor | None = None,
-        copy: bool = False,
+        start: RouterStart | None = None,
     ) -> None:
         """Append the next task's router over `num_experts`, drawn as `nn.Linear` draws its weight.
 
         Every site gets one per task, so that router numbers are task indices, also where no expert was added or exists.
-        `init_D` is added to the rows of experts that the router before does not know: a start in their favour. With
-        `copy` the rows of the others are that router's.
+
+        Args:
+            num_experts: rows.
+            device: where the router is to be.
+            generator: draws them.
+            start: makes of drawn rows those that learning starts with; these themselves where absent.
         """
         weight_ED = linear_init((num_experts, self.hidden_size), generator)
-        known = self.widths[-1] if self.widths else 0
-        if init_D is not None:
-            weight_ED[known:] += init_D.to(weight_ED)
-        before_ED = self.weight(len(self) - 1) if known and copy else None
-        if before_ED is not None:
-            weight_ED[:known] = before_ED.detach().to(weight_ED)
+        if start is not None and num_experts:
+            weight_ED = start(weight_ED)
         self.add(weight_ED.to(device) if num_experts else None)
 
     def new_experts(self, task: int) -> range:

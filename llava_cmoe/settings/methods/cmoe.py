@@ -20,7 +20,9 @@ class ExpertSettings(Settings):
     alpha: float = Field(128.0, gt=0)
     """LoRA scale: an expert's output is multiplied by alpha / rank."""
     first_layer: int = Field(0, ge=0)
-    """Lowest LLM layer, from 0, whose FFN may hold experts; says nothing of `also_in`."""
+    """Lowest LLM layer, from 0, that may hold experts; says nothing of `also_in`."""
+    blocks: tuple[Literal["attention", "ffn"], ...] = Field(("ffn",), min_length=1)
+    """Blocks of an LLM layer that may hold experts; each is a site, with a gate that its linears share."""
     also_in: tuple[Literal["vision", "projector"], ...] = ()
     """Where experts may live besides the LLM: in the vision encoder's FFNs, in the projector; probed like any layer."""
     num_first: int = Field(2, gt=0)
@@ -38,8 +40,9 @@ class ExpertSettings(Settings):
 
     @model_validator(mode="after")
     def _named_once(self) -> Self:
-        if len(set(self.also_in)) < len(self.also_in):
-            raise ValueError(f"also_in names a place twice: {', '.join(self.also_in)}; name each once")
+        for key, places in (("also_in", self.also_in), ("blocks", self.blocks)):
+            if len(set(places)) < len(places):
+                raise ValueError(f"{key} names a place twice: {', '.join(places)}; name each once")
         return self
 
 
@@ -65,8 +68,11 @@ class ProbeSettings(Settings):
     at random."""
     max_new_experts: int = Field(1, gt=0)
     """Experts added to a chosen layer."""
-    init: Literal["most_used", "probe", "lora"] = "most_used"
-    """Start of the new experts: copies of the most used one while probing, the probes themselves, or fresh LoRA."""
+    init: Literal["most_used", "nearest_task", "probe", "lora"] = "most_used"
+    """Start of the new experts: copies of the one most used while probing (Eq. 3); copies of those that the nearest
+    learned task uses most for the new task's rows, each of another one; the probes themselves; or fresh LoRA. With
+    `nearest_task` the new routers are that task's, too, so that learning begins with all that it can do; it is the one
+    whose experts answer the rows that are counted best, and fresh LoRA where the base model alone answers better."""
     clone_noise: float = Field(0.0, ge=0)
     """Gaussian noise on a copied expert, in standard deviations of each of its matrices."""
     counted: Literal["all", "answer"] = "all"

@@ -133,13 +133,11 @@ def test_autocast_and_half_precision_states_leave_the_gate_in_float32() -> None:
     assert gate_BTE.dtype == torch.float32 and torch.equal(gate_BTE, expected)
 
 
-def test_a_head_start_is_on_top_of_the_rows_of_new_experts_alone() -> None:
-    init_D = torch.ones(D)
-    led, plain = make_routers([2]), make_routers([2])
-    led.add_task(4, torch.device("cpu"), torch.Generator().manual_seed(5), init_D)
+def test_what_a_new_router_starts_with_is_made_of_what_is_drawn() -> None:
+    started, plain = make_routers([2]), make_routers([2])
+    started.add_task(4, torch.device("cpu"), torch.Generator().manual_seed(5), lambda drawn_ED: 2 * drawn_ED)
     plain.add_task(4, torch.device("cpu"), torch.Generator().manual_seed(5))
-    assert torch.equal(led.task_1[:2], plain.task_1[:2])
-    assert torch.equal(led.task_1[2:], plain.task_1[2:] + init_D)
+    assert torch.equal(started.task_1, 2 * plain.task_1)
     assert not torch.equal(plain.task_1[:2], plain.task_0)
 
 
