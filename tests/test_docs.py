@@ -358,7 +358,7 @@ def states(word: str, default: object) -> bool:
     """Whether a table's word is that default."""
     if isinstance(default, int | float) and not isinstance(default, bool):
         return float(word) == default
-    return word in DEFAULTS.get(default, (default,))
+    return word in DEFAULTS.get(default, default if isinstance(default, tuple) else (default,))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -108,6 +108,9 @@ class RunFacts(_Logged):
     """CPU threads of each process."""
     versions: dict[str, str] = {}
     """Python and the packages whose version can change a number."""
+    words_alone: dict[str, float] = {}
+    """Percent of each learned task's prompts whose words alone name the task (`word_control.py`), the control of the
+    locator; empty for a method without one, and in older files."""
     seconds: dict[str, dict[str, float]] = {}
     """Wall-clock seconds: task to stage to seconds."""
 

@@ -8,6 +8,7 @@ the same with every kind of colour vision and in grey.
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ def draw_confusion(results: Results, path: Path) -> None:
     _label(axes, rows=results.tasks[: len(counts)], columns=results.locator.columns)
     axes.set_ylabel("prompts of", fontsize=10, color=FAINT)
     axes.set_title(f"{results.method}: located as", fontsize=11.5, fontweight="bold", color=INK, pad=10)
-    axes.set_xlabel(f"locator accuracy: {results.locator.mean_accuracy:.1f} %", fontsize=10, color=INK, labelpad=8)
+    right = f"locator accuracy: {results.locator.mean_accuracy:.1f} %"
+    if results.words_alone:
+        right += f", by the words alone {statistics.fmean(results.words_alone.values()):.1f} %"
+    axes.set_xlabel(right, fontsize=10, color=INK, labelpad=8)
     _save(figure, path)
 
 

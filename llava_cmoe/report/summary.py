@@ -81,6 +81,21 @@ def _located_right(run: Results) -> float | None:
     return run.locator.mean_accuracy if run.locator else None
 
 
+def _words_alone(run: Results) -> float | None:
+    return statistics.fmean(run.words_alone.values()) if run.words_alone else None
+
+
+def _seconds(run: Results) -> list[float]:
+    return [taken["total"] for taken in run.seconds.values()]
+
+
+def _grown_later(run: Results) -> float | None:
+    """Parameters trained in the second half of the sequence, in percent of those of the first."""
+    trained = list(run.trainable_parameters.values())
+    half = len(trained) // 2
+    return 100 * sum(trained[-half:]) / sum(trained[:half]) if half and sum(trained[:half]) else None
+
+
 def _last_of(better: str, minus: str) -> Callable[[Results], float | None]:
     """How much higher one route's last mean is than another's."""
 
@@ -119,12 +134,19 @@ MEASURES = {
     "last_coin": Measure("last by `coin`", _last_beside("coin")),
     "maa": Measure("MAA", _metric("maa")),
     "bwt": Measure("BWT", _metric("bwt")),
+    "forgetting": Measure("forgetting", _metric("forgetting")),
     "located_right": Measure("locator accuracy", _located_right),
+    "words_alone": Measure("words alone", _words_alone),
     "oracle_minus_located": Measure("oracle gap", _last_of("oracle", minus="located")),
     "located_minus_random": Measure("gain over random", _last_of("located", minus="random")),
     "partly_grown": Measure("tasks that grew in some layers only", _partly_grown),
     "share_grown": Measure("sites grown by later tasks (%)", _share_grown),
     "trained_thousands": Measure("trained parameters per task (thousands)", _trained_thousands),
+    "grown_later": Measure("trained, second half of first (%)", _grown_later),
+    "seconds": Measure("seconds per task", lambda run: statistics.fmean(_seconds(run)) if run.seconds else None),
+    "last_of_first": Measure(
+        "seconds, last task of first", lambda run: _seconds(run)[-1] / _seconds(run)[0] if run.seconds else None
+    ),
     "stored_kilobytes": Measure("stored (kB)", _stored_kilobytes),
 }
 """Every number that a table may state."""

@@ -144,7 +144,7 @@ def number(value: float | None) -> str:
 
 
 TEXT_HEADINGS = ("run", "method", "route")
-METRIC_HEADINGS = (*TEXT_HEADINGS, *HEADLINE_METRICS.values(), "locator accuracy")
+METRIC_HEADINGS = (*TEXT_HEADINGS, *HEADLINE_METRICS.values(), "locator accuracy", "words alone")
 
 
 def _beside(cell: str, interval: Interval | None) -> str:
@@ -177,10 +177,11 @@ def _metric_rows(runs: Sequence[Results], joined: Callable[[str, Interval | None
     for results in runs:
         for route, measured in results.routes.items():
             located = results.locator.mean_accuracy if results.locator and route == "located" else None
+            words = fmean(results.words_alone.values()) if located and results.words_alone else None
             around = measured.metric_intervals
             metrics = [joined(number(measured.metrics[name]), around.get(name)) for name in HEADLINE_METRICS]
             label = route if _is_routed(results) else NOTHING
-            rows.append([results.run, results.method + _part(results), label, *metrics, number(located)])
+            rows.append([results.run, results.method + _part(results), label, *metrics, number(located), number(words)])
     return rows
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.evaluation.log import RunFacts
+from llava_cmoe.evaluation.word_control import word_control
 from llava_cmoe.provenance.invocations import Call, effective_batch, hardware, revision
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.registry.schema import recipe_facts
@@ -29,8 +33,18 @@ def facts_of_run(run: Run) -> RunFacts:
         processes=run.processes.num_processes,
         threads=torch.get_num_threads(),
         versions=versions(),
+        words_alone=words_alone(run.data, [record.name for record in records]) if run.method.locates else {},
         seconds={record.name: record.seconds for record in records},
     )
+
+
+def words_alone(data: TaskData, tasks: Sequence[str]) -> dict[str, float]:
+    """What the words of these tasks' questions alone tell of their task."""
+    learned, asked = (
+        {task: [turns[0]["text"] for turns in rows[task]["turns"]] for task in tasks}
+        for rows in (data.train, data.evaluate)
+    )
+    return word_control(learned, asked)
 
 
 def call_of(run: Run, learned: tuple[str, ...], evaluated: dict[str, float]) -> Call:

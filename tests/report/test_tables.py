@@ -146,11 +146,13 @@ def test_intervals_stand_beside_every_accuracy_and_fit_eighty_columns() -> None:
 
 
 def test_several_runs_stand_side_by_side_with_locator_accuracy_where_there_is_one() -> None:
-    runs = [make_results("sequential_lora"), make_results("cmoe", located=True)]
+    located = make_results("cmoe", located=True)
+    runs = [make_results("sequential_lora"), located, located.model_copy(update={"words_alone": {"a": 50, "b": 91}})]
     lines = metrics_markdown(runs).splitlines()
-    assert [cells(line)[1:3] + cells(line)[-1:] for line in lines[2:]] == [
-        ["sequential_lora", "–", "–"],
-        ["cmoe", "located", "90.0"],
+    assert [cells(line)[1:3] + cells(line)[-2:] for line in lines[2:]] == [
+        ["sequential_lora", "–", "–", "–"],
+        ["cmoe", "located", "90.0", "–"],
+        ["cmoe", "located", "90.0", "70.5"],
     ]
     text = printed(metrics_table(runs))
     assert "sequential_lora" in text and "90.0" in text
