@@ -64,6 +64,11 @@ class EncodedRows(Dataset[dict[str, Tensor]], ABC):
             self._kept[index] = self._encoded(index)
         return dict(self._kept[index])
 
+    def id_of(self, index: int) -> str:
+        """A row's id."""
+        row_id: str = self.rows[index]["id"]
+        return row_id
+
     def _encoded(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
         image = None

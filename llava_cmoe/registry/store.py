@@ -25,6 +25,7 @@ from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_file
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.records import Learned
+from llava_cmoe.registry.finite import check_finite
 from llava_cmoe.registry.schema import (
     FileRecord,
     RegistryError,
@@ -203,13 +204,14 @@ class Registry:
             seconds: wall-clock seconds per part of the stage.
 
         Raises:
-            RegistryError: the task is not the next one, its name cannot be a folder's, or the run was never opened.
+            RegistryError: not the next task, no name for a folder, a tensor that is not finite, a run never opened.
         """
         self._check_writer()
         done = self.records()
         if index != len(done):
             raise RegistryError(f"{self._tasks}: task {index} cannot be committed, the next one is {len(done)}")
         final = self._folder(index, name)
+        check_finite(learned.tensors, final)
         partial = self._tasks / f".{final.name}{PARTIAL}"
         settings = RunRecord.read(self._run_file).recipe
         facts = plain_facts(learned.facts)
@@ -269,7 +271,7 @@ class Registry:
         """Tensors of a task by group (`experts`, `routers`, `locator`, ...), each file verified against its record.
 
         Raises:
-            RegistryError: no such task, or a file that is missing or not what was written; names the file.
+            RegistryError: no such task, a file that is missing or not what was written, tensors that are not finite.
         """
         records = self.records()
         if not 0 <= index < len(records):
@@ -286,7 +288,9 @@ class Registry:
                 raise RegistryError(f"{path}: is missing; {remedy}")
             if _describe(path) != written:
                 raise RegistryError(f"{path}: is damaged, its sha256 or size is not the one in {RECORD}; {remedy}")
-        return {Path(name).stem: load_file(folder / name) for name in record.files}
+        groups = {Path(name).stem: load_file(folder / name) for name in record.files}
+        check_finite(groups, folder)
+        return groups
 
     def _folder(self, index: int, name: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):

@@ -5,6 +5,7 @@ Padding costs what tokens cost, and a step without pictures needs no vision enco
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -59,17 +60,17 @@ class NumberedRows(Dataset[dict[str, Tensor]]):
 
     def __init__(self, rows: Dataset[dict[str, Tensor]]) -> None:
         """Nothing is read before a row is."""
-        self._rows = rows
+        self.rows = rows
 
     def __len__(self) -> int:
-        return len(self._rows)  # type: ignore[arg-type]
+        return len(self.rows)  # type: ignore[arg-type]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {**self._rows[index], ROW: torch.tensor([index])}
+        return {**self.rows[index], ROW: torch.tensor([index])}
 
     def kinds(self) -> list[Kind]:
         """Those of the rows."""
-        return kinds_of(self._rows)
+        return kinds_of(self.rows)
 
 
 def kinds_of(samples: Dataset[Any]) -> list[Kind]:
@@ -87,3 +88,13 @@ def kinds_of(samples: Dataset[Any]) -> list[Kind]:
         raise ValueError(f"{type(samples).__name__} has no kinds(): which rows have a picture, and how long they are")
     kinds_of_rows: list[Kind] = samples.kinds()
     return kinds_of_rows
+
+
+def name_of(samples: Dataset[Any], index: int) -> str:
+    """A row's id, or its place among these rows where they cannot tell ids."""
+    if isinstance(samples, Subset):
+        return name_of(samples.dataset, samples.indices[index])
+    if isinstance(samples, ConcatDataset):
+        part = bisect_right(samples.cumulative_sizes, index)
+        return name_of(samples.datasets[part], index - ([0, *samples.cumulative_sizes][part]))
+    return str(samples.id_of(index)) if hasattr(samples, "id_of") else str(index)

@@ -19,10 +19,12 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from llava_cmoe.data.collator import ROW, Collator, dummy_image_row
+from llava_cmoe.experts.ledger import trained_parameters
 from llava_cmoe.methods.base import ExtraLoss, TrainingContext, no_extra_loss
 from llava_cmoe.records import StageReport
 from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training.checkpoints import CheckpointTrainer
+from llava_cmoe.training.finite import FiniteSteps, check_weights
 from llava_cmoe.training.order import LengthGroupedSampler, NumberedRows, kinds_of
 from llava_cmoe.training.processes import deepspeed_asked, processes
 from llava_cmoe.training.trackers import tensorboard_callbacks, trackers_of, trainer_integrations
@@ -45,12 +47,21 @@ class StageTrainer(CheckpointTrainer):
             super().__init__(**kwargs)
         self._training_context, self._grouped = training_context, grouped
         self._extra_loss: ExtraLoss = no_extra_loss
+        self._finite = FiniteSteps(kwargs["train_dataset"].rows)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """One forward and backward inside the method's context: checkpointing runs layers again in backward."""
         with self._training_context(inputs) as self._extra_loss:
-            inputs = {name: value for name, value in inputs.items() if name != ROW}
-            return super().training_step(model, inputs, *args, **kwargs)
+            tensors = {name: value for name, value in inputs.items() if name != ROW}
+            loss = super().training_step(model, tensors, *args, **kwargs)
+        self._finite.add(inputs[ROW], loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called once a step, before the optimizer's: the last moment at which the weights are still good."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        self._finite.check(self.state.global_step + 1, norm)
+        return norm
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any] | None:
         """The Trainer's own way of grouping would encode every row to know its length."""
@@ -134,6 +145,9 @@ def train_stage(
         config_hash: fingerprint of recipe, data and backbone; only a checkpoint made from the same is gone on from.
         workers: processes that encode rows.
         logs: folder for TensorBoard's files; without it nothing is reported to any tracker.
+
+    Raises:
+        NotFiniteError: a step's loss or gradient is not finite, or what was trained.
     """
     began = time.monotonic()
     trackers = () if logs is None else trackers_of(settings)
@@ -150,6 +164,7 @@ def train_stage(
             callbacks=[_Report(progress), *(tensorboard_callbacks(trackers, logs) if logs else ())],
         )
     gc.collect()  # engine, optimizer and hooks refer to each other: the next stage needs their memory
+    check_weights(trained_parameters(model))
     if settings.gradient_checkpointing:
         model.activation_checkpointing_disable()  # type: ignore[no-untyped-call]
     model.eval()  # type: ignore[no-untyped-call]
@@ -211,6 +226,7 @@ def training_arguments(
         data_seed=seed,
         logging_steps=LOGGED,
         logging_first_step=True,
+        logging_nan_inf_filter=False,  # such a loss ends the stage; the filter would report another one
         save_strategy="no" if settings.checkpoint_steps is None else "steps",
         save_steps=settings.checkpoint_steps or LOGGED,
         save_total_limit=2,  # the last one may be half written

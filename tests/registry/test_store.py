@@ -427,3 +427,24 @@ def test_nothing_is_written_for_a_task_that_cannot_be_recorded(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         registry.commit(0, "x", Learned({}, {"loss": float("nan")}), **fingerprints)
     assert content(tmp_path) == before and not list((tmp_path / "tasks").iterdir())
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("group", ["experts", "routers", "locator"])
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_what_is_not_finite_is_neither_committed_nor_read(tmp_path, monkeypatch, odd, group, kind):
+    registry = begun(tmp_path / "run", 1)
+    good = learned(1)
+    weight = torch.ones(2, 3, dtype=kind)
+    weight[1, 2] = odd
+    bad = Learned({**good.tensors, group: {**good.tensors[group], "weight": weight, "count": torch.tensor(3)}}, {})
+    sources = {"data_fingerprint": "data1", "backbone_fingerprint": "base", "seconds": {}}
+    with pytest.raises(RegistryError, match=f"02_textvqa: weight of {group} is not finite"):
+        registry.commit(1, NAMES[1], bad, **sources)
+    assert [path.name for path in (tmp_path / "run/tasks").iterdir()] == ["01_scienceqa"]
+    monkeypatch.setattr(store, "check_finite", lambda *_: None)  # as an older version committed it
+    registry.commit(1, NAMES[1], bad, **sources)
+    monkeypatch.undo()
+    with pytest.raises(RegistryError, match=f"02_textvqa: weight of {group} is not finite; delete 02_textvqa"):
+        Registry(tmp_path / "run").load(1)
+    assert Registry(tmp_path / "run").load(0)
