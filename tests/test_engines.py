@@ -100,7 +100,7 @@ def together(make: Make, tiny_data: Path) -> Callable[[str], dict[Case, Recipe]]
     def learned(engine: str) -> dict[Case, Recipe]:
         # Where states lie is all that ZeRO-1 and offloading change; one method has every kind of tensor.
         cases: list[Case] = [LONGER]
-        if engine in ("ddp", "zero2", "zero3"):
+        if engine in ("zero2", "zero3"):
             cases += [("sequential_lora", ()), ("moelora", ())]
         # Under ZeRO-3 the one whose router decides for other modules; what all of them share is the others' cases.
         holds = {"ddp": list(BASELINES), "zero2": list(BASELINES), "zero3": ["pmoe"]}.get(engine, [])
@@ -129,7 +129,7 @@ def test_two_processes_learn_what_one_does(
         assert read_results(recipe.run / "results.json").processes == 2
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_a_run_whose_one_process_was_killed_ends_like_one_that_was_not(
     make: Make, together: Callable[[str], dict[Case, Recipe]], engine: str
 ):
