@@ -94,7 +94,7 @@ def train(
     with ProgressLine(console) as line:
         if launched.is_main_process and lacks_pocket(settings.data):
             console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
-            make_pocket_root(settings.data.root, partial(line, "rendering"))
+            make_pocket_root(settings.data.root, partial(line, "rendering"), seed=settings.data.pocket_seed or 0)
         launched.wait_for_everyone()
         results = learn(settings, line, force) if experts is None else refit_locator(settings, experts, line, force)
     show(console, [results])

@@ -11,6 +11,7 @@ from datasets import Dataset
 from llava_cmoe.data.coin import read_eval, read_train, refuse_pictures
 from llava_cmoe.data.encoding import Encoding
 from llava_cmoe.data.paths import files_of, train_file
+from llava_cmoe.data.pocket_mark import check_pocket
 from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.data.tasks import TaskSequence, TaskSpec
 from llava_cmoe.data.validation import as_questions, split
@@ -18,6 +19,9 @@ from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_each
 from llava_cmoe.settings.data import DataSettings
 from llava_cmoe.settings.evaluation import Split
 from llava_cmoe.settings.run import Recipe
+
+POCKET = "pocket"
+"""Name of the sequence that is rendered where it is missing."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,8 @@ class TaskData:
         Raises:
             DataError: the first problem found; also a picture where the backbone reads text alone.
         """
+        if self.sequence.name == POCKET and self.settings.pocket_seed is not None:
+            check_pocket(self.settings.root, self.settings.pocket_seed)
         _ = self.train, self.evaluate, self.files
         if not reads_images:
             refuse_pictures(self.settings.root, self.sequence.tasks)
@@ -128,7 +134,7 @@ def sequence_of(settings: DataSettings) -> TaskSequence:
 
 def lacks_pocket(settings: DataSettings) -> bool:
     """Whether a pocket sequence has to be rendered first; any other data a user brings."""
-    return sequence_of(settings).name == "pocket" and not settings.root.exists()
+    return sequence_of(settings).name == POCKET and not settings.root.exists()
 
 
 def subsample(rows: Dataset, count: int | None, seed: int) -> Dataset:

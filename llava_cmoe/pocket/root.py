@@ -1,4 +1,4 @@
-"""Renders the pocket sequence as a data root that is there whole or not at all; what is drawn is `pocket.py`'s."""
+"""Renders the pocket sequence as a data root that is there whole or not at all; what is drawn is `tasks.py`'s."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from llava_cmoe.data.pocket_mark import mark_pocket
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.pocket.tasks import make_pocket
 
@@ -41,4 +42,5 @@ def make_pocket_root(
     if partial.exists():
         shutil.rmtree(partial)
     make_pocket(partial, seed=seed, train_rows=train_rows, test_rows=test_rows, tasks=tasks, progress=progress)
+    mark_pocket(partial, seed)
     partial.rename(root.resolve())

@@ -13,12 +13,15 @@ from llava_cmoe.settings.base import Settings
 class DataSettings(Settings):
     """Which task sequence is learned, and from where."""
 
-    former: ClassVar = {"eval_seed": None}
+    former: ClassVar = {"eval_seed": None, "pocket_seed": None}
 
     sequence: str = "data_configs/pocket.yaml"
     """Task sequence as YAML: a path, or the name of one in `data_configs/` (`pocket`, `coin`)."""
     root: Path = Path("runs/data/pocket")
     """Folder in CoIN's layout that holds the instruction files and `cl_dataset/`."""
+    pocket_seed: int | None = 0
+    """Seed with which the pocket sequence is rendered where `root` is missing; one that is there must be of this seed.
+    Any with null, as in runs that are older than this setting. Says nothing of other sequences."""
     tasks: tuple[str, ...] | None = None
     """Names of the tasks to learn, in this order; all tasks of the sequence when absent."""
     train_rows: int | None = Field(None, gt=0)

@@ -45,6 +45,8 @@ class Study(Settings):
     """Name of the study, and of its folder."""
     recipe: str
     """Recipe that the variants change: a file from here, or one that ships with this package."""
+    recipes: dict[str, str] = Field(default_factory=dict)
+    """Name of a variant to the recipe that it changes, where that is another one."""
     common: tuple[str, ...] = ()
     """Dotted overrides of all runs: `data.train_rows=800`."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
@@ -67,7 +69,7 @@ class Study(Settings):
         Raises:
             ValueError: no variant, a name that occurs twice, or one that cannot be a folder's.
         """
-        variants = dict(self.variants)
+        variants = dict.fromkeys(self.recipes, ()) | self.variants
         for values in itertools.product(*self.grid.values()) if self.grid else ():
             point = list(zip(self.grid, values, strict=True))
             name = "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in point)
@@ -189,7 +191,8 @@ def _shared(run: PlannedRun, first: dict[str, PlannedRun]) -> PlannedRun:
 
 def _run(study: Study, folder: Path, variant: tuple[str, tuple[str, ...]], seed: int) -> PlannedRun:
     name, overrides = variant
-    base = Path(study.recipe) if Path(study.recipe).is_file() else shipped(study.recipe)
+    wanted = study.recipes.get(name, study.recipe)
+    base = Path(wanted) if Path(wanted).is_file() else shipped(wanted)
     for override in (*study.common, *overrides):
         if override.partition("=")[0] in ("run", "seed"):
             raise ValueError(f"override {override!r}: a study names its runs itself and takes their `seeds`")

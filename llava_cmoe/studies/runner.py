@@ -21,8 +21,9 @@ from llava_cmoe.studies.plan import PlannedRun, StudyPlan
 def render_missing(plans: Sequence[StudyPlan], progress: Callable[[str, int, int], None]) -> None:
     """Render each missing pocket sequence once, before several runs would render it at the same time."""
     runs = [run for plan in plans for run in plan.runs]
-    for root in dict.fromkeys(run.recipe.data.root for run in runs if lacks_pocket(run.recipe.data)):
-        make_pocket_root(root, progress)
+    lacking = {run.recipe.data.root: run.recipe.data.pocket_seed for run in runs if lacks_pocket(run.recipe.data)}
+    for root, seed in lacking.items():
+        make_pocket_root(root, progress, seed=seed or 0)
 
 
 def run_studies(plans: Sequence[StudyPlan], jobs: int | None, watcher: Watcher) -> list[PlannedRun]:

@@ -175,7 +175,7 @@ def test_training_a_finished_run_again_changes_nothing(lesson, run, written):
 
 def test_training_renders_a_pocket_sequence_that_is_missing(lesson, written, tmp_path, monkeypatch):
     rendered: list[Path] = []
-    monkeypatch.setattr(pocket_root, "make_pocket_root", lambda root, progress: rendered.append(root))
+    monkeypatch.setattr(pocket_root, "make_pocket_root", lambda root, progress, seed: rendered.append(root))
     monkeypatch.setattr(sequence, "learn", lambda recipe, progress, force: lesson.results)
     path, root = written(lesson.recipe), tmp_path / "pocket"
     assert type_in("train", path, "data.sequence=pocket", f"data.root={root}").exit_code == 0
