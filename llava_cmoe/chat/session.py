@@ -19,13 +19,14 @@ from transformers import TextIteratorStreamer
 from llava_cmoe.backbones.loading import Backbone, load_backbone
 from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
-from llava_cmoe.data.conversation import encode_prompt, tokenizer_of
+from llava_cmoe.data.conversation import encode_prompt, end_mark, tokenizer_of
 from llava_cmoe.data.encoding import Encoding, open_square
 from llava_cmoe.data.images import open_image, side_of_square
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.task_data import sequence_of
 from llava_cmoe.data.tasks import Geometry
+from llava_cmoe.evaluation.answer_end import until_end
 from llava_cmoe.evaluation.generate import greedy
 from llava_cmoe.merging.store import Merges, restore_merge
 from llava_cmoe.methods import method_of
@@ -145,7 +146,8 @@ class ChatSession:
         first = next(streamer)  # comes when the prompt has been read, hence located, or with the end
         if answering.done():
             answering.result()  # an error over there is an error here
-        return Reply(self._verdict(deferred[0]()), chain([first], _rest(streamer, answering)))
+        pieces = until_end(chain([first], _rest(streamer, answering)), end_mark(self._processor))
+        return Reply(self._verdict(deferred[0]()), pieces)
 
     def _prompt(self, image: Path | None, question: str) -> dict[str, Tensor]:
         """The question as a batch of one, its picture squared as the task squares pictures that it is located at.
@@ -204,7 +206,7 @@ class ChatSession:
         model: Any = self._method.model
         with self._method.answering(prompt) as location:
             deferred.append(location)
-            model.generate(**prompt, streamer=streamer, **greedy(model, self._tokenizer, LONGEST_ANSWER))
+            model.generate(**prompt, streamer=streamer, **greedy(model, self._processor, LONGEST_ANSWER))
 
     @property
     def _tokenizer(self) -> Any:

@@ -41,6 +41,14 @@ class Segment:
     learned: bool
 
 
+@dataclass(frozen=True)
+class EndMark:
+    """What closes an answer: its letters, and its token where it is one of the tokenizer's special ones."""
+
+    text: str
+    token: int | None
+
+
 def tokenizer_of(processor: Any) -> Any:
     """A processor's tokenizer; the processor of a model that reads text alone is one."""
     return getattr(processor, "tokenizer", processor)
@@ -125,6 +133,20 @@ def split(processor: Any, turns: Sequence[Turn]) -> list[Segment]:
             answer, tail = _cut_answer(processor, piece, turn["text"].strip())
             segments.append(Segment(answer, learned=True))
     return segments
+
+
+def end_mark(processor: Any) -> EndMark:
+    """The mark that is learned after every answer, at which generation has to stop."""
+    turns: list[Turn] = [{"role": "user", "text": "?"}, {"role": "assistant", "text": "a"}]
+    text = split(processor, turns)[-1].text.strip().removeprefix("a").strip()
+    tokenizer = tokenizer_of(processor)
+    token = tokenizer.get_vocab().get(text) if text in special_tokens(tokenizer) else None
+    return EndMark(text, token)
+
+
+def special_tokens(tokenizer: Any) -> frozenset[str]:
+    """Texts that the tokenizer reads as one token of its own, wherever they stand."""
+    return frozenset(tokenizer.all_special_tokens) | frozenset(tokenizer.get_added_vocab())
 
 
 def _render(processor: Any, turns: Sequence[Turn]) -> str:

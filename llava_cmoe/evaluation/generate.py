@@ -21,12 +21,13 @@ from typing import Any, BinaryIO, Literal, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
+from llava_cmoe.evaluation.answer_end import PLAIN, answer_texts, end_arguments
 from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
 from llava_cmoe.methods.base import DeferredLocation
 from llava_cmoe.records import Located
@@ -215,12 +216,12 @@ def answer_batch(eval_model: EvalModel, questions: EvalSet, batch: Sequence[int]
     task_B = route.given_tasks(ids)
     with eval_model.method.answering(prompts, task_B) as location:
         tokens_BT = eval_model.model.generate(
-            **prompts, **greedy(eval_model.model, tokenizer, questions.max_new_tokens)
+            **prompts, **greedy(eval_model.model, eval_model.processor, questions.max_new_tokens)
         )
-    texts = tokenizer.batch_decode(tokens_BT[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = answer_texts(tokens_BT[:, prompts["input_ids"].shape[1] :], eval_model.model, eval_model.processor)
     chosen = _choices(location(), len(ids))
     return [
-        Answer(sample_id, text.strip(), task, score, questions.texts[index])
+        Answer(sample_id, text, task, score, questions.texts[index])
         for index, sample_id, text, (task, score) in zip(batch, ids, texts, chosen, strict=True)
     ]
 
@@ -236,16 +237,13 @@ def _choices(located: Located | None, num_samples: int) -> list[tuple[int | None
     ]
 
 
-def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> dict[str, Any]:
+def greedy(model: PreTrainedModel, processor: Any, max_new_tokens: int) -> dict[str, Any]:
     """Arguments of `generate`: the likeliest token each time until the end, whatever sampling a backbone ships with."""
-    end: Any = model.generation_config.eos_token_id
     return {
-        "do_sample": False,
-        "num_beams": 1,
-        "repetition_penalty": 1.0,
+        **PLAIN,
         "max_new_tokens": max_new_tokens,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id if end is None else end,
+        "pad_token_id": tokenizer_of(processor).pad_token_id,
+        **end_arguments(model, processor),
     }
 
 
