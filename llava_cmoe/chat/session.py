@@ -24,6 +24,7 @@ from llava_cmoe.data.encoding import Encoding, open_square
 from llava_cmoe.data.images import open_image, side_of_square
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
+from llava_cmoe.data.special_tokens import special_texts, why_special
 from llava_cmoe.data.task_data import sequence_of
 from llava_cmoe.data.tasks import Geometry
 from llava_cmoe.evaluation.answer_end import until_end
@@ -135,8 +136,12 @@ class ChatSession:
         """Read the question, about a picture or not, and locate it; the answer goes on while the reply is read.
 
         Raises:
-            DataError: the picture is missing, broken or too large, or the backbone reads text alone.
+            DataError: the picture is missing, broken or too large, the backbone reads text alone, or the question holds
+                a special token.
         """
+        turns: list[Turn] = [{"role": "user", "text": question}]
+        if (reason := why_special(turns, special_texts(self._processor))) is not None or MARKER in question:
+            raise DataError(Problem(Path("question"), reason or f"it holds {MARKER}; name the picture with --image"))
         prompt = self._worker.submit(self._prompt, image, question).result()
         streamer = TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         deferred: list[DeferredLocation] = []

@@ -19,6 +19,7 @@ from llava_cmoe.data.images import find_broken
 from llava_cmoe.data.paths import eval_file, folders_in_use, train_file
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER
+from llava_cmoe.data.special_tokens import why_special
 from llava_cmoe.data.tasks import Geometry, Published, RowCount, TaskSequence, TaskSpec
 
 Progress = Callable[[str, int, int], None]
@@ -37,6 +38,7 @@ def check_sequence(
     progress: Progress = lambda *_: None,
     processes: int = 1,
     max_pixels: int | None = None,
+    special: frozenset[str] = frozenset(),
 ) -> CheckReport:
     """Read every file of a sequence and open every picture once.
 
@@ -46,15 +48,16 @@ def check_sequence(
         progress: called after every file and every few pictures.
         processes: how many open pictures; 1 opens them here.
         max_pixels: largest square picture that the processor will be given; as large as they are when None.
+        special: texts that the backbone does not read as text (`special_texts`).
     """
     scans: list[_Scan] = []
     overlaps: list[Problem] = []
     examples: dict[str, Read] = {}
     for number, task in enumerate(sequence.tasks):
         published = task.published or Published()
-        train = _scan(_shown(root, task, train_file), task, published.train, parse_train(root, task))
+        train = _scan(_shown(root, task, train_file), task, published.train, parse_train(root, task), special)
         progress("reading rows", 2 * number + 1, 2 * len(sequence.tasks))
-        evaluate = _scan(_shown(root, task, eval_file), task, published.evaluate, parse_eval(root, task))
+        evaluate = _scan(_shown(root, task, eval_file), task, published.evaluate, parse_eval(root, task), special)
         progress("reading rows", 2 * number + 2, 2 * len(sequence.tasks))
         overlaps += _overlaps(train, evaluate)
         if train.first is not None:
@@ -116,13 +119,15 @@ class _Scan:
         )
 
 
-def _scan(shown: str, task: TaskSpec, published: RowCount | None, parsed: Parsed) -> _Scan:
+def _scan(shown: str, task: TaskSpec, published: RowCount | None, parsed: Parsed, special: frozenset[str]) -> _Scan:
     scan, ids = _Scan(task.name, shown, published), set[str]()
     for item in parsed:
         if isinstance(item, Problem):
             scan.problems.append(item)
         elif isinstance(item, Lost):
             scan.lost.append(item)
+        elif reason := why_special(item.row["turns"], special):
+            scan.problems.append(Problem(item.file, reason, item.index, item.row["id"]))
         else:
             image, row_id = item.row["image"], item.row["id"]
             asked = [turn["text"] for turn in item.row["turns"] if turn["role"] == "user"]

@@ -9,8 +9,10 @@ from pathlib import Path
 from accelerate import PartialState
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone, load_processor, reads_images
+from llava_cmoe.data.coin import parse_eval, parse_train
 from llava_cmoe.data.encoding import SampleRows
 from llava_cmoe.data.paths import train_file
+from llava_cmoe.data.special_tokens import check_special, special_texts
 from llava_cmoe.data.task_data import TaskData, sequence_of
 from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_spec_of
 from llava_cmoe.methods import method_of
@@ -57,7 +59,7 @@ def open_run(recipe: Recipe, writer: bool = False, force: bool = False) -> Run:
         force: a recipe or data that differ from those that began the run are no error here.
 
     Raises:
-        DataError: the first problem in the data, or a sample that is too long among those that are still to be learned.
+        DataError: the first problem in the data, or a sample that the backbone cannot take, as `check_rows` finds it.
         RegistryError: the run was begun with another recipe or other data.
         LaunchError: the launch's engine cannot hold what the recipe learns.
         BackboneError: the backbone cannot be used.
@@ -72,7 +74,7 @@ def open_run(recipe: Recipe, writer: bool = False, force: bool = False) -> Run:
     if writer:
         if not force:
             registry.check_recipe(recipe, launched.num_processes)
-        check_lengths(recipe, data, len(registry.records()))  # before the recipe is on record, so that it can change
+        check_rows(recipe, data, len(registry.records()))  # before the recipe is on record, so that it can change
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
     return Run(
@@ -146,14 +148,19 @@ def begin(run: Run, force: bool = False) -> None:
     run.processes.wait_for_everyone()
 
 
-def check_lengths(recipe: Recipe, data: TaskData, num_learned: int) -> None:
-    """Stop at the first sample that is too long among all that are still to be learned.
+def check_rows(recipe: Recipe, data: TaskData, num_learned: int) -> None:
+    """Stop at the first sample that the backbone cannot take among all that are still to be learned, or asked.
 
     Raises:
-        DataError: names the file and the sample.
+        DataError: names the file and the sample, which is too long or holds a special token of the backbone.
     """
     processor, stages = load_processor(recipe.backbone.path), method_of(recipe.method).stages(data.sequence.names)
+    special, root = special_texts(processor), recipe.data.root
     for task in (task for stage in stages[num_learned:] for task in stage.learns):
         spec = data.sequence.tasks[task]
+        check_special(data.train[spec.name], special, parse_train, root, spec)
         rows = SampleRows(data.train[spec.name], data.encoding(spec, processor), recipe.training.max_length)
-        rows.check_lengths(train_file(recipe.data.root, spec))
+        rows.check_lengths(train_file(root, spec))
+    asks = parse_eval if recipe.evaluation.split == "test" else parse_train
+    for spec in data.sequence.tasks:
+        check_special(data.evaluate[spec.name], special, asks, root, spec)
