@@ -37,7 +37,7 @@ def test_runs_become_a_headline_over_methods(lesson_of: Callable[..., Lesson], c
     out = tmp_path / "new/headline.json"
     assert collect("headline", *runs, "--out", out) == 0
     found = Headline.model_validate_json(out.read_bytes())
-    assert [summary.method for summary in found.methods] == ["cmoe", "sequential_lora"]
+    assert list(found.rows) == ["cmoe", "sequential_lora"]
     assert collect("headline", runs[0], runs[0], "--out", tmp_path / "twice.json") == 2  # the same seed twice
 
 

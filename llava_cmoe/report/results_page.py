@@ -16,7 +16,7 @@ from llava_cmoe.report.analysis_tables import (
     similarity_section,
     unseen_section,
 )
-from llava_cmoe.report.headline import Headline, headline_markdown, tasks_markdown
+from llava_cmoe.report.headline import Headline, against_control_markdown, headline_markdown, tasks_markdown
 from llava_cmoe.report.page_parts import missing, named, pictures, read_document, source
 from llava_cmoe.report.studies import differences_markdown, read_study, study_markdown
 from llava_cmoe.report.tables import markdown, number
@@ -108,6 +108,9 @@ def _headline(results: Path) -> str:
     }
     parts = (
         *("## Headline", text, headline_markdown(found)),
+        *filter(
+            None, ("Differences, paired over the seeds, with their 95 % intervals:", against_control_markdown(found))
+        ),
         *("After the last task, task by task:", tasks_markdown(found)),
         *pictures(results, shown),
         source(path, found),
@@ -138,7 +141,7 @@ def _study(path: Path, results: Path) -> str:
     parts.append(study_markdown(found))
     if name in STUDIES and (pairs := [pair for pair in STUDIES[name].pairs if set(pair) <= found.variants.keys()]):
         parts.append(
-            "One variant minus another, seed by seed. A difference that is smaller than its spread is no evidence."
+            "One variant minus another, seed by seed, with the 95 % interval of the paired difference (t over seeds)."
         )
         parts.append(differences_markdown(found, pairs))
     return "\n\n".join((*parts, *pictures(results, {f"study_{name}.png": f"study {name}"}), source(path, found)))

@@ -16,19 +16,18 @@ from llava_cmoe.report.summary import (
     Measure,
     SeedSummary,
     Shared,
-    Spread,
     check_comparable,
+    difference,
+    difference_cell,
     measures,
     over_seeds,
-    spread,
-    spread_cell,
     spread_table,
 )
 from llava_cmoe.report.tables import markdown
 
 COLUMNS = measures(
-    *("immediate", "last", "maa", "bwt", "located_right", "oracle_minus_located", "located_minus_random"),
-    *("share_grown", "trained_thousands", "stored_kilobytes"),
+    *("immediate", "last", "maa", "bwt", "located_right", "words_alone", "oracle_minus_located"),
+    *("located_minus_random", "share_grown", "trained_thousands", "grown_later", "stored_kilobytes", "seconds"),
 )
 LAST_ON = "last on "
 """Begins the keys of the numbers of single tasks."""
@@ -97,30 +96,21 @@ def study_markdown(summary: StudySummary) -> str:
 def differences_markdown(summary: StudySummary, pairs: Sequence[tuple[str, str]]) -> str:
     """What separates two variants, seed by seed: a line per pair, the first variant minus the second.
 
-    Only seeds that both variants have count, so the spread is that of the difference, not of the seeds. A number in
-    which no pair differs has no column.
+    Only seeds that both variants have count; the interval is of the paired differences. A number in which no pair
+    differs has no column.
     """
     compared = {
-        key: [_difference(summary.variants[one], summary.variants[other], key) for one, other in pairs]
+        key: [difference(summary.variants[one], summary.variants[other], key) for one, other in pairs]
         for key in ("last", "located_right", "trained_thousands")
     }
     columns = {key: found for key, found in compared.items() if any(one and any(one.values) for one in found)}
     seeds = [len({*summary.variants[one].seeds} & {*summary.variants[other].seeds}) for one, other in pairs]
     rows = [
-        [one, other, str(seeds[row]), *(spread_cell(found[row]) for found in columns.values())]
+        [one, other, str(seeds[row]), *(difference_cell(found[row]) for found in columns.values())]
         for row, (one, other) in enumerate(pairs)
     ]
     headings = ["variant", "minus", "seeds", *(COLUMNS[key].heading for key in columns)]
     return markdown(headings, rows, num_text_columns=2)
-
-
-def _difference(one: SeedSummary, other: SeedSummary, key: str) -> Spread | None:
-    """A number of one variant minus that of another, over the seeds that both have; None where one lacks it."""
-    if key not in one.numbers or key not in other.numbers:
-        return None
-    left, right = (dict(zip(of.seeds, of.numbers[key].values, strict=True)) for of in (one, other))
-    found = [value - right[seed] for seed, value in left.items() if seed in right]
-    return spread(found) if found else None
 
 
 def last_on(task: str) -> Measure:

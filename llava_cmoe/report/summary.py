@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llava_cmoe.evaluation.log import Results, Subset
 from llava_cmoe.registry.schema import differing_keys
-from llava_cmoe.report.tables import NOTHING, markdown, number
+from llava_cmoe.report.tables import NOTHING, markdown, number, span
 
 
 class Summarised(BaseModel):
@@ -106,12 +106,6 @@ def _last_of(better: str, minus: str) -> Callable[[Results], float | None]:
     return difference
 
 
-def _partly_grown(run: Results) -> float | None:
-    """Tasks that left some layer as it was; the first has no pool, hence no choice."""
-    later = list(run.growth.values())[1:]
-    return float(sum(len(grown) < len(run.sites) for grown in later)) if any(run.growth.values()) else None
-
-
 def _share_grown(run: Results) -> float | None:
     """Percent of the pairs of a layer and a task, from the second task on, that got experts."""
     later = list(run.growth.values())[1:]
@@ -139,7 +133,6 @@ MEASURES = {
     "words_alone": Measure("words alone", _words_alone),
     "oracle_minus_located": Measure("oracle gap", _last_of("oracle", minus="located")),
     "located_minus_random": Measure("gain over random", _last_of("located", minus="random")),
-    "partly_grown": Measure("tasks that grew in some layers only", _partly_grown),
     "share_grown": Measure("sites grown by later tasks (%)", _share_grown),
     "trained_thousands": Measure("trained parameters per task (thousands)", _trained_thousands),
     "grown_later": Measure("trained, second half of first (%)", _grown_later),
@@ -215,6 +208,42 @@ def spread(values: Sequence[float]) -> Spread:
     """Mean and standard deviation of a number over seeds."""
     std = statistics.stdev(values) if len(values) > 1 else 0.0
     return Spread(mean=statistics.fmean(values), std=std, values=tuple(values))
+
+
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t for 1 to 9 degrees of freedom."""
+
+
+def difference(one: SeedSummary, other: SeedSummary, key: str) -> Spread | None:
+    """A number of one group minus that of another, seed by seed; None where no seed has both."""
+    if key not in one.numbers or key not in other.numbers:
+        return None
+    left, right = (dict(zip(of.seeds, of.numbers[key].values, strict=True)) for of in (one, other))
+    found = [value - right[seed] for seed, value in left.items() if seed in right]
+    return spread(found) if found else None
+
+
+def paired_interval(found: Spread) -> tuple[float, float] | None:
+    """Where the mean difference over all seeds lies with 95 % confidence (paired t); None from a single seed.
+
+    Raises:
+        ValueError: more than ten seeds.
+    """
+    num = len(found.values)
+    if num < 2:
+        return None
+    if num - 2 >= len(T_95):
+        raise ValueError(f"{num} seeds; quantiles are known for at most {len(T_95) + 1}")
+    half = T_95[num - 2] * found.std / num**0.5
+    return found.mean - half, found.mean + half
+
+
+def difference_cell(found: Spread | None) -> str:
+    """The mean difference and its interval in brackets, which one seed has not; a dash where nothing was measured."""
+    if found is None:
+        return NOTHING
+    around = paired_interval(found)
+    return number(found.mean) + ("" if around is None else f" [{span(around, 1)}]")
 
 
 def spread_cell(measured: Spread | None) -> str:

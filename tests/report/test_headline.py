@@ -8,7 +8,14 @@ from pytest import approx
 
 from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
-from llava_cmoe.report.headline import Headline, headline_markdown, readme_markdown, summarise, tasks_markdown
+from llava_cmoe.report.headline import (
+    Headline,
+    against_control_markdown,
+    headline_markdown,
+    readme_markdown,
+    summarise,
+    tasks_markdown,
+)
 from llava_cmoe.report.summary import Spread
 
 TASKS = ("GQA", "VizWiz", "OCRVQA")
@@ -49,17 +56,16 @@ def test_numbers_are_mean_and_spread_over_the_seeds_in_their_order():
     forgets = [result("sequential_lora", 2, low=20.0), result("sequential_lora", 1, low=10.0, high=60.0)]
     keeps = [cmoe(1, oracle=81.0, right=90.0, grown={}), cmoe(4, oracle=83.0, right=96.0, grown={"low": 1, "high": 1})]
     summary = summarise([*forgets, *keeps])
-    assert [(one.method, one.seeds) for one in summary.methods] == [("sequential_lora", (1, 2)), ("cmoe", (1, 4))]
-    lora, cmoes = (one.numbers for one in summary.methods)
+    assert [(name, one.seeds) for name, one in summary.rows.items()] == [("sequential_lora", (1, 2)), ("cmoe", (1, 4))]
+    lora, cmoes = (one.numbers for one in summary.rows.values())
     root_two = 2**0.5
     assert shown(lora["immediate"]) == approx((70.0, 20 / root_two, 60.0, 80.0))
     assert shown(lora["last"]) == approx((55.0, 10 / root_two, 50.0, 60.0))  # (40 + 50 + 60) / 3, (40 + 60 + 80) / 3
     assert shown(lora["bwt"]) == approx((-15.0, 10 / root_two, -10.0, -20.0))  # -(20 + 10 + 0) / 3, -(40 + 20 + 0) / 3
     assert shown(lora["maa"]) == approx((62.5, 15 / root_two, 55.0, 70.0))  # (60 + 55 + 50) / 3, (80 + 70 + 60) / 3
-    assert lora.keys() == {"immediate", "last", "bwt", "maa", "trained_thousands"}
+    assert lora.keys() == {"immediate", "last", "bwt", "maa", "forgetting", "trained_thousands", "grown_later"}
     assert shown(cmoes["located_right"]) == approx((93.0, 6 / root_two, 90.0, 96.0))
     assert shown(cmoes["oracle_minus_located"]) == approx((2.0, 2 / root_two, 1.0, 3.0))
-    assert shown(cmoes["partly_grown"]) == approx((0.5, 1 / root_two, 1.0, 0.0))
     assert shown(cmoes["trained_thousands"]) == approx((2.5, 1 / root_two, 2.0, 3.0))
     assert Headline.model_validate_json(summary.model_dump_json()) == summary
 
@@ -67,15 +73,15 @@ def test_numbers_are_mean_and_spread_over_the_seeds_in_their_order():
 def test_the_table_has_a_line_per_method_and_a_dash_for_what_was_not_measured():
     runs = [result("zero_shot", 0, high=5.0), *(result("sequential_lora", seed, high=60.0 + seed) for seed in (0, 2))]
     header, _, *lines = headline_markdown(summarise(runs)).splitlines()
-    assert header.startswith("| method | seeds | immediate | last | last by `coin` | MAA | BWT | locator accuracy |")
-    assert lines[0].startswith("| zero_shot | 1 | 5.0 | 5.0 | – | 5.0 | 0.0 | – | – | – |")  # one seed has no spread
+    assert header.startswith("| method | seeds | immediate | last | last by `coin` | MAA | BWT | forgetting |")
+    assert lines[0].startswith("| zero_shot | 1 | 5.0 | 5.0 | – | 5.0 | 0.0 | 0.0 | – |")  # one seed has no spread
     assert lines[1].startswith("| sequential_lora | 2 | 61.0 ± 1.4 |") and len(lines) == 2
 
 
 def test_a_number_that_one_run_lacks_is_not_a_mean_over_the_others():
     whole = cmoe(1, oracle=81.0, right=90.0, grown={})
     lacking = whole.model_copy(update={"seed": 2, "routes": {"located": whole.headline}})
-    assert "oracle_minus_located" not in summarise([whole, lacking]).methods[0].numbers
+    assert "oracle_minus_located" not in summarise([whole, lacking]).rows["cmoe"].numbers
 
 
 def test_another_protocols_mean_is_over_all_tasks_or_absent():
@@ -83,7 +89,7 @@ def test_another_protocols_mean_is_over_all_tasks_or_absent():
         run = result("joint", 0)
         others = {"coin": ((5.0, None, None), (5.0, 5.0, None), last)}
         routes = {"located": run.headline.model_copy(update={"other_protocols": others})}
-        return summarise([run.model_copy(update={"routes": routes})]).methods[0].numbers
+        return summarise([run.model_copy(update={"routes": routes})]).rows["joint"].numbers
 
     assert judged(10.0, 20.0, 60.0)["last_coin"].mean == approx(30.0)
     assert "last_coin" not in judged(10.0, None, 60.0)
@@ -128,9 +134,20 @@ def test_the_readme_table_states_seeds_protocol_and_fewer_columns():
     runs = [result("zero_shot", 0, high=5.0), *(result("joint", seed, high=60.0 + seed) for seed in (0, 2))]
     table, note = readme_markdown(summarise(runs)).split("\n\n")
     header, _, zero_shot, joint = table.splitlines()
-    assert header.count("|") == 8 and "MAA" not in header
+    assert header.count("|") == 9 and "MAA" not in header
     assert zero_shot.startswith("| zero_shot | 1 | 5.0 | 5.0 |") and joint.startswith("| joint | 2 | 61.0 ± 1.4 |")
     assert "3 tasks" in note and "`strict`" in note and note.endswith("seeds 0, 2.*")
+
+
+def test_every_row_is_compared_with_the_control_seed_by_seed():
+    values = {"lora_per_task": (60.0, 61.0, 65.0), "cmoe": (62.0, 65.0, 67.0), "joint": (70.0, 71.0, 75.0)}
+    runs = [result(name, seed, high=high) for name, highs in values.items() for seed, high in enumerate(highs)]
+    header, _, *lines = (against_control_markdown(summarise(runs)) or "").splitlines()
+    assert header == "| minus lora_per_task | immediate | last | MAA | BWT |"
+    # 2, 4, 2: mean 2.667, standard deviation 1.155, t of two degrees of freedom 4.303
+    assert lines[0].startswith("| cmoe | 2.7 [-0.2 to 5.5] | 2.7 [-0.2 to 5.5] |")
+    assert lines[1] == "| joint | 10.0 [10.0–10.0] | 10.0 [10.0–10.0] | 10.0 [10.0–10.0] | 0.0 [0.0–0.0] |"
+    assert against_control_markdown(summarise(runs[3:])) is None
 
 
 def test_tasks_after_the_last_one_are_means_over_seeds_or_a_dash():
