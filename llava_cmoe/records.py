@@ -24,6 +24,7 @@ class Growth:
             counted token reached, empty when not probed.
         thresholds: site name to the threshold tau_l (Eq. 2) that the probe's frequency was compared with.
         nearest: learned task, from 0, that the new one begins as; None where it begins as the frozen model.
+        need: what the nearest task's experts leave of the frozen model's loss on the probing rows; None: not measured.
         probe_seconds: wall-clock cost of probing.
         probe_parameters: trainable parameters while probing (temporary, never stored).
     """
@@ -33,6 +34,7 @@ class Growth:
     frequencies: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     thresholds: Mapping[str, float] = field(default_factory=dict)
     nearest: int | None = None
+    need: float | None = None
     probe_seconds: float = 0.0
     probe_parameters: int = 0
 

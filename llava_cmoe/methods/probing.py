@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 from typing import Any, Literal
 
 import torch
@@ -77,8 +78,11 @@ def probe(
         : max(2, round(len(data.samples) * settings.fraction))
     ]
     num_counted = max(1, round(len(order) * settings.holdout))
-    rows = Subset(data.samples, order[:num_counted].tolist())
-    nearest = nearest_task(model, rows, processor, host, data.index) if settings.init == "nearest_task" else None
+    rows, nearest, need = Subset(data.samples, order[:num_counted].tolist()), None, None
+    if settings.init == "nearest_task" or settings.scope == "need":
+        read = Subset(data.samples, order.tolist())
+        found, need = nearest_task(losses_by_task(model, read, processor, host, data.index))
+        nearest = found if settings.init == "nearest_task" and need <= settings.near else None
     routers = host.routers(TaskRouters)
     like = data.index - 1 if nearest is None else nearest
     for site, bank in host.banks.items():
@@ -97,7 +101,7 @@ def probe(
     counts = count(model, rows, processor, host, RoutePlan.single(data.index), settings.counted)
     counts = {site: counts_E for site, counts_E in counts.items() if counts_E.any()}  # no picture: nothing to decide
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
-    thresholds = thresholds_of(frequencies, settings)
+    thresholds = thresholds_of(frequencies, settings, need)
     chosen = chosen_of(frequencies, thresholds, settings, generator)
     pools = {site: counts_E[: -settings.max_new_experts] for site, counts_E in counts.items()}
     if nearest is not None:
@@ -117,6 +121,7 @@ def probe(
         frequencies=frequencies,
         thresholds=thresholds,
         nearest=nearest,
+        need=need,
         probe_seconds=time.monotonic() - began,
         probe_parameters=probe_parameters,
     )
@@ -124,16 +129,16 @@ def probe(
 
 
 @torch.no_grad()
-def nearest_task(
+def losses_by_task(
     model: PreTrainedModel,
     samples: Subset[dict[str, Tensor]],
     processor: Processor,
     host: ExpertHost,
     num_tasks: int,
-) -> int | None:
-    """The learned task whose routers give some rows' answers the lowest loss; None if the frozen model's is lower.
+) -> tuple[float, ...]:
+    """Loss of some rows' answers, summed over tokens: of the frozen model, then under each learned task's routers.
 
-    Costs a forward pass over the rows per task; all processes get the same answer.
+    Costs a forward pass over the rows for each; all processes get the same sums.
     """
     plans = [None, *map(RoutePlan.single, range(num_tasks))]
     losses = torch.zeros(len(plans), dtype=torch.float64, device=model.device)
@@ -142,8 +147,14 @@ def nearest_task(
             with host.context.use(plan, inputs):
                 num_answered = (labels_BT[:, 1:] != IGNORED).sum()
                 losses[place] += model(**inputs, labels=labels_BT, use_cache=False).loss * num_answered
-    best = int(reduce(losses, "sum").argmin())
-    return None if best == 0 else best - 1
+    return tuple(reduce(losses, "sum").tolist())
+
+
+def nearest_task(losses: Sequence[float]) -> tuple[int, float]:
+    """The learned task whose routers lose least, and the need: what it leaves of the frozen model's loss, at most 1."""
+    frozen, *learned = losses
+    best = min(range(len(learned)), key=learned.__getitem__)
+    return best, min(1.0, learned[best] / frozen)
 
 
 @torch.no_grad()
@@ -215,8 +226,12 @@ def _share(
         yield inputs, labels_BT
 
 
-def thresholds_of(frequencies: Mapping[str, Sequence[float]], settings: ProbeSettings) -> dict[str, float]:
+def thresholds_of(
+    frequencies: Mapping[str, Sequence[float]], settings: ProbeSettings, need: float | None = None
+) -> dict[str, float]:
     """tau_l = mean - alpha * std (Eq. 2), of one layer or over the layers, and at least the floor.
+
+    With `scope: need` it is what as many layers as are needed lie above.
 
     Frequencies of different layers are compared in units of chance, 1 / n of n experts. The standard deviation is that
     of the population: there is no larger set of experts that these were drawn from.
@@ -234,6 +249,12 @@ def thresholds_of(frequencies: Mapping[str, Sequence[float]], settings: ProbeSet
         case "global" | "random":
             shared = threshold([probe_use(used, settings) * len(used) for used in frequencies.values()])
             return {site: shared / len(used) for site, used in frequencies.items()}
+        case "need":
+            assert need is not None, "measured before"
+            uses = sorted((probe_use(used, settings) * len(used) for used in frequencies.values()), reverse=True)
+            num_left = len(uses) - ceil(need * len(uses))
+            shared = uses[-num_left] if num_left else -1.0
+            return {site: shared / len(used) for site, used in frequencies.items()}
         case "all":
             return dict.fromkeys(frequencies, -1.0)  # below any frequency, also that of a probe no token used
         case "none":
@@ -245,9 +266,9 @@ def expected_sites(settings: ProbeSettings, num_sites: int) -> int:
 
     Of uses that are normally distributed these are Phi(alpha), 60 % for alpha 0.25 and 84 % for 1, where three runs of
     the pocket sequence grew in 83 %. With `scope: layer` a probe is compared with its own layer's experts instead,
-    and the share is a guess.
+    and the share is a guess, as with `scope: need`.
     """
-    share = {"all": 1.0, "none": 0.0}.get(settings.scope, statistics.NormalDist().cdf(settings.alpha))
+    share = {"all": 1.0, "none": 0.0, "need": 0.5}.get(settings.scope, statistics.NormalDist().cdf(settings.alpha))
     return round(share * num_sites)
 
 

@@ -29,6 +29,7 @@ from llava_cmoe.methods.probing import (
     chosen_of,
     copied_places,
     count,
+    losses_by_task,
     mean_tokens,
     nearest_task,
     probe,
@@ -297,7 +298,7 @@ def test_a_head_start_is_on_top_of_the_rows_of_new_experts_alone():
     torch.testing.assert_close((led_ED - drawn_ED)[3:] @ mean_D, torch.full((2,), 6.0))
 
 
-def test_the_nearest_task_is_the_one_whose_routers_lose_least(
+def test_losses_are_of_the_frozen_model_and_under_each_learned_tasks_routers(
     tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, tiny_processor: LlavaProcessor
 ):
     generator, routers = torch.Generator().manual_seed(8), host.routers(TaskRouters)
@@ -309,15 +310,36 @@ def test_the_nearest_task_is_the_one_whose_routers_lose_least(
             routers[site].add_task(bank.num_experts, bank.anchor.device, generator)
             bank.freeze()
     rows = Subset(Rows(6), range(6))
-    losses = {}
+    losses = []
     for task in (None, 0, 1, 2):
         with host.context.use(None if task is None else RoutePlan.single(task)), torch.no_grad():
-            losses[task] = sum(
-                tiny_llava(**{name: value[None] for name, value in row.items()}, use_cache=False).loss.item()
-                * sum(row["labels"][1:] != IGNORED).item()
-                for row in rows
+            losses.append(
+                sum(
+                    tiny_llava(**{name: value[None] for name, value in row.items()}, use_cache=False).loss.item()
+                    * sum(row["labels"][1:] != IGNORED).item()
+                    for row in rows
+                )
             )
-    assert nearest_task(tiny_llava, rows, tiny_processor, host, 3) == min(losses, key=losses.__getitem__)
+    assert losses_by_task(tiny_llava, rows, tiny_processor, host, 3) == pytest.approx(losses, rel=1e-5)
+
+
+@given(st.lists(st.floats(0.1, 20), min_size=2, max_size=9))
+def test_the_nearest_task_is_the_one_that_loses_least_and_leaves_a_need_of_at_most_one(losses: list[float]):
+    nearest, need = nearest_task(losses)
+    assert losses[1 + nearest] == min(losses[1:])
+    assert need == pytest.approx(min(1, min(losses[1:]) / losses[0]))
+
+
+@given(POOLS, st.floats(0, 1))
+def test_as_large_a_share_of_the_layers_grows_as_is_needed_those_whose_probes_are_used_most(
+    pools: list[list[float]], need: float
+):
+    frequencies, settings = shares(pools), ProbeSettings(scope="need")
+    uses = {site: probe_use(used, settings) * len(used) for site, used in frequencies.items()}
+    assume(len(set(uses.values())) == len(uses))  # of equal ones fewer grow
+    chosen = chosen_of(frequencies, thresholds_of(frequencies, settings, need), settings, torch.Generator())
+    assert len(chosen) == math.ceil(need * len(uses))
+    assert all(uses[site] < min(uses[one] for one in chosen) for site in uses if chosen and site not in chosen)
 
 
 def test_the_pool_is_what_it_was(

@@ -61,18 +61,21 @@ class ProbeSettings(Settings):
     """Least threshold, in units of chance: a token that chooses at random gives each of n experts 1 / n of its slots.
     At 0 a layer whose probe no token used never grows, however far one frequency stands out; at 1 none grows whose
     probe is used less than chance, and with `scope: layer`, whose mean is chance, alpha has no effect."""
-    scope: Literal["layer", "global", "all", "none", "random"] = "layer"
+    scope: Literal["layer", "global", "need", "all", "none", "random"] = "layer"
     """Mean and std over the experts of one layer, or over the layers' probe frequencies, each times the layer's number
-    of experts, as pools differ in size; or, as controls of what
-    probes are good for, a threshold that all layers pass, or none does, or as many layers as `global` chooses, drawn
+    of experts, as pools differ in size. With `need` as large a share of the layers grows, those whose probes are used
+    most, as the experts of the nearest learned task leave of the base model's loss on the probing rows. Or, as controls
+    of what probes are good for, a threshold that all layers pass, or none does, or as many layers as `global` chooses, drawn
     at random."""
     max_new_experts: int = Field(1, gt=0)
     """Experts added to a chosen layer."""
     init: Literal["most_used", "nearest_task", "probe", "lora"] = "most_used"
     """Start of the new experts: copies of the one most used while probing (Eq. 3); copies of those that the nearest
     learned task uses most for the new task's rows, each of another one; the probes themselves; or fresh LoRA. With
-    `nearest_task` the new routers are that task's, too, so that learning begins with all that it can do; it is the one
-    whose experts answer the rows that are counted best, and fresh LoRA where the base model alone answers better."""
+    `nearest_task` the new routers are that task's, too, so that learning begins with all that it can do; where no task
+    is `near`, with fresh LoRA."""
+    near: float = Field(0.5, gt=0, le=1)
+    """Largest share of the base model's loss on the probing rows that the nearest task may leave to be near."""
     clone_noise: float = Field(0.0, ge=0)
     """Gaussian noise on a copied expert, in standard deviations of each of its matrices."""
     counted: Literal["all", "answer"] = "all"
