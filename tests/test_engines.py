@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import tiny
 import torch
@@ -145,6 +146,22 @@ def test_a_run_whose_one_process_was_killed_ends_like_one_that_was_not(
     ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (whole, killed)]
     assert ends[0] == ends[1]  # of every tensor and loss, through the chain of records
     assert not list((killed.run / "trainer").iterdir())
+
+
+def test_families_whose_forward_takes_no_number_of_tokens_learn_the_same(three_tasks: Path, tmp_path: Path):
+    """Each process's loss counts by its share of the step's tokens, also where the model returns a mean of a batch."""
+    recipes: dict[str, list[Recipe]] = {}
+    for kind in ("qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma"):
+        folder = families.make(kind).save(tmp_path / kind)
+        more = [*QUICK, "data.tasks=[counts]"] + ["backbone.attention=eager"] * (kind == "paligemma")
+        recipes[kind] = [
+            tiny.recipe(tmp_path / f"{kind}_{size}" / "run", three_tasks, folder, "sequential_lora", *more, half)
+            for size, half in ((4, "training.batch_size=4"), (2, "training.batch_size=2"))
+        ]
+    launch("ddp", [two for _, two in recipes.values()])
+    for one, two in recipes.values():
+        sequence.learn(one)
+        assert_same(one, two)
 
 
 def test_accumulated_batches_are_one_batch_and_features_are_kept_once(

@@ -85,6 +85,31 @@ def learned(
     return learn
 
 
+@pytest.mark.parametrize("kind", [*FAMILIES, "llama", "codegen"])
+def test_a_step_of_the_same_rows_is_the_same_step_however_it_is_split(
+    kind: str, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Answers differ in length: a mean over batches is not the mean over their tokens."""
+    tiny.write_data(tmp_path, ("counts",), pictures=kind in FAMILIES)
+    more = ["backbone.attention=eager"] if kind in EAGER else []
+    more += [f"backbone.sites={SITES}"] if kind == "codegen" else []
+    learned, losses = [], []
+    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        split = [f"training.batch_size={size}", f"training.accumulation={accumulation}", "training.learning_rate=1e-3"]
+        rows = ["data.train_rows=16", "data.eval_rows=1", "evaluation.routes=[located]"]
+        recipe = tiny.recipe(
+            tmp_path / f"{size}" / "run", tmp_path, folder_of(kind), "sequential_lora", *split, *rows, *more
+        )
+        sequence.learn(recipe)
+        registry = Registry(recipe.run)
+        learned.append(registry.load(0))
+        losses.append(registry.records()[0].facts["training"]["first_loss"])
+    for other in learned[1:]:
+        for group, tensors in learned[0].items():
+            torch.testing.assert_close(other[group], tensors, rtol=0, atol=2e-5)
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+
+
 EVERYWHERE = "method.experts.also_in=[vision, projector]"
 
 

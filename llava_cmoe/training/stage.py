@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from llava_cmoe.data.collator import ROW, Collator, dummy_image_row
+from llava_cmoe.data.conversation import IGNORED
 from llava_cmoe.experts.ledger import trained_parameters
 from llava_cmoe.methods.base import ExtraLoss, TrainingContext, no_extra_loss
 from llava_cmoe.records import StageReport
@@ -47,6 +49,7 @@ class StageTrainer(CheckpointTrainer):
             super().__init__(**kwargs)
         self._training_context, self._grouped = training_context, grouped
         self._extra_loss: ExtraLoss = no_extra_loss
+        self.loss_is_scaled_for_ga = True  # by `compute_loss`, for every family
         self._finite = FiniteSteps(kwargs["train_dataset"].rows)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -76,11 +79,20 @@ class StageTrainer(CheckpointTrainer):
     ) -> Any:
         """Language-modelling loss, a mean over the learned tokens of a whole step on all processes, plus the method's.
 
-        The method's terms are means per forward pass; a step's is the mean of these.
+        A family whose `forward` takes no number of tokens returns the mean of a batch, which counts here by its share
+        of the step's. The method's terms are means per forward pass; a step's is the mean of these.
         """
         loss, output = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        scaled = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # else the Trainer divides the sum
-        return loss + self._extra_loss(output) / (self.current_gradient_accumulation_steps if scaled else 1)
+        if not self.model_accepts_loss_kwargs:
+            num_learned = (inputs["labels"][:, 1:] != IGNORED).sum()
+            loss = loss * (num_learned * self.accelerator.num_processes / num_items_in_batch)
+        return loss + self._extra_loss(output) / self.current_gradient_accumulation_steps
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        """Learned tokens of a step on all processes; the Trainer counts them only for families that ask for them."""
+        with _as_found(self, "model_accepts_loss_kwargs"):
+            self.model_accepts_loss_kwargs = True
+            return super()._get_num_items_in_batch(batch_samples, device)
 
 
 PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
