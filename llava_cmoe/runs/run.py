@@ -20,6 +20,7 @@ from llava_cmoe.methods.base import Method, Stage
 from llava_cmoe.registry.restore import build_method, restore_stages
 from llava_cmoe.registry.schema import RegistryError, Sources
 from llava_cmoe.registry.store import Registry
+from llava_cmoe.runs.sizes import check_sizes
 from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.processes import check_engine_holds, processes
 
@@ -152,9 +153,11 @@ def check_rows(recipe: Recipe, data: TaskData, num_learned: int) -> None:
     """Stop at the first sample that the backbone cannot take among all that are still to be learned, or asked.
 
     Raises:
-        DataError: names the file and the sample, which is too long or holds a special token of the backbone.
+        DataError: names the file and the sample, which is too long or holds a special token of the backbone; or a stage
+            has too few.
     """
     processor, stages = load_processor(recipe.backbone.path), method_of(recipe.method).stages(data.sequence.names)
+    check_sizes(recipe, data, stages, num_learned)
     special, root = special_texts(processor), recipe.data.root
     for task in (task for stage in stages[num_learned:] for task in stage.learns):
         spec = data.sequence.tasks[task]

@@ -32,6 +32,16 @@ class Settings(BaseModel):
     renamed: ClassVar[Mapping[str, str]] = {}
     former: ClassVar[Mapping[str, Any]] = {}
 
+    def why_too_few(self, num_rows: int, first: bool) -> str | None:
+        """What cannot be done with so few rows of a stage, and the fix; None if all can. By default what a part says.
+
+        Args:
+            num_rows: rows that the stage learns from.
+            first: whether nothing was learned before it.
+        """
+        parts = (part for _, part in self if isinstance(part, Settings))
+        return next((reason for part in parts if (reason := part.why_too_few(num_rows, first))), None)
+
     @model_validator(mode="before")
     @classmethod
     def _take_old_names(cls, document: Any, info: ValidationInfo) -> Any:

@@ -52,6 +52,16 @@ class LocatorSettings(Settings):
     num_mixed: int = Field(2, gt=0)
     """Tasks that soft selection mixes; fewer where fewer are known."""
 
+    def why_too_few(self, num_rows: int, first: bool) -> str | None:
+        """A locator holds two features out at least, for a standard deviation, and fits to one at least."""
+        del first
+        if max(2, round(num_rows * self.holdout)) < num_rows:
+            return None
+        return (
+            f"a locator is fitted to what locator.holdout ({self.holdout}, at least two rows) leaves of them, which is "
+            "nothing; add rows, lower the share, or leave the task out with data.tasks"
+        )
+
     @model_validator(mode="after")
     def _elbo_of_a_vae(self) -> Self:
         if self.error == "elbo" and self.kind != "vae":
