@@ -50,7 +50,9 @@ def evaluate(
     wanted = {"routes": [*dict.fromkeys((*own.routes, *(routes.split(",") if routes else ())))]}
     options = {"batch_size": batch_size, "limit": limit, "subset_seed": subset_seed}
     given = {key: value for key, value in options.items() if value is not None}
-    evaluation = parse_settings(EvaluationSettings, own.model_dump() | wanted | given, source="llava-cmoe eval")
+    evaluation = parse_settings(
+        EvaluationSettings, own.model_dump() | wanted | given, source="llava-cmoe eval", recorded=True
+    )
     console = Console(quiet=not processes().is_main_process)
     with ProgressLine(console) as line:
         asked = recipe.model_copy(update={"evaluation": evaluation})

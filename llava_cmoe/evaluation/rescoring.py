@@ -75,7 +75,7 @@ def open_examined(folder: Path, root: Path | None = None) -> Examined:
     asked = results.recipe["evaluation"] | {"routes": tuple(results.routes), "limit": None}
     if results.subset is not None and results.subset.by == "evaluation.limit":  # maybe against its recipe
         asked |= {"limit": results.subset.limit, "subset_seed": results.subset.seed}
-    evaluation = parse_settings(EvaluationSettings, asked, source)
+    evaluation = parse_settings(EvaluationSettings, asked, source, recorded=True)
     tasks = TaskData.open(data, results.seed, evaluation.split)
     files = tasks.files
     if tasks.fingerprint != results.data:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from llava_cmoe.settings.base import RECORDED, RecipeError, Settings
 from llava_cmoe.settings.methods import MethodSettings
+from llava_cmoe.settings.recorded import as_recorded
 from llava_cmoe.settings.run import Recipe
 
 AnySettings = TypeVar("AnySettings", bound=Settings)
@@ -70,7 +71,8 @@ def parse_settings(
 ) -> AnySettings:
     """Validate a mapping as `model`; every problem becomes one line of a RecipeError that starts with `source`."""
     try:
-        return model.model_validate(document, context=RECORDED if recorded else None)
+        settings = model.model_validate(document, context=RECORDED if recorded else None)
+        return as_recorded(settings) if recorded else settings
     except ValidationError as error:
         known = list(known_keys(model))
         raise RecipeError("\n".join(f"{source}: {_explain(item, known)}" for item in error.errors())) from error

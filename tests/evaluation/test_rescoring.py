@@ -11,8 +11,11 @@ from tiny import Lesson
 
 from llava_cmoe.evaluation.log import read_answers, read_results, write_answers
 from llava_cmoe.evaluation.rescoring import Change, open_examined, rescore
+from llava_cmoe.evaluation.scorers import PROTOCOLS, get_scorer, llm_judge
 from llava_cmoe.registry.schema import RegistryError
+from llava_cmoe.registry.store import Registry
 from llava_cmoe.runs import run as runs
+from llava_cmoe.settings.base import RecipeError
 
 
 @pytest.fixture
@@ -55,6 +58,26 @@ def test_routes_that_were_measured_beside_the_recipes_own_are_scored_too(run: Pa
     document["recipe"]["evaluation"]["routes"] = ["oracle"]
     (run / "results.json").write_text(json.dumps(document))
     assert list(rescore(open_examined(run))[0].routes) == ["located", "oracle", "random"]
+
+
+@pytest.mark.parametrize("opened", ["rescore", "eval"])
+def test_a_judge_that_only_the_run_names_gets_no_key(run: Path, monkeypatch: pytest.MonkeyPatch, opened: str) -> None:
+    """Neither by scoring again nor by evaluating: a run folder may be a stranger's."""
+    pytest.importorskip("openai")
+    judge = {"model": "m", "url": "http://127.0.0.1:9/v1"}
+    monkeypatch.setitem(PROTOCOLS["strict"].scorers, "gqa", llm_judge.build)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    for name in ("results.json", "run.json"):
+        document = json.loads((run / name).read_text())
+        document["recipe"]["evaluation"]["judge"] = judge
+        (run / name).write_text(json.dumps(document))
+    if opened == "rescore":
+        with pytest.raises(RecipeError, match="set OPENAI_BASE_URL=http://127.0.0.1:9/v1 to send it there"):
+            rescore(open_examined(run))
+    else:
+        evaluation = Registry(run).recipe().evaluation
+        with pytest.raises(RecipeError, match="OPENAI_API_KEY is set"):
+            get_scorer("gqa", evaluation)
 
 
 def test_an_answer_that_changed_is_told_and_written(run: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -12,7 +12,9 @@ from judging import value
 from llava_cmoe.evaluation.scorers import Reference, get_scorer, llm_judge
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.evaluation import EvaluationSettings, JudgeSettings
+from llava_cmoe.settings.recipes import parse_recipe, parse_settings
 
+RECIPE: dict[str, Any] = {"run": "x", "method": {"name": "zero_shot"}}
 REFERENCE = Reference(answer="a dog", question="<image>\nWhat is it?", id="7")
 
 
@@ -81,6 +83,45 @@ def test_all_that_annotators_said_is_correct_and_the_key_comes_from_the_environm
     assert get_scorer("llm_judge", settings)(["the dog"], [reference]).accuracy == 1.0
     assert "Correct answer: a puppy / a dog\n" in asked[0]["messages"][-1]["content"]
     assert asked[0]["key"] == "Bearer secret" and "secret" not in settings.model_dump_json()
+
+
+SOURCES: dict[str, Callable[[dict[str, Any]], EvaluationSettings]] = {
+    "the run's recipe": lambda found: (
+        parse_recipe(RECIPE | {"evaluation": found}, "run.json", recorded=True).evaluation
+    ),
+    "the results": lambda found: parse_settings(EvaluationSettings, found, "results.json", recorded=True),
+    "a copy of either": lambda found: (
+        parse_recipe(RECIPE | {"evaluation": found}, "run.json", recorded=True)
+        .model_copy(update={"seed": 3})
+        .evaluation.model_copy(update={"limit": 5})
+    ),
+    "a recipe that is given": lambda found: parse_recipe(RECIPE | {"evaluation": found}, "recipe.yaml").evaluation,
+    "code": EvaluationSettings.model_validate,
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("secret", llm_judge.SECRETS)
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_key_goes_where_the_user_says_and_never_where_only_a_run_does(
+    endpoint, monkeypatch, source: str, secret: str, allowed: bool
+) -> None:
+    settings, asked = endpoint
+    found = SOURCES[source](json.loads(settings.model_dump_json()))
+    for name in (*llm_judge.SECRETS, "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    assert get_scorer("llm_judge", found)(["a cat"], [REFERENCE]).accuracy == 0.0  # without a key nothing can leak
+    asked.clear()
+    llm_judge._asker.cache_clear()
+    monkeypatch.setenv(secret, "secret")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"{settings.judge.url}/" if allowed else "https://api.openai.com/v1")
+    if allowed or source in ("a recipe that is given", "code"):
+        get_scorer("llm_judge", found)(["a cat"], [REFERENCE])
+        assert len(asked) == 1
+        return
+    with pytest.raises(RecipeError, match=f"names the judge at {settings.judge.url}, and {secret} is set; set OPENAI_"):
+        get_scorer("llm_judge", found)
+    assert not asked
 
 
 def test_a_reply_that_is_neither_word_is_an_error_with_the_row(endpoint) -> None:

@@ -1,0 +1,27 @@
+"""What a run's record may not decide for whoever opens it: a run may be somebody else's, downloaded.
+
+Its settings describe what was measured. The address of a judge among them is no reason to send it anybody's key.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from llava_cmoe.settings.base import Settings
+from llava_cmoe.settings.evaluation import EvaluationSettings, JudgeSettings
+from llava_cmoe.settings.run import Recipe
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+class RecordedJudge(JudgeSettings):
+    """A judge that a run's record names, and not the user of this call."""
+
+
+def as_recorded(settings: AnySettings) -> AnySettings:
+    """The same settings, known to come from a run's record."""
+    if isinstance(settings, Recipe):
+        return settings.model_copy(update={"evaluation": as_recorded(settings.evaluation)})
+    if isinstance(settings, EvaluationSettings) and settings.judge is not None:
+        return settings.model_copy(update={"judge": RecordedJudge.model_validate(settings.judge.model_dump())})
+    return settings
