@@ -22,7 +22,7 @@ app = typer.Typer()
 def demo(
     run: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("runs/demo"),
 ) -> None:
-    """Watch eight small tasks being learned twice: once with forgetting, once without.
+    """Watch eight small tasks being learned three times: once with forgetting, twice without.
 
     Takes about ten minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
     """
@@ -36,13 +36,14 @@ def demo(
     )
     if not (run / "results.json").exists():
         console.print(
-            "Eight rendered tasks, one after another: first one LoRA adapter that every task trains (sequential_lora), "
-            f"then LLaVA-CMoE (cmoe). {about}\nAbout ten minutes on 2 cores; stopped, the same command goes on.",
+            "Eight rendered tasks, one after another: by one LoRA adapter that every task trains (sequential_lora), by "
+            "a frozen one for each task behind a locator (lora_per_task), and by LLaVA-CMoE (cmoe). "
+            f"{about}\nAbout ten minutes on 2 cores; stopped, the same command goes on.",
             highlight=False,
         )
     with ProgressLine(console) as line:
-        both = run_demo(run, line, size)
-    show(console, list(both.values()))
+        learned = run_demo(run, line, size)
+    show(console, list(learned.values()))
     console.print(
         f"Each row: after learning that task; each column: percent right on that task. {about}\n"
         f"In {run}: results.json, matrix.png. Delete the folder to run the demo again.",

@@ -1,4 +1,4 @@
-"""The demo learns the pocket sequence twice by the shipped recipes; whatever stops it, the same call finishes it."""
+"""The demo learns the pocket sequence by the shipped recipes; whatever stops it, the same call finishes it."""
 
 from pathlib import Path
 
@@ -14,11 +14,12 @@ def test_a_killed_demo_goes_on_and_a_finished_one_is_only_read(tiny_backbone: Pa
     size = demo.DemoSize(train_rows=4, test_rows=1, epochs=1)
     overrides = [f"backbone.path={tiny_backbone}", "data.tasks=[imagenet, gqa]", "training.precision=float32"]
     told: set[str] = set()
-    shallow = tmp_path / "cmoe.yaml"  # the tiny backbone ends above the layer that the shipped recipe locates by
-    document = read_yaml(shipped(demo.RECIPES["cmoe"]))
-    document["method"]["locator"]["layer"] = 1
-    shallow.write_text(yaml.safe_dump(document))
-    monkeypatch.setitem(demo.RECIPES, "cmoe", str(shallow))
+    for name in ("lora_per_task", "cmoe"):  # the tiny backbone ends above the layer that the shipped recipes locate by
+        shallow = tmp_path / f"{name}.yaml"
+        document = read_yaml(shipped(demo.RECIPES[name]))
+        document["method"]["locator"]["layer"] = 1
+        shallow.write_text(yaml.safe_dump(document))
+        monkeypatch.setitem(demo.RECIPES, name, str(shallow))
 
     def call() -> dict[str, demo.Results]:
         return demo.run_demo(tmp_path, lambda where, *_: told.add(where), size, overrides)
@@ -31,7 +32,7 @@ def test_a_killed_demo_goes_on_and_a_finished_one_is_only_read(tiny_backbone: Pa
     learned = {name: files_of(tmp_path / name / "tasks") for name in demo.RECIPES}
     both = call()
     assert {name: files_of(tmp_path / name / "tasks") for name in demo.RECIPES} == learned
-    assert list(both) == ["sequential_lora", "cmoe"] and (tmp_path / "matrix.png").stat().st_size > 0
+    assert list(both) == ["sequential_lora", "lora_per_task", "cmoe"] and (tmp_path / "matrix.png").stat().st_size > 0
     assert all(results.tasks == ("imagenet", "gqa") and results.num_samples["gqa"] == 1 for results in both.values())
     assert {"rendering", "sequential_lora 1/2 imagenet", "cmoe 2/2 gqa"} <= told
 
