@@ -24,7 +24,7 @@ from llava_cmoe.merging.store import Merges
 from llava_cmoe.merging.summary import summarise_merges
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
-from llava_cmoe.report.headline import summarise
+from llava_cmoe.report.headline import Headline, joined, summarise
 from llava_cmoe.report.studies import read_study
 
 RESULTS = Path("eval/results")
@@ -37,9 +37,10 @@ def headline(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, several seeds of each method.")],
     out: Annotated[Path, typer.Option(help="JSON file to write.")] = RESULTS / "pocket.json",
 ) -> None:
-    """Mean and spread of every number, method by method."""
+    """Mean and spread of every number, row by row; rows that the file has and these runs are not of stay."""
     with _user_errors():
-        _write(out, summarise([read_results(run / "results.json") for run in runs]))
+        measured = summarise([read_results(run / "results.json") for run in runs])
+        _write(out, joined(Headline.model_validate_json(out.read_bytes()), measured) if out.exists() else measured)
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llava_cmoe.evaluation.log import Results
+from llava_cmoe.registry.schema import differing_keys
 from llava_cmoe.report.summary import (
     SeedSummary,
     Shared,
@@ -60,6 +61,18 @@ def summarise(runs: Sequence[Results]) -> Headline:
         groups.setdefault(run.run.removesuffix(seed) if run.run.endswith(seed) else run.method, []).append(run)
     rows = {name: over_seeds(name, group, COLUMNS, PER_RUN) for name, group in groups.items()}
     return Headline(**runs[0].model_dump(include=SHARED), rows=rows)
+
+
+def joined(before: Headline, now: Headline) -> Headline:
+    """The rows measured before, those of now in their place or behind them.
+
+    Raises:
+        ValueError: they differ in one of `SHARED`, so that they cannot stand in one table.
+    """
+    one, other = (headline.model_dump(include=SHARED) for headline in (before, now))
+    if differences := list(differing_keys(one, other)):
+        raise ValueError(f"rows measured before differ in {', '.join(differences)}; write to another file")
+    return now.model_copy(update={"rows": before.rows | now.rows})
 
 
 def headline_markdown(headline: Headline) -> str:

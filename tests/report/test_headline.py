@@ -12,6 +12,7 @@ from llava_cmoe.report.headline import (
     Headline,
     against_control_markdown,
     headline_markdown,
+    joined,
     readme_markdown,
     summarise,
     tasks_markdown,
@@ -137,6 +138,16 @@ def test_the_readme_table_states_seeds_protocol_and_fewer_columns():
     assert header.count("|") == 9 and "MAA" not in header
     assert zero_shot.startswith("| zero_shot | 1 | 5.0 | 5.0 |") and joint.startswith("| joint | 2 | 61.0 ± 1.4 |")
     assert "3 tasks" in note and "`strict`" in note and note.endswith("seeds 0, 2.*")
+
+
+def test_rows_measured_later_join_those_before_unless_they_cannot_stand_in_one_table():
+    before = summarise([result("joint", seed, high=50.0) for seed in (0, 1)] + [result("lwf", 0)])
+    now = summarise([result("ewc", 0), result("joint", 2, high=70.0)])
+    both = joined(before, now)
+    assert list(both.rows) == ["joint", "lwf", "ewc"]
+    assert (both.rows["joint"].seeds, both.rows["lwf"]) == ((2,), before.rows["lwf"])
+    with pytest.raises(ValueError, match=r"rows measured before differ in data \(was 'd', now 'other'\)"):
+        joined(before, summarise([result("ewc", 0, data="other")]))
 
 
 def test_every_row_is_compared_with_the_control_seed_by_seed():
