@@ -64,9 +64,9 @@ class ProbeSettings(Settings):
     scope: Literal["layer", "global", "need", "all", "none", "random"] = "layer"
     """Mean and std over the experts of one layer, or over the layers' probe frequencies, each times the layer's number
     of experts, as pools differ in size. With `need` as large a share of the layers grows, those whose probes are used
-    most, as the experts of the nearest learned task leave of the base model's loss on the probing rows. Or, as controls
-    of what probes are good for, a threshold that all layers pass, or none does, or as many layers as `global` chooses, drawn
-    at random."""
+    most, as the experts of the nearest learned task leave of the base model's loss on the probing rows. As controls of
+    what probes are good for, a threshold that all layers pass, or none does, or as many layers as `global` chooses,
+    drawn at random."""
     max_new_experts: int = Field(1, gt=0)
     """Experts added to a chosen layer."""
     init: Literal["most_used", "nearest_task", "probe", "lora"] = "most_used"
