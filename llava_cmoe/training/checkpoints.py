@@ -4,7 +4,8 @@
                                            complete.json      written last: what started it
 
 They are scaffolding. What was learned is the registry's, and the folder is deleted once the stage is committed. Other
-than the registry's, these files hold optimizer states in PyTorch's own format; only this program reads its own.
+than the registry's, these files hold optimizer states in PyTorch's own format, of which only values are read
+(`safe_loading.py`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from llava_cmoe.experts.ledger import trained_parameters
 from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.training.safe_loading import foreign_contents, values_alone
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,8 @@ class CheckpointTrainer(Trainer):
         model: Any = self.model
         forgiving = model.register_load_state_dict_post_hook(partial(_forgive, frozen))
         try:
-            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            with values_alone(self.is_deepspeed_enabled):
+                self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         finally:
             forgiving.remove()
 
@@ -105,8 +108,11 @@ class _Complete(TrainerCallback):
 
 
 def last_complete(folder: Path, origin: dict[str, Any]) -> Path | None:
-    """The newest of the complete checkpoints that were left by the same recipe, number of processes and engine."""
-    complete = [path for path in folder.glob("checkpoint-*") if _origin_of(path) == origin]
+    """The newest of the complete checkpoints that were left by the same recipe, number of processes and engine.
+
+    One that holds more than values was not left by this program, and is none of them.
+    """
+    complete = [path for path in folder.glob("checkpoint-*") if _origin_of(path) == origin and _is_own(path)]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -120,6 +126,12 @@ def remove_others(folder: Path, origin: dict[str, Any]) -> None:
                 logger.warning("removing %s, which was left by %s: this is %s", path, left, origin)
             (path / COMPLETE).unlink(missing_ok=True)  # first: half of it must not look complete
             shutil.rmtree(path)
+
+
+def _is_own(checkpoint: Path) -> bool:
+    if foreign := foreign_contents(checkpoint):
+        logger.warning("%s is not gone on from, it was not written here: %s", checkpoint, foreign)
+    return not foreign
 
 
 def _origin_of(checkpoint: Path) -> dict[str, Any] | None:
