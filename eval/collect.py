@@ -1,9 +1,9 @@
 """Turn finished runs into the JSON that is committed in eval/results.
 
-    python eval/collect.py headline runs/headline/*             # several seeds of each method
+    python eval/collect.py headline runs/studies/headline/*/   # several seeds of each method
     python eval/collect.py study runs/studies/growth            # a study's study.json
     python eval/collect.py merges runs/spare                    # the last merge of each run
-    python eval/collect.py similarity runs/headline/cmoe_0      # how alike the experts of a run compute
+    python eval/collect.py similarity runs/studies/headline/cmoe_3      # how alike the experts of a run compute
 
 `llava-cmoe probe`, `llava-cmoe unseen` and `eval/speed.py` write theirs by `--out`; `eval/results_page.py` shows all.
 """
