@@ -111,10 +111,13 @@ def test_a_step_of_the_same_rows_is_the_same_step_however_it_is_split(
 
 
 EVERYWHERE = "method.experts.also_in=[vision, projector]"
+ATTENTION = "method.experts.blocks=[attention, ffn]"
 
 
 @pytest.mark.parametrize(
-    "kind", [*([kind] for kind in (*FAMILIES, "llama", "codegen")), ["qwen2_5_vl", EVERYWHERE]], ids=" ".join
+    "kind",
+    [*([kind] for kind in (*FAMILIES, "llama")), ["codegen"], ["qwen2_5_vl", EVERYWHERE], ["gemma3", ATTENTION]],
+    ids=" ".join,
 )
 def test_two_tasks_are_learned_and_come_back(kind: list[str], learned: Callable[..., Lesson]) -> None:
     lesson = learned(*kind)
