@@ -15,8 +15,8 @@ over the whole pool mostly choose experts that cannot learn any more, and the la
 Where no expert lives below LLM layer m (`experts.first_layer`), the state that enters layer m is the frozen model's
 own. With `locator.free` it is read inside the very pass that answers: layers below m, location, plan, layers from m on.
 
-What differs from the paper is a setting whose default `docs/methods.md` explains. Experts live in the LLM's FFNs and,
-with `experts.also_in`, in the vision encoder's and the projector; the mixture itself is `experts/bank.py`.
+What differs from the paper is a setting whose default `docs/methods.md` explains: experts on attention, too, or before
+the LLM; a task that begins as the nearest learned one. The mixture itself is `experts/bank.py`.
 """
 
 from __future__ import annotations
