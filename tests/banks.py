@@ -1,9 +1,12 @@
 """What tests do to expert banks: tasks as training would leave them, and a router that is told its gate."""
 
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llava_cmoe.experts.bank import ExpertBank
@@ -86,3 +89,15 @@ def make_twins(host: ExpertHost, older: int, newer: int) -> str:
         stack.frozen.A.data[newer] = stack.frozen.A.data[older]
         stack.frozen.B.data[newer] = stack.frozen.B.data[older]
     return site
+
+
+class CountOps(TorchDispatchMode):
+    """Counts every operation that reaches the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops[str(func)] += 1
+        return func(*args, **(kwargs or {}))

@@ -21,14 +21,13 @@ class RoutePlan:
     Attributes:
         tasks_BK: task indices mixed for each sample; -1 means no experts. B = 1 serves every sample of the batch.
         weights_BK: weight of each of those tasks.
-        max_task: largest task index in the plan, kept on the host. Routers compute only the experts that this task
-            knows: an old task's arithmetic keeps its shapes, hence its bits, whatever is learned later.
-        decided: gates that a router decides at prefill and reads again while decoding, by its own key.
+        distinct: the task indices in the plan, each once, ascending, kept on the host.
+        decided: what a router works out at prefill and reads again while decoding, by its own key.
     """
 
     tasks_BK: Tensor
     weights_BK: Tensor
-    max_task: int
+    distinct: tuple[int, ...]
     decided: dict[str, Tensor] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -39,15 +38,30 @@ class RoutePlan:
                 f"got {tuple(self.tasks_BK.shape)} and {tuple(self.weights_BK.shape)}"
             )
 
+    @property
+    def max_task(self) -> int:
+        """Largest task index in the plan.
+
+        Routers compute only the experts that this task knows: an old task's arithmetic keeps its shapes, hence its
+        bits, whatever is learned later.
+        """
+        return self.distinct[-1]
+
     @classmethod
     def single(cls, task: int) -> RoutePlan:
         """One task for the whole batch; the plan of training and probing."""
-        return cls(torch.tensor([[task]]), torch.tensor([[float(task >= 0)]]), task)
+        return cls(torch.tensor([[task]]), torch.tensor([[float(task >= 0)]]), (task,))
 
     @classmethod
     def of(cls, located: Located) -> RoutePlan:
-        """The located tasks' routers. Costs one host sync for a tensor on an accelerator, once per prompt batch."""
-        return cls(located.tasks_BK, located.weights_BK, int(located.tasks_BK.max()))
+        """The located tasks' routers; one task's alone where all samples are of one.
+
+        Costs one host sync for a tensor on an accelerator, once per prompt batch.
+        """
+        distinct = tuple(torch.unique(located.tasks_BK).tolist())
+        if len(distinct) == 1:
+            return cls.single(distinct[0])
+        return cls(located.tasks_BK, located.weights_BK, distinct)
 
     def to(self, device: torch.device) -> RoutePlan:
         """The same plan with its tensors on `device`."""

@@ -1,15 +1,13 @@
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
-from banks import GivenGate, Parts, add_task, train_task, trainable_names
+from banks import CountOps, GivenGate, Parts, add_task, train_task, trainable_names
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_cmoe.backbones.sites import Site
 from llava_cmoe.experts.bank import ExpertBank
@@ -246,16 +244,6 @@ def test_observed_counts_are_the_gates_slots_of_tokens_that_are_not_padding() ->
     with context.use(plan, batch), context.observe() as shifted:
         model.ffn(h_BTD)
     assert torch.equal(shifted.counts["ffn"], slots)
-
-
-class CountOps(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ops[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def test_the_work_is_as_many_operations_for_sixteen_experts_and_eight_samples_as_for_two() -> None:

@@ -70,7 +70,7 @@ def test_a_pass_is_made_once_and_moves_with_its_plan_and_masks_once() -> None:
 
 def test_images_are_told_apart_only_once_somebody_has_said_whose_they_are() -> None:
     context, batch = RouteContext(), {"attention_mask": torch.tensor([[0, 0, 0], [0, 1, 1]])}
-    with context.use(RoutePlan(torch.tensor([[4], [7]]), torch.tensor([[0.5], [1.0]]), 7), batch):
+    with context.use(RoutePlan(torch.tensor([[4], [7]]), torch.tensor([[0.5], [1.0]]), (4, 7)), batch):
         with pytest.raises(ValueError, match="which sample each image belongs to"):
             context.image_pass(CPU, 3)
         context.begin_pass(True, lambda num_rows: torch.arange(num_rows) % 2)

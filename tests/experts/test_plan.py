@@ -7,10 +7,18 @@ from llava_cmoe.records import Located
 
 def test_a_plan_knows_its_newest_task_and_gives_no_weight_to_no_task() -> None:
     plan = RoutePlan.of(Located.at(torch.tensor([2, -1, 0], dtype=torch.int32)))
-    assert plan.max_task == 2
+    assert plan.max_task == 2 and plan.distinct == (-1, 0, 2)
     assert plan.tasks_BK.tolist() == [[2], [-1], [0]]
     assert plan.weights_BK.tolist() == [[1.0], [0.0], [1.0]]
     assert RoutePlan.single(-1).weights_BK.item() == 0 and RoutePlan.single(3).max_task == 3
+
+
+@pytest.mark.parametrize("task", [-1, 0, 4])
+@pytest.mark.parametrize("num", [1, 2, 16])
+def test_a_batch_whose_samples_all_belong_to_one_task_is_planned_as_one(task: int, num: int) -> None:
+    plan, one = RoutePlan.of(Located.at(torch.full((num,), task))), RoutePlan.single(task)
+    assert torch.equal(plan.tasks_BK, one.tasks_BK) and torch.equal(plan.weights_BK, one.weights_BK)
+    assert plan.distinct == one.distinct == (task,)
 
 
 def test_a_plan_of_several_tasks_a_sample_is_as_it_was_located() -> None:
@@ -29,4 +37,4 @@ def test_a_plan_that_moves_takes_along_what_routers_decided() -> None:
 
 def test_a_plan_of_unequal_shapes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 1\) and \(2,\)"):
-        RoutePlan(torch.zeros(2, 1, dtype=torch.long), torch.ones(2), 0)
+        RoutePlan(torch.zeros(2, 1, dtype=torch.long), torch.ones(2), (0,))

@@ -8,7 +8,7 @@ N routers; S is B (images or patches, where rows are these), or 1 where one plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -138,21 +138,34 @@ class TaskRouters(Router):
         if plan.tasks_BK.numel() == 1:  # one task for all: its weight as it is, nothing stacked or gathered
             known_SKE = newest.new_ones(1, 1, len(newest), dtype=torch.bool)
             return self._logits(h_BTD, newest[None, None]), known_SKE, plan.weights_BK
-        # Only routers up to the newest asked for: their padded width never depends on later tasks. The last row knows
-        # nothing and is what task -1 picks; it also serves tasks from before the site had experts.
-        nothing = newest.new_zeros(0, self.hidden_size)
-        stored = [self.weight(task) for task in range(plan.max_task + 1)]
-        rows = [nothing if weight is None else weight for weight in stored]
-        weight_NED = pad_sequence([*rows, nothing], batch_first=True)
-        known_NE = pad_sequence([torch.ones_like(row[:, 0], dtype=torch.bool) for row in [*rows, nothing]], True)
         tasks_SK, weights_SK = forward_pass.rows()
-        if forward_pass.sample_I is not None and h_BTD.shape[1] == 1:
+        if forward_pass.sample_I is not None:
+            weight_NED, known_NE, row_SK = self._stacked(plan.distinct, newest, tasks_SK)
+            if h_BTD.shape[1] > 1:
+                return self._logits(h_BTD, weight_NED[row_SK]), known_NE[row_SK], weights_SK
             # Rows are patches, thousands of them: a weight for each would be larger than the logits of all routers.
             all_BNE = self._logits(h_BTD, weight_NED[None])[:, 0]
-            logits_BTKE = all_BNE[torch.arange(len(h_BTD), device=h_BTD.device)[:, None], tasks_SK].unsqueeze(1)
-        else:
-            logits_BTKE = self._logits(h_BTD, weight_NED[tasks_SK])
-        return logits_BTKE, known_NE[tasks_SK], weights_SK
+            logits_BTKE = all_BNE[torch.arange(len(h_BTD), device=h_BTD.device)[:, None], row_SK].unsqueeze(1)
+            return logits_BTKE, known_NE[row_SK], weights_SK
+        weights, known = f"weights of {id(self)}", f"known of {id(self)}"
+        # Once per plan: decoding reads what the prefill has stacked. Not where a graph would hang on it.
+        resolved = {} if torch.is_grad_enabled() else plan.decided
+        if weights not in resolved:
+            weight_NED, known_NE, row_SK = self._stacked(plan.distinct, newest, tasks_SK)
+            resolved |= {weights: weight_NED[row_SK], known: known_NE[row_SK]}
+        return self._logits(h_BTD, resolved[weights]), resolved[known], weights_SK
+
+    def _stacked(self, tasks: Sequence[int], newest: Tensor, tasks_SK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (N, E, D) of a plan's routers, the experts they know (N, E), and which of them each sample is given.
+
+        All are as wide as the newest one. Task -1, and a task from before the site had experts, knows nothing.
+        """
+        nothing = newest.new_zeros(0, self.hidden_size)
+        stored = [self.weight(task) if task >= 0 else None for task in tasks]
+        rows = [nothing if weight is None else weight for weight in stored]
+        known = [torch.ones_like(row[:, 0], dtype=torch.bool) for row in rows]
+        row_SK = torch.searchsorted(torch.tensor(tasks, device=tasks_SK.device), tasks_SK)
+        return pad_sequence(rows, batch_first=True), pad_sequence(known, batch_first=True), row_SK
 
     def _logits(self, h_BTD: Tensor, weight_SKED: Tensor) -> Tensor:
         """Logits (B, T, K, E) in float32, their sums over D taken in float64.

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from banks import CountOps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -197,7 +198,7 @@ def test_a_routers_state_comes_back_and_its_shape_is_known_before() -> None:
 def test_mistakes_are_named() -> None:
     routers = make_routers([3])
     with pytest.raises(ValueError, match="for 2 samples, the batch has 3"):
-        gate(routers, states(3, 2), hard(0, 0))
+        gate(routers, states(3, 2), hard(0, -1))
     with pytest.raises(ValueError, match=r"mask is \(2, 9\), the forward pass \(2, 1\)"):
         decide(routers, states(2, 1), RoutePlan.single(0)).counts(torch.ones(2, 9))
     with pytest.raises(ValueError, match="names task 1, but 1 tasks have routers"):
@@ -206,3 +207,17 @@ def test_mistakes_are_named() -> None:
         routers.add(torch.zeros(2, D))
     with pytest.raises(ValueError, match="no task 1: 1 tasks"):
         routers.new_experts(1)
+
+
+@torch.no_grad()
+def test_a_step_of_decoding_costs_as_many_operations_whatever_the_number_of_tasks() -> None:
+    counted = {}
+    for num_tasks in (2, 8, 32):
+        routers = make_routers([2 * (task + 1) for task in range(num_tasks)])
+        plan = hard(*(task % num_tasks for task in range(32)))
+        first = gate(routers, states(32, 3), plan)
+        with CountOps() as decoding:
+            again = gate(routers, states(32, 3)[:, -1:], plan)
+        torch.testing.assert_close(again, first[:, -1:])
+        counted[num_tasks] = decoding.ops
+    assert counted[2] == counted[8] == counted[32]
