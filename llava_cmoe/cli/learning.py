@@ -185,7 +185,7 @@ def convert(
 @user_errors()
 def study(
     studies: Annotated[
-        list[Path], typer.Argument(help="Study files, such as train/recipes/studies/rank.yaml.", metavar="STUDY...")
+        list[Path], typer.Argument(help="Study files, such as train/recipes/studies/growth.yaml.", metavar="STUDY...")
     ],
     jobs: Annotated[
         int | None, typer.Option(help="Runs at a time; one per GPU, else one per core, if absent.", min=1)

@@ -3,9 +3,9 @@
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -13,7 +13,6 @@ import tiny
 import yaml
 
 from llava_cmoe.data.problems import DataError
-from llava_cmoe.data.sequences import load_sequence
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.base import RecipeError
@@ -144,23 +143,35 @@ def test_a_study_whose_runs_were_begun_otherwise_is_refused(written: Callable[..
         plan_studies([written(common=["training.epochs=2"])], tmp_path / "studies")
 
 
-def test_every_shipped_study_can_run_and_says_that_its_sequence_is_smaller(tmp_path: Path, monkeypatch):
+def test_every_shipped_study_can_run_and_says_of_how_many_rows(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plans = plan_studies(SHIPPED, Path("runs/studies"))
     assert [plan.study.name for plan in plans] == [path.stem for path in SHIPPED] and len(plans) >= 6
     for path, plan in zip(SHIPPED, plans, strict=True):
         first = " ".join(line[2:] for line in path.read_text().splitlines() if line.startswith("#"))
-        data = plan.runs[0].recipe.data
-        assert f"{data.train_rows} training and {data.eval_rows} evaluation rows" in first
-        assert len(plan.study.seeds) == 3
+        assert all(str(run.recipe.data.train_rows) in first for run in plan.runs) and " training rows each" in first
         kinds = {json.dumps(run.recipe.model_dump(mode="json", exclude={"run"})) for run in plan.runs}
         assert len(kinds) == len(plan.runs)  # no variant is another one under a second name
 
 
-def test_the_orders_are_the_default_its_reverse_the_alphabet_and_two_that_their_seeds_make():
-    [path] = [path for path in SHIPPED if path.stem == "order"]
-    orders = {run.variant: [task.name for task in run.tasks] for run in plan_studies([path], Path("x"))[0].runs}
-    tasks = [name for name in load_sequence("pocket").names if name in orders["default"]]
-    random = {f"random_{seed}": Random(seed).sample(tasks, len(tasks)) for seed in (1, 2)}
-    assert len(tasks) == 4
-    assert orders == {"default": tasks, "reversed": tasks[::-1], "alphabetical": sorted(tasks)} | random
+def test_what_reads_test_questions_shares_neither_seed_nor_data_with_what_settings_are_chosen_by(tmp_path: Path):
+    runs = [run.recipe for plan in plan_studies(SHIPPED, tmp_path) for run in plan.runs]
+    chosen, read = ([run for run in runs if (run.evaluation.split == "validation") == on] for on in (True, False))
+    assert chosen and read
+    for facts in (lambda run: run.seed, lambda run: run.data.root, lambda run: run.data.pocket_seed):
+        assert not {facts(run) for run in chosen} & {facts(run) for run in read}
+
+
+def test_every_method_is_given_as_many_trials():
+    [trials] = [path for path in SHIPPED if path.stem == "trials"]
+    num = Counter(run.recipe.method.name for run in plan_studies([trials], Path("x"))[0].runs)
+    assert len(num) > 6 and len(set(num.values())) == 1
+
+
+def test_a_variant_may_change_another_recipe(written: Callable[..., Path], tmp_path: Path, tiny_data, tiny_backbone):
+    tiny.recipe(tmp_path / "lora" / "unused", tiny_data, tiny_backbone, "sequential_lora")
+    recipes = {"lora": str(tmp_path / "lora/recipe.yaml"), "plain": str(tmp_path / "lora/recipe.yaml")}
+    [plan] = plan_studies([written(recipes=recipes, variants=VARIANTS | {"lora": ["method.rank=2"]})], tmp_path / "s")
+    named = {run.variant: run.recipe.method.name for run in plan.runs}
+    assert named == {"lora": "sequential_lora", "plain": "sequential_lora", "everywhere": "cmoe", "nowhere": "cmoe"}
+    assert [run.recipe.method.rank for run in plan.runs if run.variant == "lora"] == [2]
