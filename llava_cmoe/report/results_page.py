@@ -50,9 +50,9 @@ class StudyText:
 STUDIES = {
     "growth": StudyText(
         "Where experts grow, and what that costs. `everywhere` and `nowhere` are the bounds; `need` grows in as large "
-        "a share as the nearest task leaves of the loss; `alpha_A`, `global_A` and `layer_A` grow where probes are used "
-        "more than the threshold of Eq. 2; `random_A` grows in as many layers, drawn at random: the control of the "
-        "choice of layers.",
+        "a share as the nearest task leaves of the loss; `alpha_A`, `global_A` and `layer_A` grow where probes are "
+        "used more than the threshold of Eq. 2; `random_A` grows in as many layers, drawn at random: the control of "
+        "the choice of layers.",
         (
             *(("alpha_0", "everywhere"), ("alpha_0.25", "everywhere"), ("alpha_0.5", "everywhere")),
             *(("alpha_1", "everywhere"), ("alpha_0", "random_0"), ("alpha_0.25", "random_0.25")),
