@@ -125,7 +125,7 @@ class Method(ABC):
         model: what is trained and generates; the backbone with whatever the method put around or into it.
         processor: the backbone's processor.
         host: the banks that hold its experts; None for a method without.
-        locates: whether `answering` finds the task of a prompt by itself.
+        locates: whether `answering` finds the task of a prompt by itself; without it all tasks are answered alike.
         uses_past: whether it learns from rows of earlier tasks.
     """
 
@@ -200,6 +200,20 @@ class Method(ABC):
         """
         del batch, task_B
         return nullcontext(lambda: None)
+
+    @property
+    def answers_by_task(self) -> bool:
+        """Whether prompt and task decide an answer for good, so that each pair of them need be answered only once.
+
+        True only where an answer given a task, -1 included, never changes whatever is learned later, and where a prompt
+        that `locate` finds to be of a task gets the answer that it gets given that task.
+        """
+        return False
+
+    def locate(self, batch: Batch) -> Located | None:
+        """The task of each prompt, without answering; None of a method that does not answer by task."""
+        del batch
+        return None
 
 
 def no_extra_loss(output: ModelOutput) -> float:

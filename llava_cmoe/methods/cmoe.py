@@ -50,7 +50,7 @@ from llava_cmoe.methods.base import (
 )
 from llava_cmoe.methods.locating import TaskLocating
 from llava_cmoe.methods.probing import ExpertInit, as_nearest, expected_sites, probe, with_head_start
-from llava_cmoe.records import Growth, Learned
+from llava_cmoe.records import Growth, Learned, Located
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.methods.cmoe import CmoeSettings, ExpertSettings
 
@@ -155,6 +155,15 @@ class Cmoe(Method):
     def answering(self, batch: Batch, task_B: Tensor | None = None) -> AbstractContextManager[DeferredLocation]:
         """Each sample's task, given or located, names the routers for its whole answer."""
         return self.locating.answering(batch, task_B)
+
+    @property
+    def answers_by_task(self) -> bool:
+        """A task's routers are frozen after it and choose among its own and older experts, frozen, too."""
+        return self.locating.chooses_one
+
+    def locate(self, batch: Batch) -> Located:
+        """By the locators of all tasks so far."""
+        return self.locating.locate(batch)
 
     def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
         """Probes everywhere from the second task on, then growth; the sites that grow are spread over the depth."""

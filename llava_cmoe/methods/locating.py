@@ -88,6 +88,11 @@ class TaskLocating:
             with self._context.use(RoutePlan.of(located), batch):
                 yield lambda: located
 
+    @property
+    def chooses_one(self) -> bool:
+        """Whether the task that a prompt is located at answers alone, as if it were given."""
+        return self._settings.selection == "hard"
+
     def locate(self, batch: Batch) -> Located:
         """The task whose model finds each prompt most familiar; per sample, once per prompt."""
         return self._locator.locate(self.features.of(batch))

@@ -37,7 +37,7 @@ from llava_cmoe.methods.base import (
     no_extra_loss,
 )
 from llava_cmoe.methods.locating import TaskLocating
-from llava_cmoe.records import Growth, Learned
+from llava_cmoe.records import Growth, Learned, Located
 from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
 
 
@@ -102,3 +102,12 @@ class LoraPerTask(Method):
     def answering(self, batch: Batch, task_B: Tensor | None = None) -> AbstractContextManager[DeferredLocation]:
         """Each sample's task, given or located, names its adapter."""
         return self.locating.answering(batch, task_B)
+
+    @property
+    def answers_by_task(self) -> bool:
+        """A task's adapter is frozen after it, and no other one answers with it unless selection is soft."""
+        return self.locating.chooses_one
+
+    def locate(self, batch: Batch) -> Located:
+        """By the locators of all tasks so far."""
+        return self.locating.locate(batch)

@@ -21,6 +21,7 @@ from llava_cmoe.data.collator import ROW, Collator
 from llava_cmoe.data.conversation import IGNORED, tokenizer_of
 from llava_cmoe.experts.routers.base import Gate
 from llava_cmoe.methods.base import Method
+from llava_cmoe.records import Located
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.runs.stage import stage_data
@@ -29,6 +30,8 @@ from llava_cmoe.training.order import NumberedRows
 FREEZES = {"o_lora", "lora_per_task", "pmoe", "r2moe", "cmoe"}
 """Methods whose tasks leave something that no later task may change."""
 LOCATES = {"lora_per_task", "pmoe", "cmoe"}
+BY_TASK = {"lora_per_task", "cmoe"}
+"""Methods that answer by task."""
 COLUMNS = 8
 """Of every gate, so that they compare: more than any tiny site has experts."""
 STEPS = 4
@@ -98,12 +101,12 @@ def collate(lesson: Lesson, rows: Rows, longer: int = 0) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def read(lesson: Lesson, rows: Rows, longer: int = 0) -> list[Reading]:
-    """What becomes of prompts in one batch, each on the route that the method finds for it."""
+def read(lesson: Lesson, rows: Rows, longer: int = 0, task_B: Tensor | None = None) -> list[Reading]:
+    """What becomes of prompts in one batch, each on the route that is given or that the method finds for it."""
     method, batch = lesson.run.method, collate(lesson, rows, longer)
-    with gates_seen(method) as seen, method.answering(batch) as location:
+    with gates_seen(method) as seen, method.answering(batch, task_B) as location:
         logits_BV = method.model(**batch).logits[:, -1]
-        located = location()
+        located = location() if task_B is None else Located.at(task_B)
     readings = []
     for place, row in enumerate(rows):
         gates = {site: passes[-1][place, -len(row["input_ids"]) :] for site, passes in seen.items()}
@@ -126,6 +129,24 @@ def test_an_answer_does_not_depend_on_batch_mates_their_order_or_padding(lesson:
     assert_same(together, [reading for row in prompts for reading in read(lesson, [row])])
     assert_same(together, read(lesson, prompts[::-1])[::-1])
     assert_same(together, read(lesson, prompts, longer=9))
+
+
+def test_a_method_that_answers_by_task_never_answers_otherwise(lesson: Lesson, prompts: Rows):
+    method = lesson.run.method
+    assert method.answers_by_task == (lesson.recipe.method.name in BY_TASK)
+    located = method.locate(collate(lesson, prompts))
+    assert (located is not None) == method.answers_by_task
+    if located is not None:
+        readings = read(lesson, prompts)
+        assert [reading.task for reading in readings] == located.task_B.tolist()
+        assert_same(readings, read(lesson, prompts, task_B=located.task_B))
+        for task in range(len(lesson.logits)):
+            assert all(torch.equal(later[task], lesson.logits[task][task]) for later in lesson.logits[task:])
+
+
+def test_tasks_make_no_difference_where_a_method_does_not_locate(lesson: Lesson):
+    given = [lesson.logits_of(lesson.run.method, task) for task in (0, 1)]
+    assert torch.equal(*given) != lesson.run.method.locates
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def test_a_run_learns_answers_and_comes_back(kind: str, tiny_data: Path, tiny_ba
     prompts = lesson.prompts()
     (logits, located), (logits_again, again) = (answer(method, prompts) for method in (lesson.run.method, restored))
     assert torch.equal(located.score_BN, again.score_BN) and torch.isfinite(located.score_BN).all()
-    assert (located.tasks_BK.shape[1] > 1) == ("selection=soft" in LESSONS[kind])
+    assert (located.tasks_BK.shape[1] > 1) == ("selection=soft" in LESSONS[kind]) != restored.answers_by_task
     assert torch.equal(logits_again, logits)
     with torch.no_grad(), lesson.run.method.host.context.use(RoutePlan.of(located), prompts):
         assert torch.equal(lesson.run.method.model(**prompts).logits, logits)  # of the very mixture
