@@ -85,10 +85,11 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson,
     killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 4)  # in the first task's training
     assert not list((run / "tasks").iterdir()) and not (run / "answers").exists()
 
-    killed_at(recipe, "llava_cmoe.evaluation.generate", "_append", 2)  # in its evaluation
+    killed_at(recipe, "llava_cmoe.evaluation.parts", "_append", 5)  # in its evaluation: all are located, some answered
     assert [path.name for path in (run / "tasks").iterdir()] == ["01_colours"]
-    (part,) = (run / "answers").rglob("*.part")
-    assert part.read_bytes().count(b"\n") == tiny.BATCH
+    parts = {path.name: path.read_bytes().count(b"\n") for path in (run / "answers").rglob("*.part")}
+    name = "colours.located.jsonl"
+    assert parts == {f"{name}.4.0.part": tiny.BATCH, f"{name}.locating.4.0.part": tiny.NUM_EVAL}
     assert not (run / "results.json").exists()
 
     killed_at(recipe, "llava_cmoe.training.stage", "StageTrainer.training_step", 2)  # in the second task's probing
@@ -116,7 +117,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson,
 def test_every_stage_puts_its_results_and_the_call_that_made_them_on_record(lesson: Lesson, recipe_in: Make):
     recipe = recipe_in("killed")
     results, manifest = recipe.run / "results.json", recipe.run / "manifest.json"
-    killed_at(recipe, "llava_cmoe.evaluation.generate", "_append", 1)  # the first stage is learned, nothing is answered
+    killed_at(recipe, "llava_cmoe.evaluation.parts", "_append", 1)  # the first stage is learned, nothing is answered
     begun = Manifest.model_validate_json(manifest.read_bytes())
     assert [(call.learned, call.evaluated) for call in begun.calls] == [(("colours",), {})]
     assert begun.results_sha256 is None and not results.exists()

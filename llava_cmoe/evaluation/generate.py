@@ -1,23 +1,22 @@
 """Step one of an evaluation: the model answers a task's questions, and the answers are written down, not judged.
 
-What differs from a plain loop: batches are fixed by the rows' order and the batch size alone (batch b belongs to
-process b modulo the number of processes), and answers are appended batch by batch. So one process or two, killed or
-not, the same batches are computed and the same bytes end up in the answers file. A batch that a kill cut in two is
-computed again whole, because the last bits of its logits may depend on who shares the batch; for the same reason an
-evaluation that goes on with another batch size begins the unfinished file anew. A sample that cannot be answered is
-asked again alone, then recorded as failed: a broken picture costs neither its batch mates nor the run.
+What differs from a plain loop: what is known (`known.py`) is taken over, and what is left is shared out in batches that
+neither the number of processes nor a kill changes (`parts.py`). What is left depends only on the answers files that are
+complete when a file is begun and, on the located route, on where all prompts are located, in batches fixed likewise. So
+one process or two, killed or not, the same bytes end up in the answers file. A sample that cannot be answered is asked
+again alone, then recorded as failed: a broken picture costs neither its batch mates nor the run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.evaluation.answer_end import PLAIN, answer_texts, end_arguments
 from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
+from llava_cmoe.evaluation.parts import Processes, read_parts, remove_parts, share_out
 from llava_cmoe.methods.base import DeferredLocation
 from llava_cmoe.records import Located
 
@@ -38,40 +38,37 @@ RouteName = Literal["located", "oracle", "random"]
 FAILURES = (ValueError, RuntimeError, MemoryError)
 """What one sample can cause: a picture that cannot be read, a prompt that the model cannot take, too little memory."""
 
-Progress = Callable[[int, int], None]
-"""Called after every batch with the samples done and all samples, both of this process."""
+Known = Mapping[tuple[str, int | None], Answer]
+"""Answers by id and by the task whose routers gave them, None where tasks make no difference; without a location."""
+
+AskBatch = Callable[[Sequence[int]], list[Answer]]
+"""Called with the places of some questions; answers them all."""
+
+Progress = Callable[[str, int, int], None]
+"""Called after every batch with the route, or `locating`, the samples done and all samples, both of this process."""
 
 
 class Answering(Protocol):
-    """What an evaluation needs of a method."""
+    """What an evaluation needs of a method; `Method` says more."""
+
+    @property
+    def locates(self) -> bool:
+        """Whether the task that is given or located makes a difference."""
+        ...
+
+    @property
+    def answers_by_task(self) -> bool:
+        """Whether prompt and task decide an answer for good."""
+        ...
+
+    def locate(self, batch: Mapping[str, Tensor]) -> Located | None:
+        """The task of each prompt, without answering."""
+        ...
 
     def answering(
         self, batch: Mapping[str, Tensor], task_B: Tensor | None = None
     ) -> AbstractContextManager[DeferredLocation]:
         """Answer these prompts while open, each with the routers of its given task, or of the one it is located at."""
-        ...
-
-
-class Processes(Protocol):
-    """The processes that share the work: an `accelerate.PartialState` or `Accelerator`."""
-
-    @property
-    def process_index(self) -> int:
-        """From 0."""
-        ...
-
-    @property
-    def num_processes(self) -> int:
-        """All of them."""
-        ...
-
-    @property
-    def is_main_process(self) -> bool:
-        """Whether this one merges what all have written."""
-        ...
-
-    def wait_for_everyone(self) -> None:
-        """Return when every process has called this."""
         ...
 
 
@@ -110,23 +107,30 @@ class Route:
         task_index: the true task.
         num_known: tasks learned so far; a random route draws among them.
         seed: of the random draw.
+        found: id to task of the prompts that were located before they are answered.
     """
 
     name: RouteName
     task_index: int
     num_known: int
     seed: int
+    found: Mapping[str, int | None] = field(default_factory=dict)
 
-    def given_tasks(self, ids: Sequence[str]) -> Tensor | None:
-        """Task per sample, drawn from (seed, id) alone and never from the place in the batch; None if to be located."""
+    def task_of(self, sample_id: str) -> int | None:
+        """The sample's task, drawn from (seed, id) alone and never from the place in a batch; None if to be located."""
         match self.name:
             case "located":
-                return None
+                return self.found.get(sample_id)
             case "oracle":
-                return torch.full((len(ids),), self.task_index)
+                return self.task_index
             case "random":
-                draws = (hashlib.sha256(f"{self.seed}:{sample_id}".encode()).digest() for sample_id in ids)
-                return torch.tensor([int.from_bytes(draw) % self.num_known for draw in draws])
+                draw = hashlib.sha256(f"{self.seed}:{sample_id}".encode()).digest()
+                return int.from_bytes(draw) % self.num_known
+
+    def given_tasks(self, ids: Sequence[str]) -> Tensor | None:
+        """Task per sample (B,); None if the method is to locate them as it answers."""
+        tasks = [self.task_of(sample_id) for sample_id in ids]
+        return None if None in tasks else torch.tensor(tasks)
 
 
 def generate_answers(
@@ -137,12 +141,14 @@ def generate_answers(
     *,
     batch_size: int,
     processes: Processes,
-    progress: Progress | None = None,
+    known: Callable[[], Known] = dict,
+    progress: Progress = lambda *_: None,
 ) -> None:
     """Answer every question and write `path`, going on where an earlier call was interrupted; all processes call this.
 
-    While the work goes on, process p appends to `path` with the suffix `.{batch size}.{p}.part`. The main process then
-    merges these in the questions' order, under the final name, in one step. A complete file is left as it is.
+    With a method that answers by task, all prompts of a located route are located first; with any other they are
+    located as they are answered. What is not known is asked, and the main process writes all answers in the questions'
+    order, under the final name, in one step. A complete file is left as it is, and `known` is not called for it.
 
     Raises:
         ValueError: the file, or what is left of an interrupted one, holds other ids than the questions; or not one of
@@ -150,51 +156,46 @@ def generate_answers(
     """
     if not path.exists():
         eval_model.model.eval()
-        answered = {answer.id for part in _parts(path, batch_size) for answer in read_answers(part)}
-        processes.wait_for_everyone()  # everyone has read before anyone writes
-        _refuse_foreign(answered, questions, path)
-        size = len(questions.ids)
-        batches = [range(start, min(start + batch_size, size)) for start in range(0, size, batch_size)]
-        mine = batches[processes.process_index :: processes.num_processes]
-        num_done, num_mine = 0, sum(map(len, mine))
-        held: list[Answer] = []  # failures, until one question is answered: they may all be one and the same
-        works = bool(answered)
-        with _open_to_append(path.with_name(f"{path.name}.{batch_size}.{processes.process_index}.part")) as stream:
-            for batch in mine:
-                if not answered.issuperset(questions.ids[index] for index in batch):
-                    held += answer_or_record(eval_model, questions, batch, route)
-                    works = works or any(answer.failed is None for answer in held)
-                    if works:
-                        _append(stream, held)
-                        held = []
-                    elif len(held) > 1:
-                        raise RuntimeError(f"none of the first questions can be answered: {held[-1].failed}")
-                num_done += len(batch)
-                if progress:
-                    progress(num_done, num_mine)
-            _append(stream, held)
-        processes.wait_for_everyone()
+        _refuse_foreign(read_parts(path, batch_size), questions, path)
+        ids, method = questions.ids, eval_model.method
+        share = partial(share_out, ids=ids, batch_size=batch_size, processes=processes)
+        verdicts: Mapping[str, Answer] = {}
+        if route.name == "located" and method.answers_by_task:
+            locate = partial(answer_or_record, partial(locate_batch, eval_model, questions), questions)
+            beside = path.with_name(f"{path.name}.locating")
+            share(beside, range(len(ids)), locate, progress=partial(progress, "locating"))
+            verdicts = read_parts(beside, batch_size)
+            route = replace(route, found={sample_id: verdict.located for sample_id, verdict in verdicts.items()})
+        given = known()
+        keys = [(sample_id, route.task_of(sample_id) if method.locates else None) for sample_id in ids]
+        answers = {key[0]: given[key] for key in keys if key in given}
+        answers |= {sample_id: verdict for sample_id, verdict in verdicts.items() if verdict.failed is not None}
+        left = [index for index, sample_id in enumerate(ids) if sample_id not in answers]
+        answer = partial(answer_or_record, partial(answer_batch, eval_model, questions, route=route), questions)
+        share(path, left, answer, progress=partial(progress, route.name))
         if processes.is_main_process:
-            _merge(questions, path, batch_size)
-    elif processes.is_main_process:
-        _finish(questions, path)
+            answers |= read_parts(path, batch_size)
+            write_answers(path, [_with_verdict(answers[sample_id], verdicts.get(sample_id)) for sample_id in ids])
+    if processes.is_main_process:
+        _refuse_foreign((answer.id for answer in read_answers(path)), questions, path)
+        remove_parts(path)
     processes.wait_for_everyone()  # nobody reads the file before it is there
 
 
-def answer_or_record(eval_model: EvalModel, questions: EvalSet, batch: Sequence[int], route: Route) -> list[Answer]:
+def answer_or_record(ask: AskBatch, questions: EvalSet, batch: Sequence[int]) -> list[Answer]:
     """Answer a batch; if that fails, each of its samples alone, recording why of those that fail again.
 
     Raises:
         ValueError, RuntimeError, MemoryError: not one of several samples can be answered, so it is no sample's fault.
     """
     try:
-        return answer_batch(eval_model, questions, batch, route)
+        return ask(batch)
     except FAILURES as error:
         logger.warning("a batch of %d samples failed, they are asked one by one: %s", len(batch), error)
     answers, failure = [], None
     for index in batch:
         try:
-            answers += answer_batch(eval_model, questions, [index], route)
+            answers += ask([index])
         except FAILURES as error:
             failure, sample_id = error, questions.ids[index]
             logger.warning("%s cannot be answered and counts as wrong: %s", sample_id, error)
@@ -208,21 +209,36 @@ def answer_or_record(eval_model: EvalModel, questions: EvalSet, batch: Sequence[
 
 @torch.no_grad()
 def answer_batch(eval_model: EvalModel, questions: EvalSet, batch: Sequence[int], route: Route) -> list[Answer]:
-    """Locate every prompt once and decode greedily, left-padded, until every answer has ended."""
-    tokenizer = tokenizer_of(eval_model.processor)
-    ids = [questions.ids[index] for index in batch]
-    collate = Collator(tokenizer.pad_token_id, "left")
-    prompts = on_device(collate([questions.prompts[index] for index in batch]), eval_model.model.device)
-    task_B = route.given_tasks(ids)
+    """Locate every prompt once, unless its task is given, and decode greedily until every answer has ended."""
+    prompts = _prompts(eval_model, questions, batch)
+    task_B = route.given_tasks([questions.ids[index] for index in batch])
     with eval_model.method.answering(prompts, task_B) as location:
         tokens_BT = eval_model.model.generate(
             **prompts, **greedy(eval_model.model, eval_model.processor, questions.max_new_tokens)
         )
     texts = answer_texts(tokens_BT[:, prompts["input_ids"].shape[1] :], eval_model.model, eval_model.processor)
-    chosen = _choices(location(), len(ids))
+    return _answers(questions, batch, texts, location())
+
+
+@torch.no_grad()
+def locate_batch(eval_model: EvalModel, questions: EvalSet, batch: Sequence[int]) -> list[Answer]:
+    """Locate every prompt and answer none: the texts stay empty."""
+    located = eval_model.method.locate(_prompts(eval_model, questions, batch))
+    assert located is not None, "a method that answers by task"
+    return _answers(questions, batch, [""] * len(batch), located)
+
+
+def _prompts(eval_model: EvalModel, questions: EvalSet, batch: Sequence[int]) -> dict[str, Tensor]:
+    """Left-padded, on the model's device."""
+    collate = Collator(tokenizer_of(eval_model.processor).pad_token_id, "left")
+    return on_device(collate([questions.prompts[index] for index in batch]), eval_model.model.device)
+
+
+def _answers(questions: EvalSet, batch: Sequence[int], texts: Sequence[str], located: Located | None) -> list[Answer]:
+    chosen = _choices(located, len(batch))
     return [
-        Answer(sample_id, text, task, score, questions.texts[index])
-        for index, sample_id, text, (task, score) in zip(batch, ids, texts, chosen, strict=True)
+        Answer(questions.ids[index], text, task, score, questions.texts[index])
+        for index, text, (task, score) in zip(batch, texts, chosen, strict=True)
     ]
 
 
@@ -237,6 +253,13 @@ def _choices(located: Located | None, num_samples: int) -> list[tuple[int | None
     ]
 
 
+def _with_verdict(answer: Answer, verdict: Answer | None) -> Answer:
+    """The answer, and beside it where its prompt was located before; what failed was located nowhere."""
+    if verdict is None or answer.failed is not None:
+        return answer
+    return replace(answer, located=verdict.located, score=verdict.score)
+
+
 def greedy(model: PreTrainedModel, processor: Any, max_new_tokens: int) -> dict[str, Any]:
     """Arguments of `generate`: the likeliest token each time until the end, whatever sampling a backbone ships with."""
     return {
@@ -247,40 +270,7 @@ def greedy(model: PreTrainedModel, processor: Any, max_new_tokens: int) -> dict[
     }
 
 
-def _parts(path: Path, batch_size: int | Literal["*"]) -> list[Path]:
-    return sorted(path.parent.glob(f"{path.name}.{batch_size}.*.part"))
-
-
-def _open_to_append(part: Path) -> BinaryIO:
-    """Open a part behind its last complete line; what a kill left of the next one is cut off."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    stream = part.open("a+b")
-    stream.seek(0)
-    stream.truncate(stream.read().rfind(b"\n") + 1)
-    return stream
-
-
-def _append(stream: BinaryIO, answers: Sequence[Answer]) -> None:
-    stream.write(b"".join(answer.to_line() for answer in answers))
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _refuse_foreign(found: set[str], questions: EvalSet, path: Path) -> None:
-    foreign = sorted(found.difference(questions.ids))
+def _refuse_foreign(found: Iterable[str], questions: EvalSet, path: Path) -> None:
+    foreign = sorted(set(found).difference(questions.ids))
     if foreign:
         raise ValueError(f"{path}: holds an answer to {foreign[0]!r}, which is not asked; delete it to generate again")
-
-
-def _merge(questions: EvalSet, path: Path, batch_size: int) -> None:
-    """Write the answers of all parts in the questions' order; of a batch computed twice the later answers stand."""
-    by_id = {answer.id: answer for part in _parts(path, batch_size) for answer in read_answers(part)}
-    write_answers(path, [by_id[sample_id] for sample_id in questions.ids])
-    _finish(questions, path)
-
-
-def _finish(questions: EvalSet, path: Path) -> None:
-    """Check a complete file and remove its parts, which a kill right after merging leaves behind."""
-    _refuse_foreign({answer.id for answer in read_answers(path)}, questions, path)
-    for part in _parts(path, "*"):
-        part.unlink()

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from llava_cmoe.evaluation.eval_spec import EvalSpec
-from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Processes, Route, generate_answers
+from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Route, generate_answers
+from llava_cmoe.evaluation.known import known_answers
+from llava_cmoe.evaluation.parts import Processes
 
 
 def evaluate_after(
@@ -20,7 +22,7 @@ def evaluate_after(
     eval_model: EvalModel,
     after: int,
     processes: Processes,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> None:
     """Ask every task learned so far, under every route; all processes call this together.
 
@@ -36,7 +38,6 @@ def evaluate_after(
     """
     for task, spec in enumerate(eval_spec.sequence.tasks[: after + 1]):
         for name in eval_spec.settings.routes:
-            label = f"{spec.name} ({name})"
             generate_answers(
                 eval_model,
                 questions[spec.name],
@@ -44,5 +45,10 @@ def evaluate_after(
                 eval_spec.answers_path(after, task, name),
                 batch_size=eval_spec.settings.batch_size,
                 processes=processes,
-                progress=partial(progress, label) if progress else None,
+                known=partial(known_answers, eval_spec, eval_model.method, after, task),
+                progress=partial(_report, progress, spec.name),
             )
+
+
+def _report(progress: Callable[[str, int, int], None], task: str, what: str, done: int, total: int) -> None:
+    progress(f"{task} ({what})", done, total)

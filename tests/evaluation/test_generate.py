@@ -34,6 +34,7 @@ class RecordingMethod:
     """Locates prompts of even length at task 2 and knows no task for the others; records what it is asked."""
 
     locates: bool = True
+    answers_by_task: bool = False
     num_located: int = 0
     plans: list[list[int] | None] = field(default_factory=list)
 
@@ -198,7 +199,7 @@ def test_processes_at_work_together_wait_for_the_slow_one_and_all_find_the_file(
     path, barrier = tmp_path / "together.jsonl", Barrier(2)
 
     def work(index: int) -> bytes:
-        def dawdle(done: int, total: int) -> None:
+        def dawdle(what: str, done: int, total: int) -> None:
             time.sleep(0.3 * (index == slow))
 
         processes = Process(index, 2, barrier)
@@ -405,9 +406,9 @@ def test_random_route_hangs_on_seed_and_id_alone() -> None:
 
 
 def test_progress_counts_the_samples_of_this_process(eval_model: EvalModel, questions: EvalSet, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     generate_answers(
         eval_model, questions, ORACLE, tmp_path / "a.jsonl", batch_size=3, processes=Process(1, 2),
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda *step: seen.append(step),
     )  # fmt: skip
-    assert seen == [(3, 4), (4, 4)]
+    assert seen == [("oracle", 3, 4), ("oracle", 4, 4)]

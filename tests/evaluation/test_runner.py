@@ -27,16 +27,19 @@ class LastTask:
     """Locates every prompt at the task learned last; records whose routers answer."""
 
     newest: int
+    locates: bool = True
+    answers_by_task: bool = False
     answered_by: list[int] = field(default_factory=list)
 
     @contextmanager
     def answering(self, batch: Mapping[str, Tensor], task_B: Tensor | None = None) -> Iterator[DeferredLocation]:
-        num_samples, located = len(batch["input_ids"]), None
-        if task_B is None:
-            task_B = torch.full((num_samples,), self.newest)
-            located = Located.at(task_B, torch.zeros(num_samples, self.newest + 1))
-        self.answered_by.extend(task_B.tolist())
+        located = self.locate(batch) if task_B is None else None
+        self.answered_by.extend((task_B if located is None else located.task_B).tolist())
         yield lambda: located
+
+    def locate(self, batch: Mapping[str, Tensor]) -> Located:
+        num_samples = len(batch["input_ids"])
+        return Located.at(torch.full((num_samples,), self.newest), torch.zeros(num_samples, self.newest + 1))
 
 
 def test_a_run_is_asked_every_learned_task_under_every_route_and_only_once(

@@ -15,7 +15,7 @@ from llava_cmoe.chat import session as chat
 from llava_cmoe.chat.session import open_session
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Route, answer_batch
-from llava_cmoe.evaluation.log import Answer
+from llava_cmoe.evaluation.log import Answer, read_answers
 from llava_cmoe.locators.base import Locator
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.records import Located
@@ -114,6 +114,13 @@ def test_answers_and_located_tasks_are_those_of_two_passes(free: Cmoe, twice: Cm
     assert {answer.located for answer in one} >= {0, 1}  # a mixed batch
     for mine, other in zip(one, two, strict=True):
         assert mine.score == (None if other.score is None else pytest.approx(other.score, rel=1e-3, abs=1e-3))
+
+
+def test_an_evaluation_that_locates_first_gives_the_answers_of_locating_in_passing(free: Cmoe, lesson: Lesson):
+    for task, questions in lesson.questions.items():
+        passing = ask(free, questions, everything(questions))
+        stored = read_answers(lesson.recipe.run / f"answers/after_02/{task}.located.jsonl")
+        assert [(a.text, a.located) for a in stored] == [(a.text, a.located) for a in passing]
 
 
 def test_the_first_token_is_computed_on_the_located_route(free: Cmoe, twice: Cmoe, lesson: Lesson):
