@@ -30,10 +30,11 @@ def rescore(run: Folder, root: Root = None) -> None:
     """
     from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.evaluation.rescoring import open_examined, rescore
+    from llava_cmoe.registry.run_lock import writing
     from llava_cmoe.report.tables import number
 
     console = Console()
-    with ProgressLine(console) as bar:
+    with writing(run), ProgressLine(console) as bar:
         results, changed = rescore(open_examined(run, root), partial(bar, run.name))
     show(console, [results])
     for one in changed[:NUM_LISTED]:

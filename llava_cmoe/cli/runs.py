@@ -40,6 +40,7 @@ def evaluate(
     Routes: located, the run finds out which task a question belongs to; oracle, it is told; random, any learned task.
     """
     from llava_cmoe.cli.progress import ProgressLine
+    from llava_cmoe.registry.run_lock import writing
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.runs.run import subset_folder
     from llava_cmoe.sequence import evaluate_run
@@ -53,8 +54,9 @@ def evaluate(
     evaluation = parse_settings(
         EvaluationSettings, own.model_dump() | wanted | given, source="llava-cmoe eval", recorded=True
     )
-    console = Console(quiet=not processes().is_main_process)
-    with ProgressLine(console) as line:
+    is_main = processes().is_main_process
+    console = Console(quiet=not is_main)
+    with writing(run, is_main), ProgressLine(console) as line:
         asked = recipe.model_copy(update={"evaluation": evaluation})
         results = evaluate_run(asked, line)
     show(console, [results])
@@ -112,10 +114,11 @@ def merge(
     """
     from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.merging.search import merge_run, render
+    from llava_cmoe.registry.run_lock import writing
     from llava_cmoe.registry.store import Registry
 
     console = Console()
-    with ProgressLine(console) as line:
+    with writing(run), ProgressLine(console) as line:
         record, folder = merge_run(Registry(run).recipe(), bound, rows, line)
     console.print(render(record))
     console.print(f"In {folder}: merge.json, answers/", highlight=False, soft_wrap=True)

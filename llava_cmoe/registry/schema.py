@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +15,8 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_cmoe.settings.run import Recipe
+
+logger = logging.getLogger(__name__)
 
 
 class RegistryError(RuntimeError):
@@ -136,6 +139,13 @@ def differing_keys(began: Mapping[str, Any], now: Mapping[str, Any], prefix: str
             yield from differing_keys(before, after, f"{prefix}{key}.")
         elif before != after:
             yield f"{prefix}{key} (was {before!r}, now {after!r})"
+
+
+def differ(message: str, force: bool) -> None:
+    """Stop at a difference to how a run was begun, or with `force` only warn."""
+    if not force:
+        raise RegistryError(message)
+    logger.warning(message)
 
 
 def plain_facts(facts: Mapping[str, Any]) -> dict[str, Any]:

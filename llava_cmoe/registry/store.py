@@ -26,12 +26,14 @@ from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_file
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.records import Learned
 from llava_cmoe.registry.finite import check_finite
+from llava_cmoe.registry.run_lock import RunLock, hold, make_and_hold
 from llava_cmoe.registry.schema import (
     FileRecord,
     RegistryError,
     RunRecord,
     Sources,
     TaskRecord,
+    differ,
     differing_keys,
     plain_facts,
     recipe_facts,
@@ -50,7 +52,7 @@ class Registry:
     """The learned tasks of one run folder."""
 
     def __init__(self, run: Path, writer: bool = False) -> None:
-        """Open a run folder, which need not exist yet.
+        """Open a run folder, which need not exist yet; a RegistryError where another process writes to it.
 
         Args:
             run: the run's output directory.
@@ -59,10 +61,15 @@ class Registry:
         self.run = run
         self._run_file, self._tasks = run / "run.json", run / "tasks"
         self._writer = writer
+        self._lock: RunLock | None = hold(run) if writer and run.is_dir() else None
         if writer and self._tasks.is_dir():
             for leftover in self._tasks.glob(f".*{PARTIAL}"):
                 logger.warning("removing %s, left by a commit that was killed", leftover)
                 shutil.rmtree(leftover)
+
+    def claim(self) -> None:
+        """As a writer, be the only one from here on, also where the folder is not there yet; same error."""
+        self._lock = make_and_hold(self.run) if self._writer else None
 
     def open_run(self, recipe: Recipe, processes: int = 1, force: bool = False, sources: Sources | None = None) -> None:
         """Begin a run with a recipe, or go on with the one that began it.
@@ -85,6 +92,7 @@ class Registry:
         record = RunRecord(recipe=recipe_facts(recipe), processes=processes, sources=sources)
         if begun != record:
             self._check_writer()
+            self.claim()
             self._tasks.mkdir(parents=True, exist_ok=True)
             write_atomically(self._run_file, record.to_json().encode())
             _sync(self.run)
@@ -311,13 +319,6 @@ class Registry:
 
     def _check_writer(self) -> None:
         assert self._writer, "only the process that opened the registry with writer=True may write to it"
-
-
-def differ(message: str, force: bool) -> None:
-    """Stop at a difference to how a run was begun, or with `force` only warn."""
-    if not force:
-        raise RegistryError(message)
-    logger.warning(message)
 
 
 def _write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:

@@ -61,7 +61,7 @@ def open_run(recipe: Recipe, writer: bool = False, force: bool = False) -> Run:
 
     Raises:
         DataError: the first problem in the data, or a sample that the backbone cannot take, as `check_rows` finds it.
-        RegistryError: the run was begun with another recipe or other data.
+        RegistryError: the run was begun with another recipe or other data, or another process is writing to it.
         LaunchError: the launch's engine cannot hold what the recipe learns.
         BackboneError: the backbone cannot be used.
     """
@@ -76,6 +76,7 @@ def open_run(recipe: Recipe, writer: bool = False, force: bool = False) -> Run:
         if not force:
             registry.check_recipe(recipe, launched.num_processes)
         check_rows(recipe, data, len(registry.records()))  # before the recipe is on record, so that it can change
+        registry.claim()
     backbone = load_backbone(recipe.backbone)
     backbone.model.to(launched.device)
     return Run(
