@@ -102,9 +102,9 @@ def _headline(results: Path) -> str:
         "of a random task."
     )
     shown = {
-        "matrix.png": "accuracy matrices of seed 0 (row: after learning that task; column: on that task)",
-        "confusion.png": "which task the locator chose, seed 0",
-        "growth.png": "where experts were added, seed 0",
+        "matrix.png": "accuracy matrices of seed 3 (row: after learning that task; column: on that task)",
+        "confusion.png": "which task the locator chose, seed 3",
+        "growth.png": "where experts were added, seed 3",
     }
     parts = (
         *("## Headline", text, headline_markdown(found)),
