@@ -36,6 +36,11 @@ class FiniteSteps:
         self._losses: list[Tensor] = []
         self._rows: list[Tensor] = []
 
+    @property
+    def num_passes(self) -> int:
+        """Forward passes of this step so far."""
+        return len(self._losses)
+
     def add(self, row_B: Tensor, loss: Tensor) -> None:
         """Remember a forward pass's rows and its loss; nothing is read from the device."""
         self._rows.append(row_B)

@@ -26,6 +26,7 @@ from llava_cmoe.methods.base import ExtraLoss, TrainingContext, no_extra_loss
 from llava_cmoe.records import StageReport
 from llava_cmoe.settings.training import TrainingSettings
 from llava_cmoe.training.checkpoints import CheckpointTrainer
+from llava_cmoe.training.drawing import drawing
 from llava_cmoe.training.finite import FiniteSteps, check_weights
 from llava_cmoe.training.order import LengthGroupedSampler, NumberedRows, kinds_of
 from llava_cmoe.training.processes import deepspeed_asked, processes
@@ -53,8 +54,13 @@ class StageTrainer(CheckpointTrainer):
         self._finite = FiniteSteps(kwargs["train_dataset"].rows)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward inside the method's context: checkpointing runs layers again in backward."""
-        with self._training_context(inputs) as self._extra_loss:
+        """One forward and backward inside the method's context: checkpointing runs layers again in backward.
+
+        What is drawn in it, as dropout is, depends on seed, step and process alone: not on who else drew before, such
+        as a data loader that begins anew after a restart.
+        """
+        place = (self.args.seed, self.state.global_step, self._finite.num_passes, self.args.process_index)
+        with drawing(*place, device=self.args.device), self._training_context(inputs) as self._extra_loss:
             tensors = {name: value for name, value in inputs.items() if name != ROW}
             loss = super().training_step(model, tensors, *args, **kwargs)
         self._finite.add(inputs[ROW], loss)
