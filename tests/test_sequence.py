@@ -20,6 +20,7 @@ from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.provenance.fingerprints import fingerprint_file
 from llava_cmoe.provenance.invocations import Manifest
 from llava_cmoe.provenance.versions import versions
+from llava_cmoe.registry.run_lock import LOCK
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.run import Recipe
@@ -111,7 +112,7 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(lesson: Lesson,
     assert comparable(results) == comparable(lesson.results) == comparable(read_results(run / "results.json"))
     last, uninterrupted = (Registry(folder).records()[-1] for folder in (run, lesson.recipe.run))
     assert last.sha256 == uninterrupted.sha256  # of every tensor, through the chain of records
-    assert not [*run.rglob("*.part*"), *run.rglob(".*")]
+    assert [*run.rglob("*.part*"), *run.rglob(".*")] == [run / LOCK]
 
 
 def test_every_stage_puts_its_results_and_the_call_that_made_them_on_record(lesson: Lesson, recipe_in: Make):

@@ -56,7 +56,6 @@ STUDIES = {
         (
             *(("alpha_0", "everywhere"), ("alpha_0.25", "everywhere"), ("alpha_0.5", "everywhere")),
             *(("alpha_1", "everywhere"), ("alpha_0", "random_0"), ("alpha_0.25", "random_0.25")),
-            *(("need", "everywhere"), ("need", "global_1"), ("need", "layer_0.25"), ("global_1", "random_1")),
         ),
     ),
     "locator": StudyText(
