@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Watch eight small tasks being learned three times: once with forgetting, twice without.
 
-    Takes about ten minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
+    Meant to take some ten minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
     """
     from llava_cmoe.cli.pocket_demo import DemoSize, run_demo
     from llava_cmoe.cli.progress import ProgressLine
@@ -38,7 +38,7 @@ def demo(
         console.print(
             "Eight rendered tasks, one after another: by one LoRA adapter that every task trains (sequential_lora), by "
             "a frozen one for each task behind a locator (lora_per_task), and by LLaVA-CMoE (cmoe). "
-            f"{about}\nAbout ten minutes on 2 cores; stopped, the same command goes on.",
+            f"{about}\nStopped, the same command goes on.",
             highlight=False,
         )
     with ProgressLine(console) as line:

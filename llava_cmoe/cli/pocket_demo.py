@@ -35,7 +35,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo learns and asks; 9 min 36 s on 2 cores as measured, at most 12 are meant."""
+    """How much the demo learns and asks; at most 12 minutes on 2 cores are meant, not measured since it learns three runs."""
 
     train_rows: int = 300
     test_rows: int = 40
