@@ -24,7 +24,7 @@ def demo(
 ) -> None:
     """Watch eight small tasks being learned three times: once with forgetting, twice without.
 
-    Meant to take some ten minutes on 2 CPU cores. A demo that was stopped goes on where it was; a finished one is only shown.
+    A demo that was stopped goes on where it was; a finished one is only shown.
     """
     from llava_cmoe.cli.pocket_demo import DemoSize, run_demo
     from llava_cmoe.cli.progress import ProgressLine

@@ -35,7 +35,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo learns and asks; at most 12 minutes on 2 cores are meant, not measured since it learns three runs."""
+    """How much the demo learns and asks; meant to take at most 12 minutes on 2 cores."""
 
     train_rows: int = 300
     test_rows: int = 40
