@@ -11,7 +11,7 @@ from llava_cmoe.planning.estimate import Budget
 from llava_cmoe.planning.memory import Memory
 
 REPOSITORY = Path(__file__).parents[2]
-POCKET = REPOSITORY / "train/recipes/pocket_cmoe.yaml"
+POCKET = REPOSITORY / "train/recipes/pocket_cmoe_paper.yaml"  # experts on FFNs alone: six sites of one size
 SHORT = ("training.batch_size=1", "--length", 60)
 
 
@@ -22,9 +22,9 @@ def test_the_command_shows_what_it_writes(tmp_path: Path):
     found = Budget.model_validate_json(out.read_bytes())
     assert json.loads(out.read_bytes())["needs"][0]["memory"]["backbone"].keys() == {"none", "8bit", "nf4"}
     assert (found.method, len(found.expert_parameters), found.hours) == ("cmoe", 6, None)
-    assert set(found.expert_parameters.values()) == {64 * 3 * (224 + 640)}
+    assert set(found.expert_parameters.values()) == {26 * 3 * (224 + 640)}
     assert [(schedule.num_grown, len(schedule.tasks)) for schedule in found.growth_schedules] == [(4, 8), (6, 8)]
-    expert = 64 * 3 * (224 + 640)
+    expert = 26 * 3 * (224 + 640)
     last = found.growth_schedules[0].tasks[-1]
     assert last.trained.parameters == 2 * 4 * expert + (2 * 6 + 2 * 4 * 7) * 224
     assert f"{last.trained.parameters:,}" in result.output
@@ -66,7 +66,7 @@ def test_precisions_and_the_optimizer_of_the_recipe_enter(tmp_path: Path):
     full, half = wide["none or DDP"], narrow["none or DDP"]
     assert full.backbone["none"] == 2 * (half.backbone["none"] or 0)
     for whole, part in ((full.pool, half.pool), (full.trained, half.trained), (full.gradients, half.gradients)):
-        assert whole / 2 < part < 0.51 * whole  # all but routers
+        assert whole / 2 < part < 0.52 * whole  # all but routers
     assert (full.optimizer / full.trained, half.optimizer / full.trained) == (2, pytest.approx(65 / 128, abs=1e-5))
 
 
