@@ -231,7 +231,7 @@ def thresholds_of(
 ) -> dict[str, float]:
     """tau_l = mean - alpha * std (Eq. 2), of one layer or over the layers, and at least the floor.
 
-    With `scope: need` it is what as many layers as are needed lie above.
+    With `scope: need` it is what as many layers as are needed lie above: all of a task that nothing learned is near to.
 
     Frequencies of different layers are compared in units of chance, 1 / n of n experts. The standard deviation is that
     of the population: there is no larger set of experts that these were drawn from.
@@ -252,7 +252,7 @@ def thresholds_of(
         case "need":
             assert need is not None, "measured before"
             uses = sorted((probe_use(used, settings) * len(used) for used in frequencies.values()), reverse=True)
-            num_left = len(uses) - ceil(need * len(uses))
+            num_left = len(uses) - ceil(min(1.0, need / settings.near) * len(uses))
             shared = uses[-num_left] if num_left else -1.0
             return {site: shared / len(used) for site, used in frequencies.items()}
         case "all":

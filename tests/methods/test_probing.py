@@ -330,15 +330,15 @@ def test_the_nearest_task_is_the_one_that_loses_least_and_leaves_a_need_of_at_mo
     assert need == pytest.approx(min(1, min(losses[1:]) / losses[0]))
 
 
-@given(POOLS, st.floats(0, 1))
+@given(POOLS, st.floats(0, 1), st.floats(0.1, 1))
 def test_as_large_a_share_of_the_layers_grows_as_is_needed_those_whose_probes_are_used_most(
-    pools: list[list[float]], need: float
+    pools: list[list[float]], need: float, near: float
 ):
-    frequencies, settings = shares(pools), ProbeSettings(scope="need")
+    frequencies, settings = shares(pools), ProbeSettings(scope="need", near=near)
     uses = {site: probe_use(used, settings) * len(used) for site, used in frequencies.items()}
     assume(len(set(uses.values())) == len(uses))  # of equal ones fewer grow
     chosen = chosen_of(frequencies, thresholds_of(frequencies, settings, need), settings, torch.Generator())
-    assert len(chosen) == math.ceil(need * len(uses))
+    assert len(chosen) == (math.ceil(need / near * len(uses)) if need < near else len(uses))
     assert all(uses[site] < min(uses[one] for one in chosen) for site in uses if chosen and site not in chosen)
 
 

@@ -63,10 +63,10 @@ class ProbeSettings(Settings):
     probe is used less than chance, and with `scope: layer`, whose mean is chance, alpha has no effect."""
     scope: Literal["layer", "global", "need", "all", "none", "random"] = "layer"
     """Mean and std over the experts of one layer, or over the layers' probe frequencies, each times the layer's number
-    of experts, as pools differ in size. With `need` as large a share of the layers grows, those whose probes are used
-    most, as the experts of the nearest learned task leave of the base model's loss on the probing rows. As controls of
-    what probes are good for, a threshold that all layers pass, or none does, or as many layers as `global` chooses,
-    drawn at random."""
+    of experts, as pools differ in size. With `need` a task that no learned one is `near` grows in all layers, and a near
+    one in the fewer, those whose probes are used most, the less the nearest task's experts leave of the base model's
+    loss on the probing rows. As controls of what probes are good for, a threshold that all layers pass, or none does,
+    or as many layers as `global` chooses, drawn at random."""
     max_new_experts: int = Field(1, gt=0)
     """Experts added to a chosen layer."""
     init: Literal["most_used", "nearest_task", "probe", "lora"] = "most_used"
@@ -75,7 +75,8 @@ class ProbeSettings(Settings):
     `nearest_task` the new routers are that task's, too, so that learning begins with all that it can do; where no task
     is `near`, with fresh LoRA."""
     near: float = Field(0.5, gt=0, le=1)
-    """Largest share of the base model's loss on the probing rows that the nearest task may leave to be near."""
+    """Largest share of the base model's loss on the probing rows that the nearest task may leave to be near; with
+    `scope: need` the share from which on a task grows in all layers."""
     clone_noise: float = Field(0.0, ge=0)
     """Gaussian noise on a copied expert, in standard deviations of each of its matrices."""
     counted: Literal["all", "answer"] = "all"
