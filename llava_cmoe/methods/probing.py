@@ -252,8 +252,10 @@ def thresholds_of(
         case "need":
             assert need is not None, "measured before"
             uses = sorted((probe_use(used, settings) * len(used) for used in frequencies.values()), reverse=True)
-            num_left = len(uses) - ceil(min(1.0, need / settings.near) * len(uses))
-            shared = uses[-num_left] if num_left else -1.0
+            num_grown = ceil(min(1.0, need / settings.near) * len(uses))
+            most = max(map(len, frequencies.values()), default=1)  # times chance: every slot of a site is the probes'
+            # Halfway between the last that grows and the first that does not, so that no rounding turns either.
+            shared = statistics.fmean([most, *uses, -1.0][num_grown : num_grown + 2])
             return {site: shared / len(used) for site, used in frequencies.items()}
         case "all":
             return dict.fromkeys(frequencies, -1.0)  # below any frequency, also that of a probe no token used
