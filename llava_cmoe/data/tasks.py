@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator
 
 from llava_cmoe.settings.base import RecipeError, Settings
+from llava_cmoe.settings.names import InnerPath
 from llava_cmoe.settings.recipes import nearest, parse_settings
 
 Geometry = Literal["pad", "crop"]
@@ -22,7 +23,7 @@ def _listed(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-Spellings = Annotated[tuple[str, ...], BeforeValidator(_listed), Field(min_length=1)]
+Spellings = Annotated[tuple[InnerPath, ...], BeforeValidator(_listed), Field(min_length=1)]
 """A path, or all the ways in which it is spelled by those who publish or copy the data; the one that exists counts."""
 
 RowCount = Annotated[int, Field(ge=0)] | tuple[int, int]
@@ -87,7 +88,7 @@ class Source(Settings):
     """What it is called, e.g. `COCO 2014`."""
     holds: str
     """What it gives."""
-    to: str = "."
+    to: InnerPath = "."
     """Where that goes in the data root."""
     hub: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
     """Dataset repository on the Hugging Face Hub that can be downloaded without further ado, e.g. `Zacks-Chen/CoIN`."""

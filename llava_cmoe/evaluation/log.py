@@ -16,7 +16,9 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from llava_cmoe.evaluation.bootstrap import Interval
 from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.settings.base import first_problem
 from llava_cmoe.settings.evaluation import Split
+from llava_cmoe.settings.names import PlainName
 
 Row = tuple[float | None, ...]
 
@@ -80,7 +82,7 @@ class _Logged(BaseModel):
 class RunFacts(_Logged):
     """What the caller knows about a run and the evaluation does not. Mappings by task keep the tasks' order."""
 
-    run: str
+    run: PlainName
     """Name of the run."""
     method: str
     """Name of the method that learned it."""
@@ -175,7 +177,7 @@ class Results(RunFacts):
 
     format: Literal[1, 2] = 2
     """Version of this layout; 1 had no intervals and no hashes of single files."""
-    tasks: tuple[str, ...]
+    tasks: tuple[PlainName, ...]
     """The tasks in the order in which they are learned."""
     num_samples: dict[str, int]
     """Evaluated rows per task."""
@@ -224,7 +226,7 @@ def read_results(path: Path) -> Results:
     try:
         return Results.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise ValueError(f"{path}: not a results file of format 1 or 2: {error}") from error
+        raise ValueError(f"{path}: not a results file of format 1 or 2: {first_problem(error)}") from error
 
 
 def comparable(results: Results) -> dict[str, Any]:

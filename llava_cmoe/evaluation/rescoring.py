@@ -14,6 +14,7 @@ from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.evaluation.aggregate import aggregate
 from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_spec_of
 from llava_cmoe.evaluation.log import Results, RunFacts, read_results, write_results
+from llava_cmoe.registry.inside import check_inside
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.settings.data import DataSettings
 from llava_cmoe.settings.evaluation import EvaluationSettings
@@ -95,6 +96,7 @@ def results_of(folder: Path) -> Results:
     Raises:
         RegistryError: none are here, or not of a known format; says how to get them.
     """
+    check_inside(folder)
     path = folder / "results.json"
     if not path.is_file():
         raise RegistryError(f"{path}: no such file; `llava-cmoe eval {folder}` writes it")

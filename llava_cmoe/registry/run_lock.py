@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakValueDictionary, finalize
 
+from llava_cmoe.registry.inside import check_inside
 from llava_cmoe.registry.schema import RegistryError
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,9 @@ def hold(run: Path) -> RunLock:
     """Become the one that writes to a run folder.
 
     Raises:
-        RegistryError: another process is; names the way on.
+        RegistryError: another process is; names the way on. Or a link leaves the folder, where a lock might be made.
     """
+    check_inside(run)
     place = run.resolve()
     if (mine := _held.get(place)) is not None:
         return mine

@@ -12,11 +12,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from llava_cmoe.settings.base import first_problem
+from llava_cmoe.settings.names import PlainName
 from llava_cmoe.settings.run import Recipe
 
 logger = logging.getLogger(__name__)
+
+SUFFIX = ".safetensors"
+"""Ends the name of every file of tensors."""
 
 
 class RegistryError(RuntimeError):
@@ -47,9 +52,7 @@ class Manifest(BaseModel):
                 f"{path}: cannot be read ({error.strerror}); give the folder of a run, or restore the file from a copy"
             ) from error
         except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"])) or "the file"
-            raise RegistryError(f"{path}: {key}: {first['msg']}; restore the file from a copy") from error
+            raise RegistryError(f"{path}: {first_problem(error)}; restore the file from a copy") from error
 
     def to_json(self) -> str:
         """The file's text; equal values give equal bytes."""
@@ -72,7 +75,7 @@ class TaskRecord(Manifest):
     chains of records can be compared by their last link.
     """
 
-    index: int
+    index: int = Field(ge=0, lt=10_000)
     """Position in the sequence, from 0; the folder's name counts from 1."""
     name: str
     """Name of the task."""
@@ -82,7 +85,7 @@ class TaskRecord(Manifest):
     """The recipe, as `recipe_facts` gives it."""
     parent: str | None
     """`sha256` of the record of the task before; null for the first."""
-    files: dict[str, FileRecord]
+    files: dict[PlainName, FileRecord]
     """File name to content."""
     versions: dict[str, str]
     """Python and the packages that had a hand in the numbers."""
@@ -96,6 +99,13 @@ class TaskRecord(Manifest):
     """Wall-clock seconds per part of the stage; the only thing here that differs between equal runs."""
     sha256: str = ""
     """Of this record without `seconds` and without itself."""
+
+    @field_validator("files")
+    @classmethod
+    def _are_tensors(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
+        if others := [name for name in files if not name.endswith(SUFFIX)]:
+            raise ValueError(f"{others[0]!r} is no {SUFFIX} file")
+        return files
 
     def digest(self) -> str:
         """What `sha256` has to be."""

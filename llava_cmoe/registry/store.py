@@ -18,17 +18,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava_cmoe.provenance.files import write_atomically
-from llava_cmoe.provenance.fingerprints import fingerprint_all, fingerprint_file
+from llava_cmoe.provenance.files import sync, write_atomically
+from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.records import Learned
 from llava_cmoe.registry.finite import check_finite
+from llava_cmoe.registry.inside import check_inside
 from llava_cmoe.registry.run_lock import RunLock, hold, make_and_hold
 from llava_cmoe.registry.schema import (
-    FileRecord,
     RegistryError,
     RunRecord,
     Sources,
@@ -38,6 +37,7 @@ from llava_cmoe.registry.schema import (
     plain_facts,
     recipe_facts,
 )
+from llava_cmoe.registry.tensor_files import read_tensors, write_tensors
 from llava_cmoe.settings.recipes import parse_recipe
 from llava_cmoe.settings.run import Recipe
 
@@ -52,12 +52,13 @@ class Registry:
     """The learned tasks of one run folder."""
 
     def __init__(self, run: Path, writer: bool = False) -> None:
-        """Open a run folder, which need not exist yet; a RegistryError where another process writes to it.
+        """Open a run folder, which need not exist yet; a RegistryError where links leave it, or another process writes.
 
         Args:
             run: the run's output directory.
             writer: True in the one process that commits: it removes what a killed commit left. All others only read.
         """
+        check_inside(run)
         self.run = run
         self._run_file, self._tasks = run / "run.json", run / "tasks"
         self._writer = writer
@@ -95,7 +96,7 @@ class Registry:
             self.claim()
             self._tasks.mkdir(parents=True, exist_ok=True)
             write_atomically(self._run_file, record.to_json().encode())
-            _sync(self.run)
+            sync(self.run)
 
     def check_recipe(self, recipe: Recipe, processes: int = 1, force: bool = False) -> None:
         """Stop, or with `force` only warn, unless a recipe may begin the run or go on with it.
@@ -231,7 +232,7 @@ class Registry:
             method=settings["method"]["name"],
             settings=settings,
             parent=done[-1].sha256 if done else None,
-            files={path.name: _describe(path) for path in _write_tensors(partial, learned.tensors)},
+            files=write_tensors(partial, learned.tensors),
             versions=versions(),
             data_fingerprint=data_fingerprint,
             backbone_fingerprint=backbone_fingerprint,
@@ -243,9 +244,9 @@ class Registry:
         # Files only: in a read-only directory `rm -r` fails for all but root, and deleting the last task is a feature.
         for path in partial.iterdir():
             path.chmod(0o444)
-        _sync(partial)
+        sync(partial)
         os.rename(partial, final)
-        _sync(self._tasks)
+        sync(self._tasks)
         return record
 
     def records(self) -> tuple[TaskRecord, ...]:
@@ -288,17 +289,7 @@ class Registry:
 
     def tensors_of(self, record: TaskRecord) -> dict[str, dict[str, Tensor]]:
         """The same of a record that `records` returned: the chain is verified there, once for all tasks."""
-        folder = self._folder(record.index, record.name)
-        remedy = f"restore it from a copy, or delete {folder.name} and what follows to learn them again"
-        for name, written in record.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise RegistryError(f"{path}: is missing; {remedy}")
-            if _describe(path) != written:
-                raise RegistryError(f"{path}: is damaged, its sha256 or size is not the one in {RECORD}; {remedy}")
-        groups = {Path(name).stem: load_file(folder / name) for name in record.files}
-        check_finite(groups, folder)
-        return groups
+        return read_tensors(self._folder(record.index, record.name), record.files)
 
     def _folder(self, index: int, name: str) -> Path:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -321,29 +312,6 @@ class Registry:
         assert self._writer, "only the process that opened the registry with writer=True may write to it"
 
 
-def _write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
-    """One synced safetensors file per group; equal tensors give equal bytes."""
-    paths = {group: folder / f"{group}.safetensors" for group in groups}
-    for group, path in paths.items():
-        # A copy of its own for each: safetensors refuses views of one storage, which slices of a stacked bank are.
-        save_file({name: one.detach().cpu().contiguous().clone() for name, one in groups[group].items()}, path)
-        _sync(path)
-    return list(paths.values())
-
-
-def _describe(path: Path) -> FileRecord:
-    return FileRecord(sha256=fingerprint_file(path), bytes=path.stat().st_size)
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's bytes, or a directory's names, are on the disk: a rename must not overtake what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path)

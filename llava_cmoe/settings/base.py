@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +17,26 @@ RECORDED = {"recorded": True}
 
 class RecipeError(ValueError):
     """A recipe or task sequence that cannot be used; the message names the key and the fix."""
+
+
+LONGEST_SHOWN = 80
+"""Characters of a value that an error repeats."""
+
+
+def shown(value: object) -> str:
+    """A value as errors repeat it: on one line, without what a terminal would obey, and not all of a long one."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        text = "a number too long to show"
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def first_problem(error: ValidationError) -> str:
+    """What is wrong with a document, in one line: the key and the reason of the first of its problems."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    key = ".".join(map(str, first["loc"])) or "the file"
+    return f"{key}: {first['msg'].removeprefix('Value error, ')}"
 
 
 class Settings(BaseModel):

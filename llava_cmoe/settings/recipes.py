@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llava_cmoe.settings.base import RECORDED, RecipeError, Settings
+from llava_cmoe.settings.base import RECORDED, RecipeError, Settings, shown
 from llava_cmoe.settings.methods import MethodSettings
 from llava_cmoe.settings.recorded import as_recorded
 from llava_cmoe.settings.run import Recipe
@@ -107,7 +107,7 @@ def _explain(item: Mapping[str, Any], known: list[str]) -> str:
     key = ".".join(location)
     if item["type"] == "extra_forbidden":
         return f"unknown key {key}; did you mean {nearest(key, known)}?"
-    given = f", got {item['input']!r}" if isinstance(item["input"], (str, int, float)) else ""
+    given = f", got {shown(item['input'])}" if isinstance(item["input"], (str, int, float)) else ""
     reason = item["msg"].removeprefix("Value error, ")
     return f"{key}: {reason[0].lower()}{reason[1:]}{given}" if key else f"{reason}{given}"
 

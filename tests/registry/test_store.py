@@ -10,13 +10,13 @@ import torch
 
 from llava_cmoe.provenance.fingerprints import fingerprint_all
 from llava_cmoe.records import Learned
-from llava_cmoe.registry import store
+from llava_cmoe.registry import store, tensor_files
 from llava_cmoe.registry.schema import RegistryError, Sources
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.recipes import parse_recipe
 
 NAMES = ("scienceqa", "textvqa", "imagenet")
-WRITING = ("open_run", "commit", "_write_tensors", "_write", "_sync")
+WRITING = ("open_run", "commit", "write_tensors", "_write")
 
 
 class Killed(BaseException):
@@ -85,7 +85,10 @@ def killing_at(step, action):
 
     def trace(frame, event, _):
         nonlocal lines
-        if frame.f_code.co_filename != store.__file__ or frame.f_code.co_name not in WRITING:
+        if (
+            frame.f_code.co_filename not in (store.__file__, tensor_files.__file__)
+            or frame.f_code.co_name not in WRITING
+        ):
             return None
         if event == "line":
             lines += 1
@@ -181,8 +184,9 @@ def test_a_run_killed_while_it_begins_can_be_begun_again(tmp_path):
 def test_bytes_are_on_the_disk_before_the_rename(tmp_path, monkeypatch):
     """A commit syncs every file and their directory, renames it, and syncs the directory that holds the new name."""
     registry, events = begun(tmp_path), []
-    sync, rename = store._sync, store.os.rename
-    monkeypatch.setattr(store, "_sync", lambda path: (events.append(path.name), sync(path)))
+    sync, rename = store.sync, store.os.rename
+    for module in (store, tensor_files):
+        monkeypatch.setattr(module, "sync", lambda path: (events.append(path.name), sync(path)))
     monkeypatch.setattr(store.os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
     commit(registry, 0)
     files = ["experts.safetensors", "routers.safetensors", "locator.safetensors", "record.json"]
