@@ -11,6 +11,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["GPU_OF_TESTS"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from transformers import (
 )
 
 torch.set_num_threads(1)
+gc.freeze()  # what is imported stays; each fit collects garbage twice, and would look through it all
 
 TESTS = Path(__file__).parent
 

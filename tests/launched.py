@@ -3,6 +3,7 @@
 One of several processes dies where `FATAL` holds its rank and the call, as JSON: `{"rank": "1", "call": 9}`.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -42,6 +43,7 @@ def learn_until_killed(document: dict[str, Any], module: str, function: str, cal
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported stays; each fit would look through it all
     frozen_features.FEATURE_BATCH = 8  # so that processes share even a few rows
     fatal = json.loads(os.environ.get("FATAL", "{}"))
     for argument in sys.argv[1:]:
