@@ -49,8 +49,8 @@ class StudyText:
 
 STUDIES = {
     "growth": StudyText(
-        "Where experts grow, and what that costs. `everywhere` and `nowhere` are the bounds; `need` grows in as large "
-        "a share as its nearest task leaves of the loss, of a half at most; `alpha_A`, `global_A` and `layer_A` grow where probes are "
+        "Where experts grow, and what that costs. `everywhere` and `nowhere` are the bounds; `need` grows the "
+        "more the less a learned task knows of the new one; `alpha_A`, `global_A` and `layer_A` grow where probes are "
         "used more than the threshold of Eq. 2; `random_A` grows in as many layers, drawn at random: the control of "
         "the choice of layers.",
         (

@@ -63,7 +63,7 @@ class ProbeSettings(Settings):
     probe is used less than chance, and with `scope: layer`, whose mean is chance, alpha has no effect."""
     scope: Literal["layer", "global", "need", "all", "none", "random"] = "layer"
     """Mean and std over the experts of one layer, or over the layers' probe frequencies, each times the layer's number
-    of experts, as pools differ in size. With `need` a task that no learned one is `near` grows in all layers, and a near
+    of experts, as pools differ in size. With `need` a task that no learned one is `near` grows in all layers; a near
     one in the fewer, those whose probes are used most, the less the nearest task's experts leave of the base model's
     loss on the probing rows. As controls of what probes are good for, a threshold that all layers pass, or none does,
     or as many layers as `global` chooses, drawn at random."""
