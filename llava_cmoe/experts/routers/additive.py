@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.routers.base import Gate, Router
+from llava_cmoe.experts.routers.exact import exact_logits
 
 FEATURE = "feature_BD"
 """Key of the plan's `decided` under which the prompts' feature is found."""
@@ -56,12 +57,9 @@ class AdditiveRouter(Router):
         self.removed_E[-1] = True
 
     def logits(self, feature_BD: Tensor) -> Tensor:
-        """Logits (B, E) of the null expert and of every expert; the float32 minimum where one was removed.
-
-        Summed in float64 and rounded once: a float32 sum depends on the kernel, which depends on batch mates.
-        """
+        """Logits (B, E) of the null expert and of every expert; the float32 minimum where one was removed."""
         weight_ED = self.frozen_ED if self.delta is None else self.frozen_ED + self.delta
-        logits_BE = (feature_BD.double() @ weight_ED.double().mT).float()
+        logits_BE = exact_logits(feature_BD, weight_ED)
         return pad(logits_BE.masked_fill(self.removed_E, torch.finfo(torch.float32).min), (1, 0))
 
     def gate(self, feature_BD: Tensor, learning: bool) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.routers.base import Gate, Router
+from llava_cmoe.experts.routers.exact import exact_logits
 
 GIVEN, DECIDED, LOGITS = "given_BN", "gate_BN", "logits_BN"
 """Keys of the plan's `decided`: a gate that takes the router's place; what the router decided, and from what."""
@@ -65,7 +66,7 @@ class MidDepthRouter(SharedGate):
         if self.weight is not None and forward_pass.is_prefill and GIVEN not in forward_pass.plan.decided:
             with torch.autocast(h_BTD.device.type, enabled=False):
                 c_BD = pooled(h_BTD, forward_pass.prompt_mask_BT)
-                logits_BN = (c_BD.double() @ self.weight.double().mT).float()  # a float32 sum depends on batch mates
+                logits_BN = exact_logits(c_BD, self.weight)
             # Under gradient checkpointing this runs again in backward, and decides the same again.
             forward_pass.plan.decided.update({LOGITS: logits_BN, DECIDED: logits_BN.softmax(dim=1)})
         return super().forward(h_BTD, forward_pass)

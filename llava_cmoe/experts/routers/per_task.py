@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.init import linear_init
 from llava_cmoe.experts.routers.base import Gate, Router
+from llava_cmoe.experts.routers.exact import exact_logits
 
 RouterStart = Callable[[Tensor], Tensor]
 """From drawn rows (E, D) to the rows that a new router starts with."""
@@ -168,20 +169,12 @@ class TaskRouters(Router):
         return pad_sequence(rows, batch_first=True), pad_sequence(known, batch_first=True), row_SK
 
     def _logits(self, h_BTD: Tensor, weight_SKED: Tensor) -> Tensor:
-        """Logits (B, T, K, E) in float32, their sums over D taken in float64.
-
-        A float32 sum depends on the kernel, which depends on batch and width: the same token would get other logits
-        alone than among batch mates. Summed in float64 and rounded once they agree. D * E products per token are
-        some 1/4000 of an FFN's work.
-        """
+        """Logits (B, T, K, E) of one plan for all samples, or of one for each."""
         num_plans, num_mixed, num_experts, _ = weight_SKED.shape
-        weight_SDF = weight_SKED.double().flatten(1, 2).mT  # F = K * E
-        if num_plans == 1:
-            logits_BTF = h_BTD.double() @ weight_SDF[0]
-        elif num_plans == len(h_BTD):
-            logits_BTF = torch.bmm(h_BTD.double(), weight_SDF)
-        else:
+        if num_plans not in (1, len(h_BTD)):
             raise ValueError(
                 f"the route plan is for {num_plans} samples, the batch has {len(h_BTD)}; give it one row per sample"
             )
-        return logits_BTF.float().view(*h_BTD.shape[:2], num_mixed, num_experts)
+        weight_SFD = weight_SKED.flatten(1, 2)  # F = K * E
+        logits_BTF = exact_logits(h_BTD, weight_SFD[0] if num_plans == 1 else weight_SFD)
+        return logits_BTF.view(*h_BTD.shape[:2], num_mixed, num_experts)
