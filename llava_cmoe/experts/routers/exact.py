@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def exact_logits(h_BTD: Tensor, weight_FD: Tensor) -> Tensor:
-    """h W^T in float32, (..., F), its sums over D taken in float64 in both directions.
+    """States times a weight, h W^T, in float32 (..., F); its sums over D are taken in float64 in both directions.
 
     Args:
         h_BTD: states (..., D) of any float dtype.

@@ -30,7 +30,9 @@ def test_logits_and_gradients_are_those_of_float64_and_nothing_of_it_is_kept(
     assert logits_BTF.dtype == torch.float32 and torch.equal(logits_BTF, reference_BTF)
     grad_BTF = torch.randn(logits_BTF.shape, generator=generator)
     found, wanted = (torch.autograd.grad(one, (h_BTD, weight_FD), grad_BTF) for one in (logits_BTF, reference_BTF))
-    assert all(left.dtype == right.dtype and torch.equal(left, right) for left, right in zip(found, wanted, strict=True))
+    assert all(
+        left.dtype == right.dtype and torch.equal(left, right) for left, right in zip(found, wanted, strict=True)
+    )
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True)])
