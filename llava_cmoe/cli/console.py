@@ -37,6 +37,7 @@ def user_errors() -> Iterator[None]:
 
     from llava_cmoe.backbones.loading import BackboneError
     from llava_cmoe.data.problems import DataError
+    from llava_cmoe.provenance.invocations import ManifestError
     from llava_cmoe.registry.schema import RegistryError
     from llava_cmoe.training.finite import NotFiniteError
     from llava_cmoe.training.processes import LaunchError
@@ -44,7 +45,7 @@ def user_errors() -> Iterator[None]:
     disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
-    except (RecipeError, DataError, RegistryError, BackboneError, LaunchError, NotFiniteError) as error:
+    except (RecipeError, DataError, RegistryError, ManifestError, BackboneError, LaunchError, NotFiniteError) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
 

@@ -35,7 +35,7 @@ def rescore(run: Folder, root: Root = None) -> None:
 
     console = Console()
     with writing(run), ProgressLine(console) as bar:
-        results, changed = rescore(open_examined(run, root), partial(bar, run.name))
+        results, changed = rescore(open_examined(run, root, bound=False), partial(bar, run.name))
     show(console, [results])
     for one in changed[:NUM_LISTED]:
         line = f"{one.task} after {one.after} ({one.route}): was {number(one.before)}, now {number(one.now)}"

@@ -16,6 +16,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from llava_cmoe.evaluation.bootstrap import Interval
 from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.provenance.invocations import MANIFEST, is_bound
+from llava_cmoe.registry.schema import warn_once
 from llava_cmoe.settings.base import first_problem
 from llava_cmoe.settings.evaluation import Split
 from llava_cmoe.settings.names import PlainName
@@ -217,12 +219,24 @@ def write_results(path: Path, results: Results) -> None:
     write_atomically(path, results.model_dump_json(indent=2).encode() + b"\n")
 
 
-def read_results(path: Path) -> Results:
-    """Read `results.json`.
+def read_results(path: Path, bound: bool = True) -> Results:
+    """Read `results.json`, verified against the manifest beside it.
+
+    Args:
+        path: of the file.
+        bound: whether one that the manifest does not name is an error; said in any case.
 
     Raises:
-        ValueError: not a results file of this format.
+        ValueError: not a results file of this format, or changed after it was written.
     """
+    if not (is_written := is_bound(path)):
+        if bound and is_written is False:
+            raise ValueError(
+                f"{path}: was changed after it was written; `llava-cmoe eval {path.parent}` or `llava-cmoe rescore "
+                f"{path.parent}` makes it again from the answers"
+            )
+        why = f"no {MANIFEST} names its hash" if is_written is None else f"{MANIFEST} names another hash"
+        warn_once(f"{path}: {why}; what it says of the run is not verified")
     try:
         return Results.model_validate_json(path.read_bytes())
     except ValidationError as error:

@@ -14,6 +14,7 @@ from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.evaluation.aggregate import aggregate
 from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_spec_of
 from llava_cmoe.evaluation.log import Results, RunFacts, read_results, write_results
+from llava_cmoe.provenance.invocations import bind_results
 from llava_cmoe.registry.inside import check_inside
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.settings.data import DataSettings
@@ -59,18 +60,19 @@ class Change:
     now: float | None
 
 
-def open_examined(folder: Path, root: Path | None = None) -> Examined:
+def open_examined(folder: Path, root: Path | None = None, bound: bool = True) -> Examined:
     """Read what a run was asked and what came out.
 
     Args:
         folder: with `results.json` and `answers/`.
         root: the data root, where it is not the one that the results name.
+        bound: whether results that were changed are an error; who scores again makes new ones.
 
     Raises:
         RegistryError: no results here, or the data or the answers are not those that were measured.
         DataError: the data root is missing or broken.
     """
-    results, source = results_of(folder), str(folder / "results.json")
+    results, source = results_of(folder, bound), str(folder / "results.json")
     moved = {} if root is None else {"root": root}
     data = parse_settings(DataSettings, results.recipe["data"] | moved, source, recorded=True)
     asked = results.recipe["evaluation"] | {"routes": tuple(results.routes), "limit": None}
@@ -90,18 +92,18 @@ def open_examined(folder: Path, root: Path | None = None) -> Examined:
     return Examined(folder, results, eval_spec, data.root, files)
 
 
-def results_of(folder: Path) -> Results:
-    """A run's results.
+def results_of(folder: Path, bound: bool = True) -> Results:
+    """A run's results; `bound` as above.
 
     Raises:
-        RegistryError: none are here, or not of a known format; says how to get them.
+        RegistryError: none are here, or not of a known format, or changed; says how to get them.
     """
     check_inside(folder)
     path = folder / "results.json"
     if not path.is_file():
         raise RegistryError(f"{path}: no such file; `llava-cmoe eval {folder}` writes it")
     try:
-        return read_results(path)
+        return read_results(path, bound)
     except ValueError as error:
         raise RegistryError(str(error)) from error
 
@@ -117,6 +119,7 @@ def rescore(
     except ValueError as error:
         raise RegistryError(str(error)) from error
     write_results(examined.folder / "results.json", now)
+    bind_results(examined.folder)
     return now, changes(examined.results, now)
 
 

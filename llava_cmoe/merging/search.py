@@ -89,7 +89,7 @@ def merge_run(
         accuracy=_pairs(accuracy_before, accuracy_after),
         expert_bytes=BeforeAfter(before=bytes_before, after=bytes_after),
         versions=versions(),
-    )
+    ).sealed()
     return record, merges.commit(record)
 
 

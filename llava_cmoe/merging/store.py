@@ -12,11 +12,14 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Self
+
+from pydantic import model_validator
 
 from llava_cmoe.merging.merge_map import MergeMap
 from llava_cmoe.merging.merged_bank import merge
 from llava_cmoe.methods.base import Method
-from llava_cmoe.registry.schema import Manifest, RegistryError
+from llava_cmoe.registry.schema import Manifest, RegistryError, Sealed
 from llava_cmoe.registry.store import Registry
 
 FILE = "merge.json"
@@ -29,7 +32,7 @@ class BeforeAfter(Manifest):
     after: float
 
 
-class MergeRecord(Manifest):
+class MergeRecord(Sealed):
     """`merge.json`: what stands in for what, and what that costs and saves."""
 
     parent: str
@@ -51,6 +54,16 @@ class MergeRecord(Manifest):
     versions: dict[str, str]
     """Python and the packages that had a hand in the numbers."""
 
+    @model_validator(mode="after")
+    def _is_a_merge(self) -> Self:
+        if self.stand_ins.keys() != self.shares.keys():
+            raise ValueError("stand_ins and shares are of different sites")
+        for site, of_E in self.stand_ins.items():
+            if len(of_E) != len(self.shares[site]):
+                raise ValueError(f"{site} has {len(of_E)} stand-ins and {len(self.shares[site])} shares")
+            MergeMap(of_E, self.shares[site])  # raises for what cannot stand in
+        return self
+
 
 def restore_merge(method: Method, registry: Registry, number: int) -> None:
     """Leave out of a restored method the experts that merge `number` leaves out, for good.
@@ -61,6 +74,10 @@ def restore_merge(method: Method, registry: Registry, number: int) -> None:
     record = Merges(registry).load(number)
     assert method.host is not None, "only a run with a pool of experts has merges"
     for site, of_E in record.stand_ins.items():
+        if site not in method.host.banks or len(of_E) != method.host.banks[site].num_experts:
+            raise RegistryError(
+                f"{registry.run}: merge {number} has other experts in {site} than the run; merge it again"
+            )
         merge(method.host.banks[site], MergeMap(of_E, record.shares[site]))
 
 

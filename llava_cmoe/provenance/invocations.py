@@ -14,13 +14,18 @@ import subprocess
 from pathlib import Path
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_file
+from llava_cmoe.settings.base import first_problem
 from llava_cmoe.settings.training import TrainingSettings
 
 MANIFEST = "manifest.json"
+
+
+class ManifestError(ValueError):
+    """A `manifest.json` that cannot be read, or results that are not those it names; the message names the fix."""
 
 
 class _Recorded(BaseModel):
@@ -70,18 +75,49 @@ def effective_batch(training: TrainingSettings, processes: int) -> int:
 
 
 def read_invocations(folder: Path) -> tuple[Call, ...]:
-    """The calls that a folder's manifest holds; none where there is no manifest."""
-    path = folder / MANIFEST
-    return Manifest.model_validate_json(path.read_bytes()).calls if path.exists() else ()
+    """The calls that a folder's manifest holds; none where there is no manifest.
+
+    Raises:
+        ManifestError: it is not one.
+    """
+    return _read(folder).calls
+
+
+def bind_results(folder: Path) -> None:
+    """Let the manifest name the results that a folder has now; its calls stay. Errors of `read_invocations`."""
+    _write(folder, read_invocations(folder))
+
+
+def is_bound(results: Path) -> bool | None:
+    """Whether a results file is the one that the manifest beside it names; None where none is named, as in older runs.
+
+    Raises:
+        ManifestError: the manifest is not one.
+    """
+    named = _read(results.parent).results_sha256
+    return None if named is None else named == fingerprint_file(results)
 
 
 def append_invocation(folder: Path, before: tuple[Call, ...], call: Call) -> None:
     """Write a folder's manifest: the calls before, and what this one did so far; nothing new adds nothing."""
+    _write(folder, (*before, call) if call.learned or call.evaluated else before)
+
+
+def _read(folder: Path) -> Manifest:
+    path = folder / MANIFEST
+    if not path.exists():
+        return Manifest(results_sha256=None, calls=())
+    try:
+        return Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise ManifestError(
+            f"{path}: {first_problem(error)}; restore it from a copy, or delete it: it says what the run was made on"
+        ) from error
+
+
+def _write(folder: Path, calls: tuple[Call, ...]) -> None:
     path, results = folder / MANIFEST, folder / "results.json"
-    manifest = Manifest(
-        results_sha256=fingerprint_file(results) if results.exists() else None,
-        calls=(*before, call) if call.learned or call.evaluated else before,
-    )
+    manifest = Manifest(results_sha256=fingerprint_file(results) if results.exists() else None, calls=calls)
     content = (manifest.model_dump_json(indent=1) + "\n").encode()
     if not path.exists() or path.read_bytes() != content:
         write_atomically(path, content)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -57,6 +58,37 @@ class Manifest(BaseModel):
     def to_json(self) -> str:
         """The file's text; equal values give equal bytes."""
         return _canonical(self.model_dump(mode="json"))
+
+
+class Sealed(Manifest):
+    """A file of the registry that names its own hash, so that no value in it is believed that was not written so."""
+
+    sha256: str = ""
+    """Of the file without this key; absent in files of older versions."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Parse, validate and verify; of a file without a hash it is said that nothing verifies it.
+
+        Raises:
+            RegistryError: as above, or the file was changed after it was written.
+        """
+        found = super().read(path)
+        if not found.sha256:
+            warn_once(f"{path}: has no hash, as files of older versions; what it says is not verified")
+        elif found.sha256 != found._digest():
+            raise RegistryError(f"{path}: was changed after it was written; restore it from a copy")
+        return found
+
+    def sealed(self) -> Self:
+        """The same with its hash."""
+        whole = type(self).model_validate(self.model_dump())
+        return whole.model_copy(update={"sha256": whole._digest()})
+
+    def _digest(self) -> str:
+        # Of the keys that the file has: one that comes to be later breaks no hash of an older file.
+        content = self.model_dump(mode="json", exclude={"sha256"}, exclude_unset=True)
+        return hashlib.sha256(_canonical(content).encode()).hexdigest()
 
 
 class FileRecord(BaseModel):
@@ -124,7 +156,7 @@ class Sources(BaseModel):
     """sha256 over the frozen backbone's files."""
 
 
-class RunRecord(Manifest):
+class RunRecord(Sealed):
     """`run.json`: what began the run, written before anything is learned; only `--anyway` changes what it says."""
 
     recipe: dict[str, Any]
@@ -155,6 +187,12 @@ def differ(message: str, force: bool) -> None:
     """Stop at a difference to how a run was begun, or with `force` only warn."""
     if not force:
         raise RegistryError(message)
+    logger.warning(message)
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Say something of a file that is read again and again, once."""
     logger.warning(message)
 
 

@@ -36,6 +36,7 @@ from llava_cmoe.registry.schema import (
     differing_keys,
     plain_facts,
     recipe_facts,
+    warn_once,
 )
 from llava_cmoe.registry.tensor_files import read_tensors, write_tensors
 from llava_cmoe.settings.recipes import parse_recipe
@@ -90,7 +91,7 @@ class Registry:
             self.check_sources(recipe, sources, force)
         elif begun is not None:
             sources = begun.sources
-        record = RunRecord(recipe=recipe_facts(recipe), processes=processes, sources=sources)
+        record = RunRecord(recipe=recipe_facts(recipe), processes=processes, sources=sources).sealed()
         if begun != record:
             self._check_writer()
             self.claim()
@@ -182,9 +183,19 @@ class Registry:
         """The recipe that began the run, with the folder where the run lies now as its output directory.
 
         Raises:
-            RegistryError: no run was begun here.
+            RegistryError: no run was begun here, or `run.json` was changed since. Without a hash of its own, as older
+                ones, it has to say what the last task was learned with.
         """
-        return self._resolve(RunRecord.read(self._run_file).recipe, source=str(self._run_file))
+        begun, source = RunRecord.read(self._run_file), str(self._run_file)
+        recipe = self._resolve(begun.recipe, source)
+        for record in self.records()[-1:]:
+            learned = recipe_facts(self._resolve(record.settings, source))
+            if differences := ", ".join(differing_keys(learned, recipe_facts(recipe))):
+                message = f"{source}: says another recipe than {record.name} was learned with: {differences}"
+                if not begun.sha256:
+                    raise RegistryError(f"{message}; restore these values, or go on with train --anyway")
+                warn_once(message)
+        return recipe
 
     def _begun(self) -> RunRecord | None:
         return RunRecord.read(self._run_file) if self._run_file.exists() else None

@@ -9,6 +9,7 @@ import pytest
 from tiny import Lesson
 
 from llava_cmoe.analyses.reproduction import differences, reproduce
+from llava_cmoe.provenance.invocations import bind_results
 from llava_cmoe.registry.schema import RegistryError
 
 
@@ -25,6 +26,7 @@ def test_what_differs_is_named(lesson_of: Callable[..., Lesson], tmp_path: Path)
     answers.write_text("".join([lines[0].replace('"text": "', '"text": "not '), *lines[1:]]))
     results = json.loads((again / "results.json").read_text())
     (again / "results.json").write_text(json.dumps(results | {"seed": 7}))
+    bind_results(again)
     shutil.rmtree(again / "tasks/02_sides")
     found = differences(run, again)
     assert found.results == ("seed (was 0, now 7)",) and found.stages == ("sides",)
@@ -37,6 +39,7 @@ def test_a_route_that_was_measured_later_is_not_compared(lesson_of: Callable[...
     results = json.loads((again / "results.json").read_text())
     del results["routes"]["oracle"]
     (again / "results.json").write_text(json.dumps(results))
+    bind_results(again)
     for answers in again.glob("answers/*/*.oracle.jsonl"):
         answers.unlink()
     assert differences(run, again).same

@@ -22,6 +22,8 @@ from llava_cmoe.chat import session
 from llava_cmoe.cli import main
 from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.pocket import root as pocket_root
+from llava_cmoe.provenance.invocations import bind_results
+from llava_cmoe.registry.schema import RunRecord
 from llava_cmoe.runs import run as opened
 from llava_cmoe.settings.run import Recipe
 
@@ -217,7 +219,7 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(written, tiny_data, tiny
         assert "begun with other data" in told and str(root) in told
         assert "Instructions_Original/colours/test.json" in told and "train.json" not in told
     begun = tmp_path / "run" / "run.json"
-    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"sources": None}))  # as before they were written down
+    begun.write_text(json.dumps(json.loads(begun.read_text()) | {"sources": None, "sha256": ""}))  # an older run
     told = refused("eval", tmp_path / "run")
     assert "colours was learned from other data" in told and str(root) in told
     assert json.loads((learned / "record.json").read_text())["data_fingerprint"][:12] in told
@@ -280,7 +282,7 @@ def test_routes_are_measured_beside_those_of_the_recipe(lesson_of, tmp_path, tin
     run = Path(shutil.copytree(learned.recipe.run, tmp_path / "run"))
     begun = json.loads((run / "run.json").read_text())
     begun["recipe"]["evaluation"]["routes"] = ["oracle"]
-    (run / "run.json").write_text(json.dumps(begun))
+    (run / "run.json").write_text(RunRecord.model_validate(begun).sealed().to_json())
     assert type_in("eval", run, "--routes", "random,oracle").exit_code == 0
     assert list(read_results(run / "results.json").routes) == ["oracle", "random"]
 
@@ -351,6 +353,7 @@ def test_a_report_draws_what_a_run_has(lesson, lesson_of, tmp_path):
 
 def test_a_report_of_nothing_says_how_to_get_results(run):
     (run / "results.json").write_text("{}")
+    bind_results(run)
     assert "not a results file" in refused("report", run)
     (run / "results.json").unlink()
     assert f"llava-cmoe eval {run}" in refused("report", run)

@@ -12,7 +12,8 @@ from tiny import Lesson
 from llava_cmoe.evaluation.log import read_answers, read_results, write_answers
 from llava_cmoe.evaluation.rescoring import Change, open_examined, rescore
 from llava_cmoe.evaluation.scorers import PROTOCOLS, get_scorer, llm_judge
-from llava_cmoe.registry.schema import RegistryError
+from llava_cmoe.provenance.invocations import bind_results
+from llava_cmoe.registry.schema import RegistryError, RunRecord
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.runs import run as runs
 from llava_cmoe.settings.base import RecipeError
@@ -57,6 +58,7 @@ def test_routes_that_were_measured_beside_the_recipes_own_are_scored_too(run: Pa
     document = json.loads((run / "results.json").read_text())
     document["recipe"]["evaluation"]["routes"] = ["oracle"]
     (run / "results.json").write_text(json.dumps(document))
+    bind_results(run)
     assert list(rescore(open_examined(run))[0].routes) == ["located", "oracle", "random"]
 
 
@@ -71,6 +73,9 @@ def test_a_judge_that_only_the_run_names_gets_no_key(run: Path, monkeypatch: pyt
         document = json.loads((run / name).read_text())
         document["recipe"]["evaluation"]["judge"] = judge
         (run / name).write_text(json.dumps(document))
+    sealed = RunRecord.model_validate_json((run / "run.json").read_bytes()).sealed()
+    (run / "run.json").write_text(sealed.to_json())
+    bind_results(run)
     if opened == "rescore":
         with pytest.raises(RecipeError, match="set OPENAI_BASE_URL=http://127.0.0.1:9/v1 to send it there"):
             rescore(open_examined(run))
@@ -99,6 +104,7 @@ def test_a_file_of_the_first_format_gets_what_it_lacks(run: Path) -> None:
     for measured in document["routes"].values():
         del measured["intervals"], measured["metric_intervals"]
     (run / "results.json").write_text(json.dumps(document))
+    bind_results(run)
     rescore(open_examined(run))
     assert (run / "results.json").read_bytes() == new
 

@@ -326,7 +326,7 @@ def test_a_run_goes_on_after_a_setting_with_a_default_has_come_to_be(tmp_path):
     Registry(tmp_path, writer=True).open_run(recipe_for(tmp_path))
     path = tmp_path / "run.json"
     document = json.loads(path.read_text())
-    del document["recipe"]["method"]["probe"]["alpha"]
+    del document["recipe"]["method"]["probe"]["alpha"], document["sha256"]
     path.write_text(json.dumps(document))
     Registry(tmp_path, writer=True).open_run(recipe_for(tmp_path))
     other = recipe_for(tmp_path, method={"name": "cmoe", "probe": {"alpha": 1.0}})
@@ -338,6 +338,7 @@ def test_a_run_that_was_begun_with_the_old_name_of_a_setting_goes_on_with_the_ne
     registry = begun(tmp_path)
     path = tmp_path / "run.json"
     document = json.loads(path.read_text())
+    del document["sha256"]
     experts = document["recipe"]["method"]["experts"]
     experts["head_start"] = experts.pop("router_init_logit")
     path.write_text(json.dumps(document))
@@ -393,7 +394,7 @@ def test_a_run_that_is_older_than_sources_goes_on_and_takes_them_down(tmp_path):
     registry, recipe = begun(tmp_path, 1), recipe_for(tmp_path)
     path = tmp_path / "run.json"
     document = json.loads(path.read_text())
-    del document["sources"]
+    del document["sources"], document["sha256"]
     path.write_text(json.dumps(document))
     record = content(tmp_path / "tasks")
     with pytest.raises(RegistryError, match=r"scienceqa was learned from other data .*fingerprint data0, now"):

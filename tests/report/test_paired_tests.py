@@ -11,6 +11,7 @@ from pytest import approx
 from tiny import Lesson
 
 from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.provenance.invocations import bind_results
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.comparison import comparison_markdown
 from llava_cmoe.report.figures import draw_comparison
@@ -29,6 +30,7 @@ def runs(lesson_of: Callable[[str], Lesson], tmp_path: Path) -> list[Path]:
 def edit(run: Path, **changes: Any) -> None:
     path = run / "results.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    bind_results(run)
 
 
 def test_a_difference_is_that_of_the_accuracies_and_pairs_the_questions() -> None:
@@ -100,6 +102,7 @@ def test_published_numbers_stand_beside_with_their_source_and_what_is_different(
 def test_published_tasks_are_found_under_other_capitals(runs: list[Path]) -> None:
     document = (runs[0] / "results.json").read_text().replace('"colours"', '"scienceqa"').replace('"sides"', '"gqa"')
     (runs[0] / "results.json").write_text(document)
+    bind_results(runs[0])
     comparison = compare(runs[:1], "coin_llava_7b")
     assert next(iter(comparison.published[0].last)) == "scienceqa" and comparison.published[0].last["gqa"] == 2.08
 

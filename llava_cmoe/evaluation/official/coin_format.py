@@ -27,6 +27,7 @@ from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_spec_of
 from llava_cmoe.evaluation.generate import RouteName
 from llava_cmoe.evaluation.log import Answer, Results, RunFacts, read_answers, write_answers, write_results
 from llava_cmoe.evaluation.rescoring import Examined
+from llava_cmoe.provenance.invocations import bind_results
 from llava_cmoe.registry.schema import RegistryError, recipe_facts
 from llava_cmoe.settings.run import Recipe
 
@@ -154,6 +155,7 @@ def import_answers(
     except ValueError as error:
         raise RegistryError(str(error)) from error
     write_results(recipe.run / "results.json", results)
+    bind_results(recipe.run)
     stated = []
     for (after, task), accuracy in said.items():
         protocol, scored = _as_coin(results, ROUTE, after, task)
