@@ -56,6 +56,7 @@ class ExpertBlock(nn.Module):
         self.ids = tuple(ids)  # under ZeRO-3 a parameter at rest has no shape
         self.A = nn.Parameter(a_ERI, requires_grad=trainable)
         self.B = nn.Parameter(b_ERO, requires_grad=trainable)
+        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
     def forward(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0) -> Tensor | None:
         """sum_e gate_e * B_e A_e x over the experts that are columns of the gate: (B, T, O); None if none is.
@@ -70,13 +71,26 @@ class ExpertBlock(nn.Module):
             gate_BTE = gate_BTE[..., ids[0] - first : ids[-1] - first + 1]
         else:
             gate_BTE = gate_BTE[..., [expert - first for expert in ids]]
-        a_ERI, b_ERO = self.A[start:stop], self.B[start:stop]
-        if not torch.is_autocast_enabled(x_BTI.device.type):  # autocast would take the cast back
-            x_BTI = x_BTI.to(a_ERI.dtype)
+        a_ERI, b_ERO = (matrix[start:stop] for matrix in self._in(x_BTI))
         down_BTF = F.linear(x_BTI, a_ERI.flatten(0, 1))  # F = E * R
         down_BTER = down_BTF.view(*down_BTF.shape[:2], num_experts, -1)
         gated_BTER = down_BTER * gate_BTE.to(down_BTER.dtype).unsqueeze(-1)
         return gated_BTER.flatten(-2) @ b_ERO.flatten(0, 1)
+
+    def _in(self, x_BTI: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype of the activations, as autocast would cast them; products accumulate in float32 anyway.
+
+        Copies of frozen experts are kept while nothing learns: cast in each decoding step they would be read and
+        written once more, which is what such a step waits for. In bfloat16 they take half of what float32 experts do.
+        """
+        if x_BTI.dtype == self.A.dtype or torch.is_autocast_enabled(x_BTI.device.type):
+            return self.A, self.B
+        if torch.is_grad_enabled() or self.A.requires_grad:
+            return self.A.to(x_BTI.dtype), self.B.to(x_BTI.dtype)
+        key = (x_BTI.dtype, x_BTI.device)
+        if key not in self._cast:
+            self._cast[key] = (self.A.to(x_BTI.dtype), self.B.to(x_BTI.dtype))
+        return self._cast[key]
 
     def select(self, ids: Iterable[int]) -> tuple[Tensor, Tensor]:
         """A (E, R, I) and B (E, R, O) of some of its experts, copied."""

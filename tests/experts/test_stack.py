@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from banks import CountOps
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -165,5 +166,37 @@ def test_experts_take_the_dtype_they_are_asked_to_be_like(dtype: torch.dtype):
     stack = StackedExperts(D_IN, D_OUT)
     stack.add([0], drawn(1, torch.Generator()), like=torch.zeros(1, dtype=dtype))
     assert isinstance(stack.trainable, ExpertBlock) and stack.trainable.A.dtype == stack.trainable.B.dtype == dtype
-    x_BTI, gate_BTE = tokens(torch.Generator(), 1)
-    assert stack(x_BTI, gate_BTE).dtype == dtype
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("active", [torch.float32, torch.bfloat16])
+def test_experts_compute_in_the_dtype_of_the_activations_and_frozen_ones_are_cast_once(
+    active: torch.dtype, held: torch.dtype, frozen: bool
+):
+    pair, (x_BTI, gate_BTE) = drawn(3, torch.Generator()), tokens(torch.Generator(), 3)
+    stack, like_x = (StackedExperts(D_IN, D_OUT) for _ in range(2))
+    stack.add(range(3), pair, like=torch.zeros(1, dtype=held))
+    like_x.add(range(3), stack.read(range(3)), like=torch.zeros(1, dtype=active))
+    if frozen:
+        stack.freeze()
+        like_x.freeze()
+    x_BTI = x_BTI.to(active)
+    with torch.no_grad():
+        assert torch.equal(stack(x_BTI, gate_BTE), like_x(x_BTI, gate_BTE))
+        with CountOps() as again:
+            stack(x_BTI, gate_BTE)
+        with CountOps() as without_a_cast:
+            like_x(x_BTI, gate_BTE)
+        assert (again.ops == without_a_cast.ops) == (frozen or held == active)
+    assert torch.equal(stack(x_BTI, gate_BTE), like_x(x_BTI, gate_BTE))  # with a graph
+
+
+def test_experts_that_learn_are_cast_as_they_are_now():
+    pair, (x_BTI, gate_BTE) = drawn(2, torch.Generator()), tokens(torch.Generator(), 2)
+    stack = StackedExperts(D_IN, D_OUT)
+    stack.add(range(2), pair, like=torch.zeros(1))
+    with torch.no_grad():
+        before = stack(x_BTI.bfloat16(), gate_BTE)
+        stack.trainable.B.mul_(2)
+        torch.testing.assert_close(stack(x_BTI.bfloat16(), gate_BTE), 2 * before)
