@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from llava_cmoe.cli.console import list_problems, show_check, unknown_scorers, user_errors
+from llava_cmoe.settings.values import MOST_PROCESSES
 
 app = typer.Typer(help="Make, or check, the folder of tasks that a run learns from.", no_args_is_help=True)
 
@@ -45,7 +46,8 @@ def check(
         str, typer.Option(help="Whose prompts the examples show: a model's folder or name.", metavar="MODEL")
     ] = "pocket",
     processes: Annotated[
-        int | None, typer.Option(help="Processes that open pictures; one per core if absent.", min=1)
+        int | None,
+        typer.Option(help="Processes that open pictures; one per core if absent.", min=1, max=MOST_PROCESSES),
     ] = None,
     max_pixels: Annotated[
         int | None, typer.Option(help="The recipe's data.max_pixels: larger pictures are shrunk, not refused.", min=1)

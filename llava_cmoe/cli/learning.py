@@ -13,6 +13,7 @@ from rich.console import Console
 from llava_cmoe.cli.console import show, user_errors
 from llava_cmoe.settings.recipes import load_recipe
 from llava_cmoe.settings.run import Recipe
+from llava_cmoe.settings.values import MOST_PROCESSES
 
 app = typer.Typer()
 
@@ -188,7 +189,8 @@ def study(
         list[Path], typer.Argument(help="Study files, such as train/recipes/studies/growth.yaml.", metavar="STUDY...")
     ],
     jobs: Annotated[
-        int | None, typer.Option(help="Runs at a time; one per GPU, else one per core, if absent.", min=1)
+        int | None,
+        typer.Option(help="Runs at a time; one per GPU, else one per core, if absent.", min=1, max=MOST_PROCESSES),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the studies and list their runs.")] = False,
 ) -> None:

@@ -24,8 +24,8 @@ from llava_cmoe.data.paths import annotations_file, eval_file, eval_images, trai
 from llava_cmoe.data.picture_folder import PictureFolder
 from llava_cmoe.data.problems import DataError, LostForGood, Problem, Unusable
 from llava_cmoe.data.rows import EVAL_FEATURES, TRAIN_FEATURES, EvalRow, TrainRow
-from llava_cmoe.data.strict_json import DoubledKey, parse_json
 from llava_cmoe.data.tasks import TaskSpec
+from llava_cmoe.settings.plain_json import PlainJsonError, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def _load_json(file: Path) -> Any:
         reason = f"broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
         hint = "; one object a line (.jsonl)? put them into one array" if error.msg == "Extra data" else ""
         raise DataError(Problem(file, reason + hint)) from error
-    except DoubledKey as error:
+    except PlainJsonError as error:
         raise DataError(Problem(file, str(error))) from error
     except UnicodeDecodeError as error:
         raise DataError(Problem(file, f"not UTF-8 text at byte {error.start}")) from error

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from llava_cmoe.evaluation.bootstrap import Interval
 from llava_cmoe.provenance.files import write_atomically
@@ -21,6 +21,7 @@ from llava_cmoe.registry.schema import warn_once
 from llava_cmoe.settings.base import first_problem
 from llava_cmoe.settings.evaluation import Split
 from llava_cmoe.settings.names import PlainName
+from llava_cmoe.settings.plain_json import parse_json
 
 Row = tuple[float | None, ...]
 
@@ -64,7 +65,7 @@ def read_answers(path: Path) -> list[Answer]:
     answers = []
     for number, line in enumerate(lines, start=1):
         try:
-            answers.append(Answer(**json.loads(line)))
+            answers.append(Answer(**parse_json(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number}: not an answer ({error}); delete the file to generate it again"
@@ -238,8 +239,10 @@ def read_results(path: Path, bound: bool = True) -> Results:
         why = f"no {MANIFEST} names its hash" if is_written is None else f"{MANIFEST} names another hash"
         warn_once(f"{path}: {why}; what it says of the run is not verified")
     try:
-        return Results.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        content = path.read_bytes()
+        parse_json(content)
+        return Results.model_validate_json(content)
+    except ValueError as error:
         raise ValueError(f"{path}: not a results file of format 1 or 2: {first_problem(error)}") from error
 
 

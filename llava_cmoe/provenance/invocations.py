@@ -14,11 +14,12 @@ import subprocess
 from pathlib import Path
 
 import torch
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_file
 from llava_cmoe.settings.base import first_problem
+from llava_cmoe.settings.plain_json import parse_json
 from llava_cmoe.settings.training import TrainingSettings
 
 MANIFEST = "manifest.json"
@@ -108,8 +109,10 @@ def _read(folder: Path) -> Manifest:
     if not path.exists():
         return Manifest(results_sha256=None, calls=())
     try:
-        return Manifest.model_validate_json(path.read_bytes())
-    except ValidationError as error:
+        content = path.read_bytes()
+        parse_json(content)
+        return Manifest.model_validate_json(content)
+    except ValueError as error:
         raise ManifestError(
             f"{path}: {first_problem(error)}; restore it from a copy, or delete it: it says what the run was made on"
         ) from error

@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llava_cmoe.settings.base import first_problem
 from llava_cmoe.settings.names import PlainName
+from llava_cmoe.settings.plain_json import parse_json
 from llava_cmoe.settings.run import Recipe
 
 logger = logging.getLogger(__name__)
@@ -47,12 +48,14 @@ class Manifest(BaseModel):
             RegistryError: missing, not JSON, or not of this schema; names the file.
         """
         try:
-            return cls.model_validate_json(path.read_bytes())
+            content = path.read_bytes()
+            parse_json(content)
+            return cls.model_validate_json(content)
         except OSError as error:
             raise RegistryError(
                 f"{path}: cannot be read ({error.strerror}); give the folder of a run, or restore the file from a copy"
             ) from error
-        except ValidationError as error:
+        except ValueError as error:
             raise RegistryError(f"{path}: {first_problem(error)}; restore the file from a copy") from error
 
     def to_json(self) -> str:

@@ -27,7 +27,7 @@ class SiteSettings(Settings):
 class BackboneSettings(Settings):
     """The frozen model that knowledge is added to."""
 
-    path: str = "pocket"
+    path: Name = "pocket"
     """Hugging Face model folder or name, or `pocket` for the small LLaVA that ships with this package."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision the frozen weights are loaded in; that in which the quantized ones compute."""

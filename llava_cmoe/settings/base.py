@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from llava_cmoe.settings.values import check_given, check_made
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +35,10 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
-def first_problem(error: ValidationError) -> str:
-    """What is wrong with a document, in one line: the key and the reason of the first of its problems."""
+def first_problem(error: ValueError) -> str:
+    """What is wrong with a document, in one line: the reason, or the key and the reason of the first of several."""
+    if not isinstance(error, ValidationError):
+        return " ".join(str(error).split())
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     key = ".".join(map(str, first["loc"])) or "the file"
     return f"{key}: {first['msg'].removeprefix('Value error, ')}"
@@ -47,7 +52,7 @@ class Settings(BaseModel):
         former: what held before a setting existed, where that is not its default; for the records of older runs.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     renamed: ClassVar[Mapping[str, str]] = {}
     former: ClassVar[Mapping[str, Any]] = {}
@@ -73,7 +78,28 @@ class Settings(BaseModel):
                     raise ValueError(f"{old} is the old name of {new}; give one of them")
                 _say_once(old, new)
                 document = {(new if key == old else key): value for key, value in document.items()}
+        if isinstance(document, Mapping):
+            given = {name: document[name] for name in cls.model_fields if name in document}
+            cls._check(given, lambda name, value: check_given(cls.model_fields[name].annotation, value))
         return document
+
+    @model_validator(mode="after")
+    def _can_be(self) -> Self:
+        self._check({name: getattr(self, name) for name in self.model_fields_set}, check_made)
+        return self
+
+    @classmethod
+    def _check(cls, values: Mapping[str, Any], check: Callable[[str, Any], None]) -> None:
+        """Raise what `check` finds wrong with values, each at its key: a validator of all fields allows no `name`."""
+        problems: list[InitErrorDetails] = []
+        for name, value in values.items():
+            try:
+                check(name, value)
+            except ValueError as error:
+                reason = PydanticCustomError("value_error", "{reason}", {"reason": str(error)})
+                problems.append({"type": reason, "loc": (name,), "input": value})
+        if problems:
+            raise ValidationError.from_exception_data(cls.__name__, problems)
 
 
 @cache

@@ -8,6 +8,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from llava_cmoe.settings.base import Settings
+from llava_cmoe.settings.values import MOST_PROCESSES
 
 
 class DataSettings(Settings):
@@ -34,9 +35,9 @@ class DataSettings(Settings):
     as in runs that are older than this setting."""
     keep_encoded: bool = False
     """Keep encoded rows in memory after their first use: for small data (85 kB a row at 84 pixels, 1.3 MB at 336)."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, le=MOST_PROCESSES)
     """Processes that open and encode the rows of the next batches while one is trained on; with 0, training waits for
-    each. They change no result, and a run may go on with others."""
+    each. They change no result, and a run may go on with others. At most four a core, or 16."""
     feature_store: Path | None = None
     """Folder that keeps the features which locators read, so that no run reads them from the same model twice: 16 kB a
     row at width 4096; none when absent. Changes no result, and a run may go on with another."""

@@ -21,7 +21,7 @@ class JudgeSettings(Settings):
     """The endpoint; its key is read from OPENAI_API_KEY in the environment and never written down."""
     seed: int = 0
     """Sent with every question; most servers answer alike for it, none promises to."""
-    timeout: float = Field(60.0, gt=0)
+    timeout: float = Field(60.0, gt=0, le=86_400)
     """Seconds to wait for one verdict."""
 
 

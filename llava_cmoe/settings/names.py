@@ -20,7 +20,7 @@ def plain_name(name: str) -> str:
     """
     if name in (".", "..") or "/" in name or "\\" in name:
         raise ValueError("a name is expected, not a path; leave out slashes and dots that lead elsewhere")
-    return _writable(name)
+    return writable(name)
 
 
 def inner_path(path: str) -> str:
@@ -32,11 +32,12 @@ def inner_path(path: str) -> str:
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).anchor or ".." in PureWindowsPath(path).parts:
         raise ValueError("a path below its folder is expected; leave out a leading slash and every `..`")
     for part in PurePosixPath(path).parts:
-        _writable(part)
+        writable(part)
     return path
 
 
-def _writable(name: str) -> str:
+def writable(name: str) -> str:
+    """The name, which a file system can hold and a terminal can show; raises ValueError for another."""
     if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
         raise ValueError("a name holds no control characters and no half of a surrogate pair; choose another one")
     if len(name.encode()) > LONGEST:

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from llava_cmoe.settings.base import RECORDED, RecipeError, Settings, shown
 from llava_cmoe.settings.methods import MethodSettings
+from llava_cmoe.settings.plain_yaml import PlainYamlError, parse_yaml
 from llava_cmoe.settings.recorded import as_recorded
 from llava_cmoe.settings.run import Recipe
 
@@ -35,11 +35,13 @@ def override(document: dict[str, Any], overrides: Iterable[str], source: str) ->
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
-            raise RecipeError(f"override {text!r}: write it as dotted.key=value")
+            raise RecipeError(f"override {shown(text)}: write it as dotted.key=value")
         try:
-            plain = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {text!r}: the value is not valid YAML; close or quote it") from error
+            plain = parse_yaml(value)
+        except PlainYamlError as error:
+            raise RecipeError(
+                f"override {shown(text)}: the value is not valid YAML ({error}); close or quote it"
+            ) from error
         _set_dotted(document, key.split("."), plain)
     return parse_recipe(document, source)
 
@@ -56,10 +58,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         RecipeError: unreadable file, broken YAML, or something else than a mapping.
     """
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot read the file ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not valid YAML: not UTF-8 text at byte {error.start}") from error
+    except PlainYamlError as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(document, dict):
         raise RecipeError(f"{path}: expected a mapping of settings, found {type(document).__name__}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llava_cmoe.data.strict_json import parse_json
+from llava_cmoe.settings.plain_json import parse_json
 
 ROWS = {
     "ScienceQA": "test.json",
