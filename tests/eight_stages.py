@@ -22,6 +22,7 @@ from llava_cmoe.training.stage import train_stage
 
 def main(folder: str) -> None:
     """Train on the same four rows, eight times."""
+    gc.freeze()  # what is imported stays
     processes()
     backbone = load_backbone(BackboneSettings(path=folder))
     method = SequentialLora(SequentialLoraSettings(rank=4, alpha=8), backbone.model, backbone.processor, seed=0)

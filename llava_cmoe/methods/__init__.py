@@ -3,6 +3,7 @@
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.ewc import Ewc
+from llava_cmoe.methods.hide import Hide
 from llava_cmoe.methods.joint import Joint
 from llava_cmoe.methods.lora_per_task import LoraPerTask
 from llava_cmoe.methods.lwf import Lwf
@@ -24,6 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "lwf": Lwf,
     "o_lora": OLora,
     "lora_per_task": LoraPerTask,
+    "hide": Hide,
     "moelora": MoeLora,
     "pmoe": Pmoe,
     "r2moe": R2moe,

@@ -211,7 +211,7 @@ class Method(ABC):
         return False
 
     def locate(self, batch: Batch) -> Located | None:
-        """The task of each prompt, without answering; None of a method that does not answer by task."""
+        """The task of each prompt, without answering; None where only answering tells, or nothing does."""
         del batch
         return None
 

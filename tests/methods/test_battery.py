@@ -30,6 +30,7 @@ TRAINS: dict[str, list[str]] = {
     "lwf": ADAPTER,
     "o_lora": [LINEAR + OF_LINEARS],
     "lora_per_task": [LINEAR + OF_LINEARS],
+    "hide": [LINEAR + OF_LINEARS],
     "moelora": [LINEAR + OF_LINEARS, LINEAR + r"router\.task_0"],
     "pmoe": [DEEP + OF_LINEARS, LAYER.replace(r"\d+", "1") + r"self_attn\.q_proj\.router\.weight"],
     "r2moe": [BANK + OF_FFNS, BANK + r"router\.delta"],

@@ -1,4 +1,4 @@
-"""Routers that learn nothing: every expert at full weight, or of each sample's task the expert of the same number.
+"""Routers that learn nothing: every expert at full weight, the expert of each sample's task, or now one, now the other.
 
 Shape letters: B batch, T tokens, D hidden, E experts, K tasks mixed for one sample; S is B, or 1 where one plan serves
 the whole batch.
@@ -71,3 +71,15 @@ class OwnExpert(ConstantRouter):
             return Gate(weights_SK.unsqueeze(1), first=plan.max_task)
         gate_SE = weights_SK.new_zeros(len(tasks_SK), plan.max_task + 1)
         return Gate(gate_SE.scatter_add(1, tasks_SK.clamp_min(0), weights_SK).unsqueeze(1))
+
+
+class EveryLearned(OwnExpert):
+    """While a task is learned its own expert alone; in answers the sum of all, and of task -1 none."""
+
+    def forward(self, h_BTD: Tensor, forward_pass: ForwardPass) -> Gate | None:
+        """Weights (S, 1, E), the same for all experts."""
+        if self.training or forward_pass.plan.max_task < 0:
+            return super().forward(h_BTD, forward_pass)
+        tasks_SK, weights_SK = forward_pass.rows()
+        known_S1 = weights_SK.masked_fill(tasks_SK < 0, 0).sum(dim=1, keepdim=True)
+        return Gate(known_S1.unsqueeze(1).expand(-1, 1, self.num_tasks))

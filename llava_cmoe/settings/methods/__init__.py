@@ -8,6 +8,7 @@ from pydantic import Field
 
 from llava_cmoe.settings.methods.cmoe import CmoeSettings
 from llava_cmoe.settings.methods.ewc import EwcSettings
+from llava_cmoe.settings.methods.hide import HideSettings
 from llava_cmoe.settings.methods.joint import JointSettings
 from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
 from llava_cmoe.settings.methods.lwf import LwfSettings
@@ -28,6 +29,7 @@ MethodSettings = Annotated[
     | LwfSettings
     | OLoraSettings
     | LoraPerTaskSettings
+    | HideSettings
     | MoeLoraSettings
     | PmoeSettings
     | R2moeSettings
