@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from llava_cmoe.chat.session import ChatSession, Verdict
 
@@ -32,7 +33,7 @@ def converse(console: Console, session: ChatSession, image: Path | None) -> None
     )
     while True:
         try:
-            question = console.input("[bold]you:[/bold] ").strip()
+            question = console.input(Text("you: ", style="bold")).strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return

@@ -1,20 +1,27 @@
 """What every command says: results, problems, and one clear message for a user's mistake.
 
+Ids, names, answers and paths are data, maybe a stranger's. Whatever is printed goes through `Console`, where nothing in
+them is a command to the terminal or markup.
+
 Imports wait until they are needed, as the commands' do.
 """
 
 from __future__ import annotations
 
 import logging
+import re
+import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import rich.console
 import typer
-from rich.console import Console
-from rich.markup import escape
+from rich.errors import MarkupError
+from rich.segment import Segment
+from rich.text import Text
 
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.evaluation import EvaluationSettings
@@ -27,6 +34,48 @@ if TYPE_CHECKING:
 
 NUM_LISTED = 20
 """Problems that are spelled out; a data root that is wrong in one way has thousands of them."""
+
+
+NUMBERS = r"[-\d\s.,()–−+±%:/]+"
+OWN_MARKUP = re.compile(rf"(\[bold\])?{NUMBERS}(\[/bold\])?(\n\[dim\]{NUMBERS}\[/dim\])?")
+"""Numbers, which tables set in bold or dim; any other text is shown as it stands."""
+
+TURNING = {*map(chr, range(0x202A, 0x202F)), *map(chr, range(0x2066, 0x206A)), "\u2028", "\u2029"}
+"""Characters that let text be shown in another order, or begin a line."""
+
+
+class Console(rich.console.Console):
+    """Shows text as it stands: characters that a terminal obeys are spelled out, brackets are brackets."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text; markup counts around numbers alone, as in tables."""
+        plain = {**options, "markup": False, "emoji": False}
+        try:
+            return super().render_str(text, **plain | {"markup": OWN_MARKUP.fullmatch(text) is not None})
+        except MarkupError:
+            return super().render_str(text, **plain)
+
+    def _render_buffer(self, buffer: Iterable[Segment]) -> str:
+        shown = (part if part.control else part._replace(text=spelled_out(part.text)) for part in buffer)
+        return super()._render_buffer(shown)
+
+
+def spelled_out(text: str) -> str:
+    """The text, in which whatever a terminal would obey, or no file can hold, is spelled as in a Python string."""
+    return "".join(
+        one.encode("unicode_escape").decode()
+        if (unicodedata.category(one) in ("Cc", "Cs") and one not in "\n\t") or one in TURNING
+        else one
+        for one in text
+    )
+
+
+class _Said(logging.Handler):
+    """What the library warns of, on the same way to the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the message alone."""
+        Console(stderr=True).print(record.getMessage(), highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -46,12 +95,19 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (RecipeError, DataError, RegistryError, ManifestError, BackboneError, LaunchError, NotFiniteError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        say(Console(stderr=True), "error:", str(error), "bold red")
         raise typer.Exit(2) from error
+
+
+def say(console: Console, label: str, text: str, style: str) -> None:
+    """One message behind a label in a style."""
+    console.print(Text.assemble((label, style), " ", text), highlight=False, soft_wrap=True)
 
 
 def _hush() -> None:
     """Silence three warnings that no user of this command can act on; to be called before these libraries load."""
+    if not (logger := logging.getLogger("llava_cmoe")).handlers:
+        logger.addHandler(_Said())
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # no kernels for 4-bit models on a CPU, asked for or not
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT to transformers
@@ -117,7 +173,7 @@ def show_check(console: Console, report: CheckReport, processor: Any) -> None:
 def list_problems(console: Console, title: str, problems: Sequence[Problem]) -> None:
     """The first problems, one a line, and how many more there are; one that many rows of a file have is told once."""
     if problems:
-        console.print(f"[bold]{title}[/]", highlight=False)
+        console.print(title, style="bold", highlight=False)
     alike: dict[tuple[Path, str], list[Problem]] = {}
     for problem in problems:
         alike.setdefault((problem.file, problem.reason), []).append(problem)

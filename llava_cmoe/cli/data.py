@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from llava_cmoe.cli.console import list_problems, show_check, unknown_scorers, user_errors
+from llava_cmoe.cli.console import Console, list_problems, show_check, unknown_scorers, user_errors
 from llava_cmoe.settings.values import MOST_PROCESSES
 
 app = typer.Typer(help="Make, or check, the folder of tasks that a run learns from.", no_args_is_help=True)

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 import yaml
-from rich.console import Console
 
-from llava_cmoe.cli.console import show, user_errors
+from llava_cmoe.cli.console import Console, show, user_errors
 from llava_cmoe.settings.recipes import load_recipe
 from llava_cmoe.settings.run import Recipe
 from llava_cmoe.settings.values import MOST_PROCESSES

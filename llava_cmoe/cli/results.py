@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from llava_cmoe.cli.console import NUM_LISTED, show, user_errors
+from llava_cmoe.cli.console import NUM_LISTED, Console, say, show, user_errors
 from llava_cmoe.settings.recipes import load_recipe
 
 app = typer.Typer()
@@ -69,7 +67,7 @@ def compare(
     if found.source:
         console.print(f"published: {found.source}", markup=False, highlight=False, soft_wrap=True)
     for warning in found.warnings:
-        console.print(f"[bold yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+        say(console, "warning:", warning, "bold yellow")
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "comparison.json").write_text(found.model_dump_json(indent=1) + "\n")
@@ -157,7 +155,7 @@ def export_command(
     console.print(f"In {to}: answers of {len(written)} cells", highlight=False, soft_wrap=True)
     if examined.results.subset or examined.results.recipe["data"].get("eval_rows"):
         note = "only a part of the questions was evaluated; the released scripts of ImageNet and ScienceQA expect all"
-        console.print(f"[bold yellow]warning:[/] {note}", highlight=False, soft_wrap=True)
+        say(console, "warning:", note, "bold yellow")
 
 
 @answers_app.command("import")

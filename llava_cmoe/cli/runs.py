@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from llava_cmoe.cli.console import show, user_errors
+from llava_cmoe.cli.console import Console, show, user_errors
 from llava_cmoe.settings.evaluation import EvaluationSettings
 from llava_cmoe.settings.recipes import parse_settings
 

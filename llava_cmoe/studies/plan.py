@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
-from rich.markup import escape
 from rich.table import Table
 
 from llava_cmoe.analyses.refit_locator import can_refit, expert_settings
@@ -226,5 +225,5 @@ def render(plans: Sequence[StudyPlan]) -> Table:
         variants = plan.study.all_variants()
         for run in plan.runs:
             learned = f"{run.num_learned} of {len(run.tasks)}"
-            table.add_row(run.name, learned, escape(" ".join(variants[run.variant])))
+            table.add_row(run.name, learned, " ".join(variants[run.variant]))
     return table
