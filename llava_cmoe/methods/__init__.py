@@ -7,6 +7,7 @@ from llava_cmoe.methods.hide import Hide
 from llava_cmoe.methods.joint import Joint
 from llava_cmoe.methods.lora_per_task import LoraPerTask
 from llava_cmoe.methods.lwf import Lwf
+from llava_cmoe.methods.moe_adapters import MoeAdapters
 from llava_cmoe.methods.moelora import MoeLora
 from llava_cmoe.methods.o_lora import OLora
 from llava_cmoe.methods.pmoe import Pmoe
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "lora_per_task": LoraPerTask,
     "hide": Hide,
     "moelora": MoeLora,
+    "moe_adapters": MoeAdapters,
     "pmoe": Pmoe,
     "r2moe": R2moe,
     "cmoe": Cmoe,

@@ -57,10 +57,12 @@ class TaskLocating:
         with torch.device("cpu"):  # also where the model has no weights
             return ledger.size_of(locator.fit(torch.randn(3, width), seed=0).values())
 
-    def learn_task(self, data: StageData) -> Learned:
-        """Fit the task's locator on the frozen model's features, and know the task from here on."""
+    def learn_task(self, data: StageData, feature_SD: Tensor | None = None) -> Learned:
+        """Fit the task's locator on the frozen model's features, read if not given, and know the task from here on."""
         began = time.monotonic()
-        fitted = self._locator.fit(self.features.of_rows(data.prompts, data.features), data.seed)
+        if feature_SD is None:
+            feature_SD = self.features.of_rows(data.prompts, data.features)
+        fitted = self._locator.fit(feature_SD, data.seed)
         # The one that is committed locates in all processes: fits on several GPUs may differ in their last bits.
         (location,) = broadcast_object_list([{name: tensor.cpu() for name, tensor in fitted.items()}])
         self.restore(location)
@@ -95,7 +97,11 @@ class TaskLocating:
 
     def locate(self, batch: Batch) -> Located:
         """The task whose model finds each prompt most familiar; per sample, once per prompt."""
-        return self._locator.locate(self.features.of(batch))
+        return self.locate_feature(self.features.of(batch))
+
+    def locate_feature(self, feature_BD: Tensor) -> Located:
+        """The same of prompts whose feature is known."""
+        return self._locator.locate(feature_BD)
 
     @contextmanager
     def _locating_in_passing(self, batch: Batch) -> Iterator[DeferredLocation]:

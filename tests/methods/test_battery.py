@@ -32,6 +32,7 @@ TRAINS: dict[str, list[str]] = {
     "lora_per_task": [LINEAR + OF_LINEARS],
     "hide": [LINEAR + OF_LINEARS],
     "moelora": [LINEAR + OF_LINEARS, LINEAR + r"router\.task_0"],
+    "moe_adapters": [BANK + OF_FFNS, BANK + r"router\.(weight|noise)"],
     "pmoe": [DEEP + OF_LINEARS, LAYER.replace(r"\d+", "1") + r"self_attn\.q_proj\.router\.weight"],
     "r2moe": [BANK + OF_FFNS, BANK + r"router\.delta"],
     "cmoe": [BANK + OF_FFNS, BANK + r"router\.task_{stage}"],
@@ -75,6 +76,14 @@ def of_moelora(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, 
     return trained, trained
 
 
+def of_moe_adapters(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    trained = settings.num_experts - settings.num_frozen * record.index  # of two tasks
+    found = (
+        trained * settings.rank * widths.ffn * widths.layers + 2 * settings.num_experts * widths.hidden * widths.layers
+    )
+    return found, found
+
+
 def of_pmoe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
     adapted = widths.deep if record.index else widths.lora  # the shallow adapter is the first task's
     trained = settings.rank * adapted + (record.index + 1) * widths.hidden
@@ -96,6 +105,7 @@ def of_cmoe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int
 
 FORMULAS: dict[str, Formula] = dict.fromkeys(TRAINS, of_adapter) | {
     "moelora": of_moelora,
+    "moe_adapters": of_moe_adapters,
     "pmoe": of_pmoe,
     "r2moe": of_r2moe,
     "cmoe": of_cmoe,

@@ -12,6 +12,7 @@ from llava_cmoe.settings.methods.hide import HideSettings
 from llava_cmoe.settings.methods.joint import JointSettings
 from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
 from llava_cmoe.settings.methods.lwf import LwfSettings
+from llava_cmoe.settings.methods.moe_adapters import MoeAdaptersSettings
 from llava_cmoe.settings.methods.moelora import MoeLoraSettings
 from llava_cmoe.settings.methods.o_lora import OLoraSettings
 from llava_cmoe.settings.methods.pmoe import PmoeSettings
@@ -31,6 +32,7 @@ MethodSettings = Annotated[
     | LoraPerTaskSettings
     | HideSettings
     | MoeLoraSettings
+    | MoeAdaptersSettings
     | PmoeSettings
     | R2moeSettings
     | CmoeSettings,
