@@ -151,7 +151,7 @@ def test_a_killed_bf16_run_ends_like_one_that_was_not(recipe_in: Make):
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize("method", ["ewc", "lwf", "o_lora", "pmoe", "r2moe"])
+@pytest.mark.parametrize("method", ["ewc", "lwf", "o_lora", "moe_adapters", "pmoe", "r2moe"])
 def test_what_a_method_keeps_of_earlier_tasks_comes_back_for_the_next_one(
     recipe_in: Make, lesson_of: Callable[[str], Lesson], method: str
 ):
