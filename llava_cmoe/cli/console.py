@@ -9,6 +9,7 @@ Imports wait until they are needed, as the commands' do.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import unicodedata
 import warnings
@@ -86,17 +87,28 @@ def user_errors() -> Iterator[None]:
 
     from llava_cmoe.backbones.loading import BackboneError
     from llava_cmoe.data.problems import DataError
+    from llava_cmoe.evaluation.log import LogError
     from llava_cmoe.provenance.invocations import ManifestError
     from llava_cmoe.registry.schema import RegistryError
     from llava_cmoe.training.finite import NotFiniteError
     from llava_cmoe.training.processes import LaunchError
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
+    of_files = (DataError, RegistryError, ManifestError, LogError, BackboneError)
     try:
         yield
-    except (RecipeError, DataError, RegistryError, ManifestError, BackboneError, LaunchError, NotFiniteError) as error:
-        say(Console(stderr=True), "error:", str(error), "bold red")
+    except (RecipeError, *of_files, LaunchError, NotFiniteError, OSError) as error:
+        say(Console(stderr=True), "error:", _reason(error), "bold red")
         raise typer.Exit(2) from error
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in one line where the system says it: a full disk, a read-only folder, a file for a folder."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    named = error.filename if error.filename2 is None else error.filename2
+    place = "" if named is None else f"{os.fsdecode(named) if isinstance(named, (str, bytes)) else named}: "
+    return f"{place}{error.strerror}; mend that and give the same command again, what was finished is kept"
 
 
 def say(console: Console, label: str, text: str, style: str) -> None:

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from llava_cmoe.evaluation.bootstrap import DESCRIPTION, accuracy_interval, metric_intervals
 from llava_cmoe.evaluation.eval_spec import EvalSpec, complete
-from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults, RunFacts, read_answers
+from llava_cmoe.evaluation.log import LocatorResults, LogError, Results, RouteResults, RunFacts, read_answers
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
 from llava_cmoe.evaluation.scorers import PROTOCOLS
 from llava_cmoe.evaluation.scorers.base import mean
@@ -38,7 +38,7 @@ def aggregate(
         cells.append(score_cell(eval_spec, *place))
         progress("scoring", number, len(places))
     if not cells:
-        raise ValueError(f"{eval_spec.folder}: no answers yet; evaluate the run first")
+        raise LogError(f"{eval_spec.folder}: no answers yet; evaluate the run first")
     last = max(cell.after for cell in cells)
     return Results(
         **facts.model_dump(),

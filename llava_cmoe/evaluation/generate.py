@@ -27,7 +27,7 @@ from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.evaluation.answer_end import PLAIN, answer_texts, end_arguments
-from llava_cmoe.evaluation.log import Answer, read_answers, write_answers
+from llava_cmoe.evaluation.log import Answer, LogError, read_answers, write_answers
 from llava_cmoe.evaluation.parts import Processes, read_parts, remove_parts, share_out
 from llava_cmoe.methods.base import DeferredLocation
 from llava_cmoe.records import Located
@@ -273,4 +273,4 @@ def greedy(model: PreTrainedModel, processor: Any, max_new_tokens: int) -> dict[
 def _refuse_foreign(found: Iterable[str], questions: EvalSet, path: Path) -> None:
     foreign = sorted(set(found).difference(questions.ids))
     if foreign:
-        raise ValueError(f"{path}: holds an answer to {foreign[0]!r}, which is not asked; delete it to generate again")
+        raise LogError(f"{path}: holds an answer to {foreign[0]!r}, which is not asked; delete it to generate again")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from llava_cmoe.evaluation.log import LogError
 from llava_cmoe.evaluation.scorers.base import Reference, Scorer, TaskScore
 
 
@@ -30,12 +31,12 @@ def score_by_id(
     missing = sorted(known.keys() - set(ids))
     for problem, found in (("doubled", doubled), ("unknown", unknown), ("missing", missing)):
         if found:
-            raise ValueError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); {fix}")
+            raise LogError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); {fix}")
     texts = dict(answers)
     try:
         return scorer([texts[question_id] for question_id in known], list(known.values()))
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise LogError(f"{source}: {error}") from error
 
 
 def _by_id(references: Iterable[Reference]) -> dict[str, Reference]:
@@ -43,5 +44,5 @@ def _by_id(references: Iterable[Reference]) -> dict[str, Reference]:
     for place, reference in enumerate(references):
         if known.setdefault(reference.id, reference) is not reference:
             first = list(known).index(reference.id)
-            raise ValueError(f"rows {first} and {place} that are scored have the same id {reference.id!r}; keep one")
+            raise LogError(f"rows {first} and {place} that are scored have the same id {reference.id!r}; keep one")
     return known

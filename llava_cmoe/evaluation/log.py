@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
 
 from llava_cmoe.evaluation.bootstrap import Interval
 from llava_cmoe.provenance.files import write_atomically
@@ -39,6 +39,8 @@ class Answer:
         failed: why the question could not be answered; None if it was.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
     id: str
     text: str
     located: int | None
@@ -54,23 +56,44 @@ class Answer:
         return json.dumps(document, ensure_ascii=False).encode() + b"\n"
 
 
-def read_answers(path: Path) -> list[Answer]:
-    """Read an answers file; a last line without its newline was cut by a kill and is left out.
+class LogError(ValueError):
+    """Answers or results that cannot be used as they are; the message names file, place and fix."""
+
+
+ANSWER = TypeAdapter(Answer)
+
+
+def read_answers(path: Path, at_work: bool = False) -> list[Answer]:
+    """Read an answers file.
+
+    Args:
+        path: of the file.
+        at_work: whether it is still written to: a last line without its newline was then cut by a kill, and is left
+            out.
 
     Raises:
-        ValueError: a finished line is not an answer (file and line are named).
+        LogError: a line is not an answer, or the last one is cut.
     """
     # Split at \n only: str.splitlines would also split at U+2028, which an answer may contain.
-    lines = path.read_bytes().split(b"\n")[:-1]
+    *lines, rest = path.read_bytes().split(b"\n")
+    if rest and not at_work:
+        lines.append(rest)
     answers = []
     for number, line in enumerate(lines, start=1):
         try:
-            answers.append(Answer(**parse_json(line)))
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: not an answer ({error}); delete the file to generate it again"
+            answers.append(_answer(line))
+        except ValueError as error:
+            raise LogError(
+                f"{path}:{number}: not an answer ({first_problem(error)}); delete the file to generate it again"
             ) from error
+    if rest and not at_work:
+        raise LogError(f"{path}:{len(lines)}: the file ends within this line; delete it to generate it again")
     return answers
+
+
+def _answer(line: bytes) -> Answer:
+    parse_json(line)
+    return ANSWER.validate_json(line)
 
 
 def write_answers(path: Path, answers: Iterable[Answer]) -> None:
@@ -228,11 +251,11 @@ def read_results(path: Path, bound: bool = True) -> Results:
         bound: whether one that the manifest does not name is an error; said in any case.
 
     Raises:
-        ValueError: not a results file of this format, or changed after it was written.
+        LogError: not a results file of this format, or changed after it was written.
     """
     if not (is_written := is_bound(path)):
         if bound and is_written is False:
-            raise ValueError(
+            raise LogError(
                 f"{path}: was changed after it was written; `llava-cmoe eval {path.parent}` or `llava-cmoe rescore "
                 f"{path.parent}` makes it again from the answers"
             )
@@ -243,7 +266,7 @@ def read_results(path: Path, bound: bool = True) -> Results:
         parse_json(content)
         return Results.model_validate_json(content)
     except ValueError as error:
-        raise ValueError(f"{path}: not a results file of format 1 or 2: {first_problem(error)}") from error
+        raise LogError(f"{path}: not a results file of format 1 or 2: {first_problem(error)}") from error
 
 
 def comparable(results: Results) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def share_out(
 
 def read_parts(path: Path, batch_size: int) -> dict[str, Answer]:
     """What all processes have answered so far, by id; of a batch computed twice the later answers stand."""
-    return {answer.id: answer for part in _parts(path, batch_size) for answer in read_answers(part)}
+    return {answer.id: answer for part in _parts(path, batch_size) for answer in read_answers(part, at_work=True)}
 
 
 def remove_parts(path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llava_cmoe.evaluation.log import (
     Answer,
+    LogError,
     Results,
     RouteResults,
     comparable,
@@ -66,7 +67,9 @@ def test_a_cut_last_line_is_left_out(tmp_path: Path, num_bytes_lost: int) -> Non
     answers = [Answer(str(number), "yes", 1, 0.5, "Is it?") for number in range(3)]
     write_answers(path, answers)
     os.truncate(path, path.stat().st_size - num_bytes_lost)
-    assert read_answers(path) == answers[:2]
+    assert read_answers(path, at_work=True) == answers[:2]
+    with pytest.raises(LogError, match="cut.jsonl:3: "):
+        read_answers(path)
 
 
 @pytest.mark.parametrize("line", ["{", '{"id": "1"}', "[]", '{"id": "1", "text": "", "answer": ""}'])
@@ -127,3 +130,22 @@ def test_times_inside_other_facts_are_left_out_too() -> None:
     slow, fast = ({"probe_seconds": value, "probe_parameters": 7} for value in (9.0, 1.0))
     assert comparable(make_results(recipe={"a": [slow]})) == comparable(make_results(recipe={"a": [fast]}))
     assert comparable(make_results(recipe={"a": [slow]}))["recipe"] == {"a": [{"probe_parameters": 7}]}
+
+
+@given(data=st.data())
+def test_whatever_is_damaged_in_an_answers_file_is_named_or_leaves_the_answers_as_they_are(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged.jsonl"
+    answers = [Answer(str(number), "ja, ü", 1, 0.5, "Is it?", None if number else "why") for number in range(3)]
+    write_answers(path, answers)
+    content = path.read_bytes()
+    place = data.draw(st.integers(0, len(content) - 1))
+    put = data.draw(st.binary(max_size=3) | st.sampled_from([b"\n", b'"', b"NaN", b"true", b"9" * 4400, b"[" * 9999]))
+    path.write_bytes(content[:place] + put + content[place + data.draw(st.integers(0, 40)) :])
+    try:
+        read = read_answers(path)
+    except LogError as error:
+        assert str(error).startswith(f"{path}:") and "\n" not in str(error)
+    else:
+        assert all(type(one.text) is type(one.prompt) is str and type(one.located) in (int, type(None)) for one in read)

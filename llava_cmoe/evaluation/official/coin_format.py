@@ -73,7 +73,7 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
             if accuracy is not None:
                 folder = to / task.name / eval_spec.sequence.names[j]
                 folder.mkdir(parents=True)
-                by_id = {answer.id: answer for answer in read_answers(eval_spec.answers_path(j, i, chosen))}
+                by_id = _answers_by_id(eval_spec, j, i, chosen)
                 lines = [
                     _line(by_id[name], ids[name], f"{results.run} after {results.tasks[j]}")
                     for name in ids
@@ -85,6 +85,19 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
                 )
                 written.append(folder / ANSWERS)
     return written
+
+
+def _answers_by_id(eval_spec: EvalSpec, after: int, task: int, route: RouteName) -> dict[str, Answer]:
+    """The answers of one cell, every question answered once."""
+    path, asked = eval_spec.answers_path(after, task, route), eval_spec.rows[eval_spec.sequence.names[task]]["id"]
+    answers = read_answers(path)
+    by_id = {answer.id: answer for answer in answers}
+    if by_id.keys() != set(asked) or len(by_id) < len(answers):
+        raise RegistryError(
+            f"{path}: holds {len(answers)} answers to {len(by_id)} questions, {len(set(asked))} were asked; "
+            "delete the file and ask again with `llava-cmoe eval`"
+        )
+    return by_id
 
 
 def _as_coin(results: Results, route: str, after: int, task: int) -> tuple[str, float | None]:

@@ -61,6 +61,17 @@ def test_the_same_run_is_exported_to_the_same_bytes(theirs: Path, lesson: Lesson
         assert (tmp_path / "again" / path.relative_to(theirs)).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize("kept", [lambda lines: lines[:-1], lambda lines: lines[:1], lambda lines: [*lines, lines[0]]])
+def test_answers_that_are_not_whole_do_not_go_out(
+    lesson: Lesson, tmp_path: Path, kept: Callable[[list[bytes]], list[bytes]]
+) -> None:
+    run = Path(shutil.copytree(lesson.recipe.run, tmp_path / "run"))
+    path = run / "answers/after_02/colours.located.jsonl"
+    path.write_bytes(b"".join(kept(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(RegistryError, match=r"colours.located.jsonl: holds \d answers to \d questions, 6 were asked"):
+        export_answers(open_examined(run), tmp_path / "out")
+
+
 def test_numbers_in_the_data_are_numbers_in_the_answers(
     lesson: Lesson, tiny_data: Path, tmp_path: Path, asked: Recipe
 ) -> None:
