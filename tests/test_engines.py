@@ -34,7 +34,7 @@ LIMIT = 300
 """Seconds after which a launch counts as hanging; it takes some 15 on two cores."""
 
 Make = Callable[..., Recipe]
-REFUSED = ("ewc", "lwf", "o_lora", "r2moe")
+REFUSED = ("ewc", "lwf", "o_lora", "reg_lora", "r2moe")
 """Methods that need whole weights, which ZeRO-3 spreads."""
 Case = tuple[str, tuple[str, ...]]
 """A method and overrides of its recipe."""

@@ -45,6 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ewc": LORA,
     "lwf": LORA,
     "o_lora": LORA,
+    "reg_lora": LORA,
     "lora_per_task": {**LORA, "locator": LOCATOR},
     "hide": LORA,  # one layer sums, one mixes
     "moelora": {"rank": 8, "alpha": 16, "num_experts": 4},

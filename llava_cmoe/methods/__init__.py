@@ -12,6 +12,7 @@ from llava_cmoe.methods.moelora import MoeLora
 from llava_cmoe.methods.o_lora import OLora
 from llava_cmoe.methods.pmoe import Pmoe
 from llava_cmoe.methods.r2moe import R2moe
+from llava_cmoe.methods.reg_lora import RegLora
 from llava_cmoe.methods.replay import Replay
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.methods.zero_shot import ZeroShot
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "ewc": Ewc,
     "lwf": Lwf,
     "o_lora": OLora,
+    "reg_lora": RegLora,
     "lora_per_task": LoraPerTask,
     "hide": Hide,
     "moelora": MoeLora,

@@ -81,10 +81,10 @@ class OLora(Method):
     def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:
         """All adapters in the sum, and the penalty on what the new one shares with the others."""
         with self.answering(batch):
-            yield lambda output: self.settings.orthogonal_weight * self.overlap(output)
+            yield self.penalty
 
-    def overlap(self, output: ModelOutput) -> Tensor:
-        """Sum over linears and earlier tasks of |A_t A_i^T|, entry by entry; a scalar."""
+    def penalty(self, output: ModelOutput) -> Tensor | float:
+        """The weighted sum over linears and earlier tasks of |A_t A_i^T|, entry by entry; a scalar."""
         del output
         terms = [torch.zeros((), device=self.model.device)]
         for bank in self.host.banks.values():
@@ -92,7 +92,7 @@ class OLora(Method):
                 if stack.frozen is not None and stack.trainable is not None:
                     product_FR = stack.frozen.A.flatten(0, 1) @ stack.trainable.A.flatten(0, 1).mT
                     terms.append(product_FR.abs().sum())
-        return torch.stack(terms).sum()
+        return self.settings.orthogonal_weight * torch.stack(terms).sum()
 
     def after_task(self, data: StageData) -> Learned:
         """Freeze the adapter for good."""

@@ -17,6 +17,7 @@ from llava_cmoe.settings.methods.moelora import MoeLoraSettings
 from llava_cmoe.settings.methods.o_lora import OLoraSettings
 from llava_cmoe.settings.methods.pmoe import PmoeSettings
 from llava_cmoe.settings.methods.r2moe import R2moeSettings
+from llava_cmoe.settings.methods.reg_lora import RegLoraSettings
 from llava_cmoe.settings.methods.replay import ReplaySettings
 from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
 from llava_cmoe.settings.methods.zero_shot import ZeroShotSettings
@@ -29,6 +30,7 @@ MethodSettings = Annotated[
     | EwcSettings
     | LwfSettings
     | OLoraSettings
+    | RegLoraSettings
     | LoraPerTaskSettings
     | HideSettings
     | MoeLoraSettings
