@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from llava_cmoe.data.encoding import PromptRows
@@ -60,15 +61,28 @@ class FeatureStore:
             return kept_SD
         feature_SD = read()
         if main:
-            write_atomically(path, save({NAME: feature_SD.cpu().contiguous()}, metadata={"made_by": facts}))
+            told = {"made_by": facts, "sha256": _hash(feature_SD)}
+            write_atomically(path, save({NAME: feature_SD.cpu().contiguous()}, metadata=told))
         return feature_SD
 
 
 def _kept(path: Path) -> Tensor | None:
+    why: object = "its bytes are not those that were written"
     try:
-        return load_file(path)[NAME]
+        with safe_open(path, "pt") as file:
+            feature_SD: Tensor = file.get_tensor(NAME)
+            if (file.metadata() or {}).get("sha256") == _hash(feature_SD):
+                return feature_SD
     except FileNotFoundError:
         return None
     except SafetensorError as error:
-        logger.warning("%s: damaged (%s), its features are read from the model again", path, error)
-        return None
+        why = error
+    logger.warning("%s: damaged (%s), its features are read from the model again", path, why)
+    return None
+
+
+def _hash(feature_SD: Tensor) -> str:
+    """Of the features' kind, shape and bytes."""
+    plain_SD = feature_SD.detach().cpu().contiguous()
+    kind = f"{plain_SD.dtype} {tuple(plain_SD.shape)} ".encode()
+    return hashlib.sha256(kind + plain_SD.view(torch.uint8).numpy().tobytes()).hexdigest()

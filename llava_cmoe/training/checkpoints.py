@@ -1,7 +1,7 @@
 """Checkpoints inside a stage: what is trained, the optimizer, the order of rows and random states, per process.
 
     runs/NAME/trainer/03_imagenet/training/checkpoint-400/    the Trainer's or DeepSpeed's files, without frozen weights
-                                           complete.json      written last: what started it
+                                           complete.json      written last: what started it, and a hash per file
 
 They are scaffolding. What was learned is the registry's, and the folder is deleted once the stage is committed. Other
 than the registry's, these files hold optimizer states in PyTorch's own format, of which only values are read
@@ -26,7 +26,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from llava_cmoe.experts.ledger import trained_parameters
-from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.provenance.files import sync, write_atomically
+from llava_cmoe.provenance.fingerprints import fingerprint_each
+from llava_cmoe.settings.plain_json import parse_json
 from llava_cmoe.training.safe_loading import foreign_contents, values_alone
 
 logger = logging.getLogger(__name__)
@@ -102,18 +104,27 @@ class _Complete(TrainerCallback):
         processes = PartialState()
         processes.wait_for_everyone()
         if processes.is_main_process:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
-            write_atomically(path, json.dumps(self._origin).encode())
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", self._origin)
         processes.wait_for_everyone()
+
+
+def mark_complete(checkpoint: Path, origin: dict[str, Any]) -> None:
+    """Put on record what left a checkpoint and what its files hold, once they are on the disk."""
+    files = _files(checkpoint)
+    for path in files:
+        sync(path)
+    mark = {"origin": origin, "files": fingerprint_each(files, checkpoint)}
+    write_atomically(checkpoint / COMPLETE, json.dumps(mark).encode())
 
 
 def last_complete(folder: Path, origin: dict[str, Any]) -> Path | None:
     """The newest of the complete checkpoints that were left by the same recipe, number of processes and engine.
 
-    One that holds more than values was not left by this program, and is none of them.
+    One that holds more than values, or other files than were written, is none of them.
     """
-    complete = [path for path in folder.glob("checkpoint-*") if _origin_of(path) == origin and _is_own(path)]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    left = [path for path in folder.glob("checkpoint-*") if _origin_of(path) == origin]
+    newest_first = sorted(left, key=lambda path: (len(path.name), path.name), reverse=True)
+    return next((path for path in newest_first if _is_own(path) and _is_whole(path)), None)
 
 
 def remove_others(folder: Path, origin: dict[str, Any]) -> None:
@@ -134,11 +145,38 @@ def _is_own(checkpoint: Path) -> bool:
     return not foreign
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds what was written; a flipped bit of a moment would train something else, silently."""
+    written, found = _mark_of(checkpoint)["files"], fingerprint_each(_files(checkpoint), checkpoint)
+    changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    if changed:
+        logger.warning("%s is not gone on from, its %s is not what was written", checkpoint, changed[0])
+    return not changed
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return [path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE]
+
+
 def _origin_of(checkpoint: Path) -> dict[str, Any] | None:
     """What left a checkpoint; None for one that was not finished."""
-    path = checkpoint / COMPLETE
-    left: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
-    return left
+    origin: dict[str, Any] | None = _mark_of(checkpoint)["origin"]
+    return origin
+
+
+def _mark_of(checkpoint: Path) -> dict[str, Any]:
+    """What `mark_complete` wrote; nothing where it is damaged, or of an older version without hashes."""
+    nothing: dict[str, Any] = {"origin": None, "files": {}}
+    try:
+        mark = parse_json((checkpoint / COMPLETE).read_bytes())
+    except FileNotFoundError:
+        return nothing
+    except ValueError:
+        mark = None
+    if isinstance(mark, dict) and all(isinstance(mark.get(key), dict) for key in nothing):
+        return mark
+    logger.warning("%s is not gone on from, its %s has no hashes or is damaged", checkpoint, COMPLETE)
+    return nothing
 
 
 def _forgive(frozen: set[str], module: nn.Module, incompatible: Any) -> None:

@@ -76,6 +76,22 @@ def test_a_damaged_file_is_read_again_and_mended(tmp_path: Path, prompts: Prompt
     assert file.read_bytes() == whole
 
 
+def test_no_flipped_bit_gives_other_features(tmp_path: Path, prompts: PromptRows):
+    model, folder = Model(), tmp_path / "new"
+    store(folder).features(prompts, {}, model.read)
+    (file,) = folder.iterdir()
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 1 if len(whole) < 500 else 7):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        assert torch.equal(store(folder).features(prompts, {}, model.read), READ)
+    for place in range(len(whole) - READ.nbytes, len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        asked = model.asked
+        assert torch.equal(store(folder).features(prompts, {}, model.read), READ) and model.asked == asked + 1
+
+
 def rows(tmp_path: Path, question: str = "Which?", answer: str = "red", colour: str = "red", name: str = "x.png"):
     Image.new("RGB", (8, 6), colour).save(tmp_path / name)
     turns = [{"role": "user", "text": question}, {"role": "assistant", "text": answer}]

@@ -1,7 +1,6 @@
 """Nothing that lies in a run folder is run: a checkpoint with more than values is not gone on from."""
 
 import io
-import json
 import os
 import pickle
 import zipfile
@@ -12,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llava_cmoe.training.checkpoints import COMPLETE, last_complete
+from llava_cmoe.training.checkpoints import COMPLETE, last_complete, mark_complete
 from llava_cmoe.training.safe_loading import DEEPSPEED, FORBIDDEN, FORCED, foreign_contents, values_alone
 
 ORIGIN = {"processes": 1}
@@ -78,7 +79,7 @@ def complete(folder: Path, number: int) -> Path:
     (checkpoint / f"global_step{number}").mkdir(parents=True)
     torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "groups": [{"lr": 1e-3}]}, checkpoint / "optimizer.pt")
     torch.save({"numpy": np.random.RandomState(0).get_state(), "cpu": torch.ones(2)}, checkpoint / "rng_state.pth")
-    (checkpoint / COMPLETE).write_text(json.dumps(ORIGIN))
+    mark_complete(checkpoint, ORIGIN)
     return checkpoint
 
 
@@ -130,3 +131,25 @@ def test_what_deepspeed_writes_is_read(tmp_path: Path) -> None:
         read = torch.load(tmp_path / "global_step5/zero_pp_rank_0_mp_rank_00_optim_states.pt", weights_only=False)
     assert (read["scaler"].loss_scale, read["stage"], read["at"]) == (2.0, ZeroStageEnum.gradients, states["at"])
     assert len(DEEPSPEED) == len(states)
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_a_checkpoint_that_was_damaged_is_not_gone_on_from(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("stage")
+    whole, damaged = complete(folder, 95), complete(folder, 105)
+    assert last_complete(folder, ORIGIN) == damaged
+    file = data.draw(st.sampled_from(["optimizer.pt", "rng_state.pth", COMPLETE, "scheduler.pt"]))
+    match data.draw(st.sampled_from(["flip", "cut", "delete"])):
+        case _ if file == "scheduler.pt":
+            (damaged / file).write_bytes((damaged / "optimizer.pt").read_bytes())  # one that nobody wrote
+        case "delete":
+            (damaged / file).unlink()
+        case how:
+            content = bytearray((damaged / file).read_bytes())
+            place = data.draw(st.integers(0, len(content) - 1))
+            content[place] ^= 1 << data.draw(st.integers(0, 7))
+            (damaged / file).write_bytes(content if how == "flip" else content[:place])
+    assert last_complete(folder, ORIGIN) == whole
