@@ -10,6 +10,7 @@ from llava_cmoe.methods.lwf import Lwf
 from llava_cmoe.methods.moe_adapters import MoeAdapters
 from llava_cmoe.methods.moelora import MoeLora
 from llava_cmoe.methods.o_lora import OLora
+from llava_cmoe.methods.patch_routing import PatchRouting
 from llava_cmoe.methods.pmoe import Pmoe
 from llava_cmoe.methods.r2moe import R2moe
 from llava_cmoe.methods.reg_lora import RegLora
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "hide": Hide,
     "moelora": MoeLora,
     "moe_adapters": MoeAdapters,
+    "patch_routing": PatchRouting,
     "pmoe": Pmoe,
     "r2moe": R2moe,
     "cmoe": Cmoe,

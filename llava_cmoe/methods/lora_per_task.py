@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,11 @@ class LoraPerTask(Method):
     """One adapter per task; task t's is expert t of every linear."""
 
     host: ExpertHost
+    routers: dict[str, Any]
+    """By site, of whatever kind: they say whose experts take part."""
     locates = True
+    num_new = 1
+    """Experts that a task adds to every site."""
 
     def __init__(self, settings: LoraPerTaskSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Make room for adapters beside every linear of the LLM's attention and FFNs."""
@@ -69,7 +74,7 @@ class LoraPerTask(Method):
         """Add the task's adapter."""
         del fit
         self.grow(data.seed)
-        return Growth(dict.fromkeys(self.host.banks, 1))
+        return Growth(dict.fromkeys(self.host.banks, self.num_new))
 
     def grow(self, seed: int) -> None:
         """An adapter as LoRA begins: A random, B zero."""
@@ -91,11 +96,12 @@ class LoraPerTask(Method):
         self.host.freeze()
         location = self.locating.learn_task(data)
         facts = {"trainable_parameters": trained.total.parameters, **location.facts}
-        return Learned({"experts": state.experts, **location.tensors}, facts, location.seconds)
+        routers = {"routers": state.routers} if state.routers else {}
+        return Learned({"experts": state.experts, **routers, **location.tensors}, facts, location.seconds)
 
     def restore(self, tensors: Tensors) -> None:
         """Add the next task's adapter and locator as they were committed."""
-        restore(self.host.banks, TaskState(tensors["experts"], {}))
+        restore(self.host.banks, TaskState(tensors["experts"], tensors.get("routers", {})))
         self.host.freeze()
         self.locating.restore(dict(tensors["locator"]))
 

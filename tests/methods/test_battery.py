@@ -34,6 +34,7 @@ TRAINS: dict[str, list[str]] = {
     "hide": [LINEAR + OF_LINEARS],
     "moelora": [LINEAR + OF_LINEARS, LINEAR + r"router\.task_0"],
     "moe_adapters": [BANK + OF_FFNS, BANK + r"router\.(weight|noise)"],
+    "patch_routing": [BANK + OF_FFNS, BANK + r"router\.(keys|into|out_of)_{stage}"],
     "pmoe": [DEEP + OF_LINEARS, LAYER.replace(r"\d+", "1") + r"self_attn\.q_proj\.router\.weight"],
     "r2moe": [BANK + OF_FFNS, BANK + r"router\.delta"],
     "cmoe": [BANK + OF_FFNS, BANK + r"router\.task_{stage}"],
@@ -85,6 +86,12 @@ def of_moe_adapters(widths: Widths, settings: Any, record: TaskRecord) -> tuple[
     return found, found
 
 
+def of_patch_routing(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    rows = settings.num_new + 2 * settings.condition_rank
+    trained = (settings.num_new * settings.rank * widths.ffn + rows * widths.hidden) * widths.layers
+    return trained, trained
+
+
 def of_pmoe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
     adapted = widths.deep if record.index else widths.lora  # the shallow adapter is the first task's
     trained = settings.rank * adapted + (record.index + 1) * widths.hidden
@@ -107,6 +114,7 @@ def of_cmoe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int
 FORMULAS: dict[str, Formula] = dict.fromkeys(TRAINS, of_adapter) | {
     "moelora": of_moelora,
     "moe_adapters": of_moe_adapters,
+    "patch_routing": of_patch_routing,
     "pmoe": of_pmoe,
     "r2moe": of_r2moe,
     "cmoe": of_cmoe,

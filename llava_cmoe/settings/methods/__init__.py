@@ -15,6 +15,7 @@ from llava_cmoe.settings.methods.lwf import LwfSettings
 from llava_cmoe.settings.methods.moe_adapters import MoeAdaptersSettings
 from llava_cmoe.settings.methods.moelora import MoeLoraSettings
 from llava_cmoe.settings.methods.o_lora import OLoraSettings
+from llava_cmoe.settings.methods.patch_routing import PatchRoutingSettings
 from llava_cmoe.settings.methods.pmoe import PmoeSettings
 from llava_cmoe.settings.methods.r2moe import R2moeSettings
 from llava_cmoe.settings.methods.reg_lora import RegLoraSettings
@@ -35,6 +36,7 @@ MethodSettings = Annotated[
     | HideSettings
     | MoeLoraSettings
     | MoeAdaptersSettings
+    | PatchRoutingSettings
     | PmoeSettings
     | R2moeSettings
     | CmoeSettings,
