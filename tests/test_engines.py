@@ -109,6 +109,8 @@ def together(make: Make, tiny_data: Path) -> Callable[[str], dict[Case, Recipe]]
         # Under ZeRO-3 the one whose router decides for other modules; what all of them share is the others' cases.
         holds = {"ddp": list(BASELINES), "zero2": list(BASELINES), "zero3": ["pmoe"]}.get(engine, [])
         cases += [(name, (*two_tasks, *BASELINES[name])) for name in holds]
+        if engine == "zero2":  # the others differ from these in what they do after training
+            cases += [(name, two_tasks) for name in ("care", "patch_routing")]
         if engine == "zero3":  # a process's few tokens cannot choose all experts: who waits for one that is not used?
             cases.append(("cmoe", ("method.experts.num_first=4", "method.experts.top_k=1")))
         if engine == "zero2":

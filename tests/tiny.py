@@ -50,6 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hide": LORA,  # one layer sums, one mixes
     "moelora": {"rank": 8, "alpha": 16, "num_experts": 4},
     "moe_adapters": {**LORA, "num_experts": 6, "locator": {**LOCATOR, "kind": "autoencoder"}},
+    "care": {**LORA, "num_classes": 3},
     "patch_routing": {**LORA, "condition_rank": 2, "locator": LOCATOR},
     "pmoe": {**LORA, "depth": 0.5, "replay": 0.1},  # one layer is shallow, one is deep
     "r2moe": {**LORA, "remove_below": 0.156},  # of the second task's two experts one goes

@@ -1,6 +1,7 @@
 """One file per method, and the table that finds it by the name a recipe gives."""
 
 from llava_cmoe.methods.base import Method
+from llava_cmoe.methods.care import Care
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.methods.ewc import Ewc
 from llava_cmoe.methods.hide import Hide
@@ -32,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
     "hide": Hide,
     "moelora": MoeLora,
     "moe_adapters": MoeAdapters,
+    "care": Care,
     "patch_routing": PatchRouting,
     "pmoe": Pmoe,
     "r2moe": R2moe,

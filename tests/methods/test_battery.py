@@ -34,6 +34,7 @@ TRAINS: dict[str, list[str]] = {
     "hide": [LINEAR + OF_LINEARS],
     "moelora": [LINEAR + OF_LINEARS, LINEAR + r"router\.task_0"],
     "moe_adapters": [BANK + OF_FFNS, BANK + r"router\.(weight|noise)"],
+    "care": [BANK + OF_FFNS, BANK + r"router\.(perceptron|router)_{stage}"],
     "patch_routing": [BANK + OF_FFNS, BANK + r"router\.(keys|into|out_of)_{stage}"],
     "pmoe": [DEEP + OF_LINEARS, LAYER.replace(r"\d+", "1") + r"self_attn\.q_proj\.router\.weight"],
     "r2moe": [BANK + OF_FFNS, BANK + r"router\.delta"],
@@ -86,6 +87,12 @@ def of_moe_adapters(widths: Widths, settings: Any, record: TaskRecord) -> tuple[
     return found, found
 
 
+def of_care(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    rows = settings.num_classes + record.index + 1
+    trained = (2 * settings.rank * widths.ffn + rows * widths.hidden) * widths.layers  # the shared expert, too
+    return trained, trained
+
+
 def of_patch_routing(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
     rows = settings.num_new + 2 * settings.condition_rank
     trained = (settings.num_new * settings.rank * widths.ffn + rows * widths.hidden) * widths.layers
@@ -114,6 +121,7 @@ def of_cmoe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int
 FORMULAS: dict[str, Formula] = dict.fromkeys(TRAINS, of_adapter) | {
     "moelora": of_moelora,
     "moe_adapters": of_moe_adapters,
+    "care": of_care,
     "patch_routing": of_patch_routing,
     "pmoe": of_pmoe,
     "r2moe": of_r2moe,

@@ -27,7 +27,18 @@ from llava_cmoe.registry.store import Registry
 from llava_cmoe.runs.stage import stage_data
 from llava_cmoe.training.order import NumberedRows
 
-FREEZES = {"o_lora", "reg_lora", "lora_per_task", "hide", "moe_adapters", "patch_routing", "pmoe", "r2moe", "cmoe"}
+FREEZES = {
+    "o_lora",
+    "reg_lora",
+    "lora_per_task",
+    "hide",
+    "moe_adapters",
+    "care",
+    "patch_routing",
+    "pmoe",
+    "r2moe",
+    "cmoe",
+}
 """Methods whose tasks leave something that no later task may change."""
 LOCATES = {"lora_per_task", "hide", "moe_adapters", "patch_routing", "pmoe", "cmoe"}
 BY_TASK = {"lora_per_task", "patch_routing", "cmoe"}

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from llava_cmoe.settings.methods.care import CareSettings
 from llava_cmoe.settings.methods.cmoe import CmoeSettings
 from llava_cmoe.settings.methods.ewc import EwcSettings
 from llava_cmoe.settings.methods.hide import HideSettings
@@ -36,6 +37,7 @@ MethodSettings = Annotated[
     | HideSettings
     | MoeLoraSettings
     | MoeAdaptersSettings
+    | CareSettings
     | PatchRoutingSettings
     | PmoeSettings
     | R2moeSettings
