@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,13 @@ CHAT_TEMPLATE = (
     "{% elif add_generation_prompt or not loop.last %}{{ ' ASSISTANT:' }}{% endif %}{% endfor %}"
 )
 """Vicuna v1, as LLaVA-1.5 was trained with it: its system sentence, and the end token right behind an answer."""
+
+
+NO_TENSORS = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(AssertionError, struct.error, OverflowError, MemoryError),
+)
+"""What PyTorch's reader of pickles raises for a file that is none, a text for example."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +206,9 @@ def _load_projector(file: Path) -> Mapping[str, Tensor]:
         given = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BackboneError(f"{file}: cannot read the file ({error.strerror})") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise BackboneError(f"{file}: not a file of tensors alone, as torch.save writes them: {error}") from error
+    except NO_TENSORS as error:
+        reason = " ".join(str(error).split())
+        raise BackboneError(f"{file}: not a file of tensors alone, as torch.save writes them: {reason}") from error
     if not isinstance(given, dict) or not all(isinstance(tensor, Tensor) for tensor in given.values()):
         raise BackboneError(f"{file}: not tensors by name; give LLaVA's mm_projector.bin")
     return given

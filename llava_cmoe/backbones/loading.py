@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
@@ -147,6 +148,8 @@ def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConf
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except SafetensorError as error:
+        raise BackboneError(f"{folder}: its weights are damaged ({error}); copy or download them again") from error
     except ValueError as error:
         if "attention implementation" not in str(error):
             raise

@@ -1,12 +1,16 @@
 """LLaVA's own layout becomes the model that its parts are, put together by hand; what does not fit is named."""
 
+import io
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from commands import refused, type_in
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from original import PATCH, SIDE, VOCABULARY, WIDTH, write_parts
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,8 +22,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from llava_cmoe.backbones.conversion import convert
-from llava_cmoe.backbones.loading import Backbone, load_backbone
+from llava_cmoe.backbones.conversion import _load_projector, convert
+from llava_cmoe.backbones.loading import Backbone, BackboneError, load_backbone
 from llava_cmoe.data.conversation import encode_prompt, encode_sample, split
 from llava_cmoe.settings.backbone import BackboneSettings
 
@@ -195,3 +199,32 @@ def test_a_part_that_cannot_be_used_is_named(parts: Path, tmp_path: Path):
     assert "no *.safetensors, and other weights are not read" in refused(*words(parts, tmp_path, llm=pickled))
     (pickled / "tokenizer.json").unlink()
     assert "its tokenizer cannot be loaded" in refused(*words(parts, tmp_path, llm=pickled))
+
+
+def saved(zipped: bool) -> bytes:
+    stream = io.BytesIO()
+    torch.save({"mm_projector.0.weight": torch.ones(3, 3)}, stream, _use_new_zipfile_serialization=zipped)
+    return stream.getvalue()
+
+
+PICKLED = st.lists(st.sampled_from(list(b"abgIJKLMNOPQRSTUVX()012.\n}]{[tues\x80\x81\x85")), max_size=40).map(bytes)
+TEXTS = st.text(max_size=60).map(str.encode) | st.just(b"version https://git-lfs.github.com/spec/v1\n")
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_whatever_is_no_projector_is_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    file = tmp_path_factory.getbasetemp() / "projector.bin"
+    content = bytearray(saved(data.draw(st.booleans())))
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=3)):
+        content[place] = data.draw(st.integers(0, 255))
+    file.write_bytes(
+        data.draw(TEXTS | PICKLED | st.just(bytes(content)) | st.integers(0, 99).map(lambda n: content[:n]))
+    )
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            assert all(isinstance(one, torch.Tensor) for one in _load_projector(file).values())
+        except BackboneError as error:
+            assert str(error).startswith(f"{file}: not ") and "\n" not in str(error)

@@ -167,3 +167,13 @@ def test_bare_tokenizer_is_no_processor(folder):
         (folder / name).unlink(missing_ok=True)
     with pytest.raises(BackboneError, match="processor"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda whole: whole[:-9], lambda whole: b"\xff" + whole[1:], lambda whole: b"text\n"]
+)
+def test_damaged_weights_are_named(folder, damage):
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(damage(weights.read_bytes()))
+    with pytest.raises(BackboneError, match="its weights are damaged"):
+        load(folder)
