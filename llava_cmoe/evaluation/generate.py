@@ -163,14 +163,14 @@ def generate_answers(
         if route.name == "located" and method.answers_by_task:
             locate = partial(answer_or_record, partial(locate_batch, eval_model, questions), questions)
             beside = path.with_name(f"{path.name}.locating")
-            share(beside, range(len(ids)), locate, progress=partial(progress, "locating"))
+            share(beside, longest_first(questions.texts), locate, progress=partial(progress, "locating"))
             verdicts = read_parts(beside, batch_size)
             route = replace(route, found={sample_id: verdict.located for sample_id, verdict in verdicts.items()})
         given = known()
         keys = [(sample_id, route.task_of(sample_id) if method.locates else None) for sample_id in ids]
         answers = {key[0]: given[key] for key in keys if key in given}
         answers |= {sample_id: verdict for sample_id, verdict in verdicts.items() if verdict.failed is not None}
-        left = [index for index, sample_id in enumerate(ids) if sample_id not in answers]
+        left = [index for index in longest_first(questions.texts) if ids[index] not in answers]
         answer = partial(answer_or_record, partial(answer_batch, eval_model, questions, route=route), questions)
         share(path, left, answer, progress=partial(progress, route.name))
         if processes.is_main_process:
@@ -180,6 +180,11 @@ def generate_answers(
         _refuse_foreign((answer.id for answer in read_answers(path)), questions, path)
         remove_parts(path)
     processes.wait_for_everyone()  # nobody reads the file before it is there
+
+
+def longest_first(texts: Sequence[str]) -> list[int]:
+    """Places of texts by falling length: batch mates need little padding, and a batch that is too long fails at once."""
+    return sorted(range(len(texts)), key=lambda place: -len(texts[place]))
 
 
 def answer_or_record(ask: AskBatch, questions: EvalSet, batch: Sequence[int]) -> list[Answer]:
