@@ -183,7 +183,7 @@ def generate_answers(
 
 
 def longest_first(texts: Sequence[str]) -> list[int]:
-    """Places of texts by falling length: batch mates need little padding, and a batch that is too long fails at once."""
+    """Places of texts by falling length: batch mates need little padding, and one too long for memory fails first."""
     return sorted(range(len(texts)), key=lambda place: -len(texts[place]))
 
 
