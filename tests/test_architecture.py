@@ -124,7 +124,7 @@ def methods_asked_for(tree: ast.Module) -> Iterator[str]:
     for node in ast.walk(tree):
         match node:
             case ast.ImportFrom(module=str(module)) if re.fullmatch(
-                r"llava_cmoe\.methods\.(?!base$)\w+|llava_cmoe\.settings\.methods\.\w+", module
+                r"llava_cmoe\.methods\.(?!base$|catalogue$)\w+|llava_cmoe\.settings\.methods\.\w+", module
             ):
                 yield f"line {node.lineno}: imports {module}"
             case ast.Compare(left=left, comparators=others) if any(

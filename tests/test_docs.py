@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import type_in
 from official_files import write_answers
 from original import write_parts
 from pydantic import BaseModel
@@ -30,6 +31,7 @@ from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.evaluation.scorers import PROTOCOLS
 from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method, StageData
+from llava_cmoe.methods.catalogue import catalogue, markdown
 from llava_cmoe.planning.estimate import Budget
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, readme_markdown
@@ -307,6 +309,17 @@ def test_generated_parts_are_what_the_committed_json_gives():
     assert generated(REPOSITORY / "README.md", "headline") == readme_markdown(headline) + "\n"
 
 
+def test_the_list_of_methods_is_that_of_the_code():
+    cards = catalogue()
+    assert generated(REPOSITORY / "docs/methods.md", "catalogue") == markdown(cards) + "\n"
+    assert [card.name for card in cards] == list(METHODS)
+    assert all("costs" in vars(method) for method in METHODS.values())  # of its own, not of the one that it extends
+    whole = {"ewc", "lwf", "o_lora", "reg_lora", "r2moe"}
+    assert {card.name for card in cards if "ZeRO-3" not in card.engines} == whole
+    shown = type_in("methods").output
+    assert all(card.name in shown for card in cards)
+
+
 def test_the_tree_lists_every_room_once_in_the_order_of_imports():
     listing = generated(REPOSITORY / "README.md", "rooms").strip("`\n").splitlines()
     lines = [re.fullmatch(r"  (\w+)(/|\.py) {2,}(\S.*)", line).groups() for line in listing[1:]]  # type: ignore[union-attr]
@@ -397,7 +410,7 @@ def test_the_contract_on_the_page_is_that_of_the_code():
     members = {name for name in {**vars(Method), **get_annotations(Method)} if not name.startswith("_")} | {"__init__"}
     assert sorted(name for name, _ in stated) == sorted(members - {"model", "processor"})
     for name, given in stated:
-        member = getattr(Method, name)
+        member = getattr(Method, name, None)
         if callable(member):
             parameters = [one.partition("=")[0] for one in given.split(", ")]
             assert parameters == [one for one in signature(member).parameters if one != "self"], name

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from llava_cmoe.cli import data, learning, results, runs
+from llava_cmoe.cli import data, learning, methods, results, runs
 
 app = typer.Typer(
     help="Teach a vision-language LLM one task after another without forgetting the earlier ones. Start with `demo`.",
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(learning.app)
+app.add_typer(methods.app)
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app)
 app.add_typer(results.app)

@@ -118,6 +118,23 @@ class PlannedFit:
     also_stored: Size = field(default_factory=Size)
 
 
+@dataclass(frozen=True)
+class Costs:
+    """What a method takes, in words and formulas for people.
+
+    In formulas r is the rank, I and O are the widths of a linear, D is that of the hidden state, T the tasks so far.
+
+    Attributes:
+        trained: parameters that a task trains.
+        stored: what a task's directory holds.
+        answer: what an answer computes beyond the base model.
+    """
+
+    trained: str
+    stored: str
+    answer: str
+
+
 class Method(ABC):
     """One way to learn a sequence of tasks on a frozen backbone.
 
@@ -127,6 +144,7 @@ class Method(ABC):
         host: the banks that hold its experts; None for a method without.
         locates: whether `answering` finds the task of a prompt by itself; without it all tasks are answered alike.
         uses_past: whether it learns from rows of earlier tasks.
+        costs: what it takes.
     """
 
     model: PreTrainedModel
@@ -134,6 +152,7 @@ class Method(ABC):
     host: ExpertHost | None = None
     locates: ClassVar[bool] = False
     uses_past: ClassVar[bool] = False
+    costs: ClassVar[Costs]
 
     @abstractmethod
     def __init__(self, settings: Any, model: PreTrainedModel, processor: Processor, seed: int) -> None:

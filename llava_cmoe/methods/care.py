@@ -30,7 +30,7 @@ from llava_cmoe.experts.routers.bi_level import BiLevelRouter
 from llava_cmoe.experts.stack import LoraPair
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
-from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, FitFn, Method, PlannedFit, StageData, Tensors
+from llava_cmoe.methods.base import Costs, DeferredLocation, ExtraLoss, FitFn, Method, PlannedFit, StageData, Tensors
 from llava_cmoe.methods.frozen_features import FrozenFeatures
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.care import CareSettings
@@ -41,6 +41,12 @@ SHARED = 0
 
 class Care(Method):
     """A triplet per task and FFN, and one shared expert per FFN."""
+
+    costs = Costs(
+        trained="2 r * (I + O) per FFN linear, and (classes + T) D per FFN",
+        stored="its expert, router and perceptron, the shared expert",
+        answer="T + 1 experts of each FFN",
+    )
 
     host: ExpertHost
 

@@ -38,6 +38,7 @@ from llava_cmoe.experts.routers.per_task import RouterStart, TaskRouters
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import (
+    Costs,
     DeferredLocation,
     ExtraLoss,
     FitFn,
@@ -57,6 +58,12 @@ from llava_cmoe.settings.methods.cmoe import CmoeSettings, ExpertSettings
 
 class Cmoe(Method):
     """Probe-guided knowledge extension and the probabilistic task locator around a frozen backbone."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear of a site that grows and new expert, E D per site, and a locator",
+        stored="its experts, routers and locator",
+        answer="the experts that the task's routers know, and locating",
+    )
 
     host: ExpertHost
     locates = True

@@ -22,7 +22,7 @@ from transformers.utils.generic import ModelOutput
 from llava_cmoe.data.batches import Batch, batches, share_of
 from llava_cmoe.data.conversation import IGNORED, Processor
 from llava_cmoe.experts.ledger import trainable, trained_parameters
-from llava_cmoe.methods.base import ExtraLoss, PlannedFit, StageData, Tensors, zero3_refusal
+from llava_cmoe.methods.base import Costs, ExtraLoss, PlannedFit, StageData, Tensors, zero3_refusal
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.ewc import EwcSettings
@@ -30,6 +30,12 @@ from llava_cmoe.settings.methods.ewc import EwcSettings
 
 class Ewc(SequentialLora):
     """One adapter that every task trains on, and the importance of each of its weights so far."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear",
+        stored="the adapter, and the importance of each of its weights",
+        answer="one adapter",
+    )
 
     def __init__(self, settings: EwcSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Nothing matters yet."""

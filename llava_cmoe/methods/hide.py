@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts.routers.constant import EveryLearned
+from llava_cmoe.methods.base import Costs
 from llava_cmoe.methods.lora_per_task import LoraPerTask
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.methods.hide import HideSettings
@@ -21,6 +22,12 @@ from llava_cmoe.settings.methods.hide import HideSettings
 
 class Hide(LoraPerTask):
     """LoRA per task whose lower layers answer with every task's adapter."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear",
+        stored="its adapter and a mean feature",
+        answer="T adapters, and locating",
+    )
 
     answers_by_task = False  # what a lower layer adds grows with every task
 

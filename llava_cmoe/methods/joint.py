@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from llava_cmoe.methods.base import Stage
+from llava_cmoe.methods.base import Costs, Stage
 from llava_cmoe.methods.sequential_lora import SequentialLora
 
 
 class Joint(SequentialLora):
     """One stage over all tasks; only the last row of the matrix can be measured."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear, once",
+        stored="the adapter, once",
+        answer="one adapter",
+    )
 
     @classmethod
     def stages(cls, task_names: tuple[str, ...]) -> tuple[Stage, ...]:

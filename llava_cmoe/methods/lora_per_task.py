@@ -28,6 +28,7 @@ from llava_cmoe.experts.routers.constant import OwnExpert
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import (
+    Costs,
     DeferredLocation,
     ExtraLoss,
     FitFn,
@@ -44,6 +45,12 @@ from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
 
 class LoraPerTask(Method):
     """One adapter per task; task t's is expert t of every linear."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear, and a locator",
+        stored="its adapter and locator",
+        answer="one adapter, and locating",
+    )
 
     host: ExpertHost
     routers: dict[str, Any]

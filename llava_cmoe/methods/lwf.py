@@ -22,7 +22,7 @@ from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.collator import ROW
 from llava_cmoe.data.conversation import IGNORED, Processor
 from llava_cmoe.experts.ledger import trained_parameters
-from llava_cmoe.methods.base import ExtraLoss, FitFn, StageData, no_extra_loss, zero3_refusal
+from llava_cmoe.methods.base import Costs, ExtraLoss, FitFn, StageData, no_extra_loss, zero3_refusal
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.records import Growth
 from llava_cmoe.settings.methods.lwf import LwfSettings
@@ -30,6 +30,12 @@ from llava_cmoe.settings.methods.lwf import LwfSettings
 
 class Lwf(SequentialLora):
     """One adapter that every task trains on, and, while it does, a copy of it from before."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear",
+        stored="the adapter",
+        answer="one adapter",
+    )
 
     def __init__(self, settings: LwfSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """No teacher yet."""

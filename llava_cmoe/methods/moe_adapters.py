@@ -32,6 +32,7 @@ from llava_cmoe.experts.routers.per_sample import SampleRouters
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import (
+    Costs,
     DeferredLocation,
     ExtraLoss,
     FitFn,
@@ -49,6 +50,12 @@ from llava_cmoe.settings.methods.moe_adapters import MoeAdaptersSettings
 
 class MoeAdapters(Method):
     """A pool per FFN that all tasks share, a router per task and site, and a locator."""
+
+    costs = Costs(
+        trained="r * (I + O) per FFN linear and expert that no task froze, 2 E D per FFN, and a locator",
+        stored="what learned of the pool, its routers and locator",
+        answer="the pool of each FFN, and locating",
+    )
 
     host: ExpertHost
     locates = True

@@ -21,13 +21,19 @@ from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
-from llava_cmoe.methods.base import DeferredLocation, ExtraLoss, Method, StageData, Tensors, no_extra_loss
+from llava_cmoe.methods.base import Costs, DeferredLocation, ExtraLoss, Method, StageData, Tensors, no_extra_loss
 from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.moelora import MoeLoraSettings
 
 
 class MoeLora(Method):
     """Shared experts and one shared router per linear, index 0 for every task."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear, and E I for its gate",
+        stored="all experts and gates",
+        answer="all experts, of r in all",
+    )
 
     host: ExpertHost
 

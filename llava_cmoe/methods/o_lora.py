@@ -24,6 +24,7 @@ from llava_cmoe.experts.routers.constant import EveryExpert
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import (
+    Costs,
     DeferredLocation,
     ExtraLoss,
     FitFn,
@@ -39,6 +40,12 @@ from llava_cmoe.settings.methods.o_lora import OLoraSettings
 
 class OLora(Method):
     """One adapter per task in every linear of the LLM, summed."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear",
+        stored="its adapter",
+        answer="T adapters",
+    )
 
     host: ExpertHost
 

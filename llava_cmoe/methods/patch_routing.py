@@ -16,6 +16,7 @@ from llava_cmoe.backbones.sites import ffn_sites, image_token_of
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts.routers.expert_choice import ExpertChoice
 from llava_cmoe.experts.surgery import ExpertHost, install
+from llava_cmoe.methods.base import Costs
 from llava_cmoe.methods.locating import TaskLocating
 from llava_cmoe.methods.lora_per_task import LoraPerTask
 from llava_cmoe.settings.base import RecipeError
@@ -24,6 +25,12 @@ from llava_cmoe.settings.methods.patch_routing import PatchRoutingSettings
 
 class PatchRouting(LoraPerTask):
     """Experts per task, as LoRA per task has them, that take part in the patches they chose alone."""
+
+    costs = Costs(
+        trained="r * (I + O) per FFN linear and new expert, keys and conditions per FFN, and a locator",
+        stored="its experts, keys and locator",
+        answer="its experts on the picture's tokens, and locating",
+    )
 
     host: ExpertHost
 

@@ -34,6 +34,7 @@ from llava_cmoe.experts.routers.mid_depth import DECIDED, GIVEN, LOGITS, MidDept
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import (
+    Costs,
     DeferredLocation,
     ExtraLoss,
     FitFn,
@@ -50,6 +51,12 @@ from llava_cmoe.settings.methods.pmoe import PmoeSettings
 
 class Pmoe(Method):
     """A shared adapter below depth tau, an expert per task above it, and one router between."""
+
+    costs = Costs(
+        trained="r * (I + O) per deep linear, and T D; the first task all linears",
+        stored="its deep experts, and the router",
+        answer="T deep experts and a shallow adapter; located in the same pass",
+    )
 
     host: ExpertHost
     locates = True

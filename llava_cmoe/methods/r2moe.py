@@ -32,6 +32,7 @@ from llava_cmoe.experts.routers.additive import FEATURE, AdditiveRouter
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import (
+    Costs,
     DeferredLocation,
     ExtraLoss,
     FitFn,
@@ -49,6 +50,12 @@ from llava_cmoe.settings.methods.r2moe import R2moeSettings
 
 class R2moe(Method):
     """One expert per task and site, some of them removed; task t's expert has the id t + 1, the null expert 0."""
+
+    costs = Costs(
+        trained="r * (I + O) per FFN linear, and T D per FFN",
+        stored="its experts that are left, its router terms, a matrix D x D",
+        answer="the experts of each FFN, and a pass for the feature",
+    )
 
     host: ExpertHost
 

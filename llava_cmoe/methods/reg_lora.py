@@ -16,7 +16,7 @@ from transformers.utils.generic import ModelOutput
 
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts.stack import LoraPair
-from llava_cmoe.methods.base import FitFn, StageData, zero3_refusal
+from llava_cmoe.methods.base import Costs, FitFn, StageData, zero3_refusal
 from llava_cmoe.methods.o_lora import OLora
 from llava_cmoe.records import Growth
 from llava_cmoe.settings.methods.reg_lora import RegLoraSettings
@@ -24,6 +24,12 @@ from llava_cmoe.settings.methods.reg_lora import RegLoraSettings
 
 class RegLora(OLora):
     """Summed adapters, as O-LoRA has them, with a penalty on entries of the product instead of on shared directions."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear",
+        stored="its adapter",
+        answer="T adapters",
+    )
 
     settings: RegLoraSettings  # type: ignore[assignment]
 

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, Subset
 from transformers import PreTrainedModel
 
 from llava_cmoe.data.conversation import Processor
-from llava_cmoe.methods.base import FitFn, PlannedFit, StageData, with_report
+from llava_cmoe.methods.base import Costs, FitFn, PlannedFit, StageData, with_report
 from llava_cmoe.methods.sequential_lora import SequentialLora
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.replay import ReplaySettings
@@ -21,6 +21,12 @@ from llava_cmoe.settings.methods.replay import ReplaySettings
 
 class Replay(SequentialLora):
     """One adapter that every task trains on, together with what is kept of the tasks before."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear",
+        stored="the adapter; old rows are drawn again from the data",
+        answer="one adapter",
+    )
 
     uses_past = True
 

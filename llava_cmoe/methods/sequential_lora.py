@@ -11,13 +11,19 @@ from transformers import PreTrainedModel, set_seed
 from llava_cmoe.backbones.sites import linear_sites
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
-from llava_cmoe.methods.base import Method, StageData, Tensors
+from llava_cmoe.methods.base import Costs, Method, StageData, Tensors
 from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.sequential_lora import SequentialLoraSettings
 
 
 class SequentialLora(Method):
     """One adapter that every task trains on."""
+
+    costs = Costs(
+        trained="r * (I + O) per linear",
+        stored="the adapter",
+        answer="one adapter",
+    )
 
     model: PeftModel  # type: ignore[assignment]  # stands where the backbone stood, and generates as it does
 

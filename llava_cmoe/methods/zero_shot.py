@@ -5,13 +5,19 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from llava_cmoe.data.conversation import Processor
-from llava_cmoe.methods.base import Method, Stage, StageData, Tensors
+from llava_cmoe.methods.base import Costs, Method, Stage, StageData, Tensors
 from llava_cmoe.records import Learned
 from llava_cmoe.settings.methods.zero_shot import ZeroShotSettings
 
 
 class ZeroShot(Method):
     """No stage at all, and one row of the matrix."""
+
+    costs = Costs(
+        trained="0",
+        stored="nothing",
+        answer="nothing",
+    )
 
     def __init__(self, settings: ZeroShotSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Take the backbone."""

@@ -40,7 +40,8 @@ class ExpertChoice(Router):
         """Begin the next task: keys drawn as `nn.Linear` draws, and no condition yet (P = 0)."""
         keys_KD = linear_init((self.num_new, self.hidden_size), generator)
         into_RD = linear_init((self.condition_rank, self.hidden_size), generator)
-        self._add(dict(zip(PARTS, (keys_KD, into_RD, torch.zeros_like(into_RD).mT), strict=True)), device)
+        out_of_DR = torch.zeros(self.hidden_size, self.condition_rank)
+        self._add(dict(zip(PARTS, (keys_KD, into_RD, out_of_DR), strict=True)), device)
 
     def forward(self, h_BTD: Tensor, forward_pass: ForwardPass) -> Gate | None:
         """The gate of every token: zero for all but the chosen patches of samples whose task is known here."""
