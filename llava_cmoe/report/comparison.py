@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 from llava_cmoe.evaluation.bootstrap import Interval
@@ -146,7 +145,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     for title, headings, rows in _tables(comparison, "\n"):
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, heading in enumerate(headings):
-            table.add_column(escape(heading), justify="right" if index else "left", no_wrap=not index)
+            table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
         for row in rows:
             table.add_row(*row)
         tables.append(table)
