@@ -11,9 +11,10 @@
 
     y_j = W0 x_j + sum_e gate_je * (alpha / rank) * B_e A_e x_j
 
-What is different from the textbook: no loop over experts and no dispatch of tokens. A sum over experts is the inner sum
-of a matrix product, so with the experts stacked along the concatenated rank E*R their mixture is two matrix products
-with the gate in between. Every expert takes part on every process, so no collective waits for one that does not.
+What is different from the textbook: no loop over experts. A sum over experts is the inner sum of a matrix product, so
+with the experts stacked along the concatenated rank E*R their mixture is two matrix products with the gate in between.
+Where the experts are so many that dispatching tokens pays, these become grouped products (`grouped.py`). Every expert
+takes part on every process, so no collective waits for one that does not.
 
 Experts have ids, the columns of the gate, which never change. They lie in two blocks, the frozen and the trainable
 ones: an optimizer holds all of a block or nothing of it. A column whose expert is in no block adds nothing (a null
@@ -90,7 +91,7 @@ class ExpertBank(nn.Module):
             return None
         flat = x_BTI.ndim == 2
         found: Tensor | None = self.experts[linear](
-            x_BTI.unsqueeze(1) if flat else x_BTI, self._gate.gate_BTE, self._gate.first
+            x_BTI.unsqueeze(1) if flat else x_BTI, self._gate.gate_BTE, self._gate.first, self._gate.slots_BTC
         )
         return found.squeeze(1) if flat and found is not None else found
 

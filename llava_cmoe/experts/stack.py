@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llava_cmoe.experts.grouped import grouped_sum, pays
+
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -58,20 +60,23 @@ class ExpertBlock(nn.Module):
         self.B = nn.Parameter(b_ERO, requires_grad=trainable)
         self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0) -> Tensor | None:
+    def forward(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0, top_BTC: Tensor | None = None) -> Tensor | None:
         """sum_e gate_e * B_e A_e x over the experts that are columns of the gate: (B, T, O); None if none is.
 
-        `first` is the id of the gate's first column.
+        `first` is the id of the gate's first column; `top_BTC` the only columns that are not zero, where that is known.
         """
         start, stop = bisect_left(self.ids, first), bisect_left(self.ids, first + gate_BTE.shape[-1])
         if start == stop:
             return None
         ids, num_experts = self.ids[start:stop], stop - start
+        a_ERI, b_ERO = (matrix[start:stop] for matrix in self._in(x_BTI))
         if ids[-1] - ids[0] + 1 == num_experts:
+            if top_BTC is not None and pays(x_BTI, a_ERI, b_ERO, top_BTC.shape[-1]):
+                share_BTC = gate_BTE.gather(-1, top_BTC)
+                return grouped_sum(x_BTI, a_ERI, b_ERO, top_BTC + first - ids[0], share_BTC)
             gate_BTE = gate_BTE[..., ids[0] - first : ids[-1] - first + 1]
         else:
             gate_BTE = gate_BTE[..., [expert - first for expert in ids]]
-        a_ERI, b_ERO = (matrix[start:stop] for matrix in self._in(x_BTI))
         down_BTF = F.linear(x_BTI, a_ERI.flatten(0, 1))  # F = E * R
         down_BTER = down_BTF.view(*down_BTF.shape[:2], num_experts, -1)
         gated_BTER = down_BTER * gate_BTE.to(down_BTER.dtype).unsqueeze(-1)
@@ -110,12 +115,12 @@ class StackedExperts(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         self.frozen = self.trainable = None
 
-    def forward(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0) -> Tensor | None:
+    def forward(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0, top_BTC: Tensor | None = None) -> Tensor | None:
         """The gated sum of the experts that are columns of the gate: (B, T, O); None if none is.
 
         Two blocks are added, not joined: joining would copy all experts each step and differentiate the frozen ones.
         """
-        deltas = [delta for block in self.blocks if (delta := block(x_BTI, gate_BTE, first)) is not None]
+        deltas = [delta for block in self.blocks if (delta := block(x_BTI, gate_BTE, first, top_BTC)) is not None]
         if not deltas:
             return None
         delta_BTO: Tensor = deltas[0] if len(deltas) == 1 else deltas[0] + deltas[1]

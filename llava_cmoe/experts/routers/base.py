@@ -40,6 +40,11 @@ class Gate(NamedTuple):
     known_SKE: Tensor | None = None
     weights_SK: Tensor | None = None
 
+    @property
+    def slots_BTC(self) -> Tensor | None:
+        """The only columns that are not zero, of a gate per token that mixes no tasks; None of any other."""
+        return self.top_BTKC[:, :, 0] if self.top_BTKC is not None and self.top_BTKC.shape[2] == 1 else None
+
     def counts(self, mask_BT: Tensor | None) -> Tensor:
         """Top-k slots of non-pad tokens per expert: (E,) int64, no host sync."""
         if self.logits_BTKE is None or self.top_BTKC is None or self.known_SKE is None:
