@@ -58,6 +58,11 @@ STUDIES = {
             *(("alpha_1", "everywhere"), ("alpha_0", "random_0"), ("alpha_0.25", "random_0.25")),
         ),
     ),
+    "design": StudyText(
+        "How a task of few rows begins, on validation rows; one seed, so no difference is claimed. `need` is the recipe: "
+        "a task begins as its nearest if that one is near, and afresh otherwise. `as_nearest` always does.",
+        (),
+    ),
     "locator": StudyText(
         "What tells tasks apart, on the four tasks that are most alike. `default` is the headline's locator: a VAE on "
         "the mean state of the text in a middle layer. `paper` reads the last token of the last layer. All variants "
