@@ -59,8 +59,8 @@ STUDIES = {
         ),
     ),
     "design": StudyText(
-        "How a task of few rows begins, on validation rows; one seed, so no difference is claimed. `need` is the recipe: "
-        "a task begins as its nearest if that one is near, and afresh otherwise. `as_nearest` always does.",
+        "How a task of few rows begins, on validation rows; one seed, so no difference is claimed. `need` is the "
+        "recipe: a task begins as its nearest if that one is near, and afresh otherwise. `as_nearest` always does.",
         (),
     ),
     "locator": StudyText(
