@@ -31,7 +31,7 @@ from llava_cmoe.experts.stack import LoraPair
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import Costs, DeferredLocation, ExtraLoss, FitFn, Method, PlannedFit, StageData, Tensors
-from llava_cmoe.methods.frozen_features import FrozenFeatures
+from llava_cmoe.methods.frozen_features import FrozenFeatures, normalised
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.care import CareSettings
 
@@ -79,7 +79,7 @@ class Care(Method):
         del fit
         feature_SD = self.features.of_rows(data.prompts, data.features)
         generator = torch.Generator().manual_seed(data.seed)
-        self._class_of_row_S = clusters(_normalised(feature_SD), self.settings.num_classes, generator)
+        self._class_of_row_S = clusters(normalised(feature_SD), self.settings.num_classes, generator)
         self._shared_before = {site: bank.expert(SHARED) for site, bank in self.host.banks.items() if data.index}
         self.grow(data.index, data.seed)
         return Growth(dict.fromkeys(self.host.banks, 1 if data.index else 2))
@@ -174,7 +174,3 @@ def clusters(x_SD: Tensor, num: int, generator: torch.Generator, rounds: int = 2
         size_K1 = member_KS.sum(dim=1, keepdim=True)
         centre_KD = torch.where(size_K1 > 0, member_KS @ x_SD / size_K1.clamp_min(1), centre_KD)
     return torch.cdist(x_SD, centre_KD).argmin(dim=1)
-
-
-def _normalised(feature_SD: Tensor) -> Tensor:
-    return F.layer_norm(feature_SD.float(), feature_SD.shape[-1:])

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather, pad_across_processes
 from torch import Tensor
+from torch.nn.functional import layer_norm
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
@@ -66,3 +67,8 @@ class FrozenFeatures:
         own_SD = torch.cat([self.of(batch) for batch in read])
         whole_SD: Tensor = gather(pad_across_processes(own_SD))
         return whole_SD[:num_prompts]
+
+
+def normalised(feature_BD: Tensor) -> Tensor:
+    """Features in float32, each with mean 0 and variance 1: what routers and clusters read."""
+    return layer_norm(feature_BD.float(), feature_BD.shape[-1:])

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.sites import ffn_sites
@@ -42,6 +41,7 @@ from llava_cmoe.methods.base import (
     Tensors,
     no_extra_loss,
 )
+from llava_cmoe.methods.frozen_features import normalised
 from llava_cmoe.methods.locating import TaskLocating
 from llava_cmoe.records import Growth, Learned, Located
 from llava_cmoe.settings.base import RecipeError
@@ -116,7 +116,7 @@ class MoeAdapters(Method):
     @torch.no_grad()
     def most_used(self) -> dict[str, Tensor]:
         """Site to the ids of the experts in most of the rows' top k, without noise: the newest task's (num_frozen,)."""
-        feature_SD = _normalised(self._of_rows_SD)
+        feature_SD = normalised(self._of_rows_SD)
         counts = {
             site: router.gate_of_newest(feature_SD, noisy=False).ne(0).sum(dim=0)
             for site, router in self.routers.items()
@@ -173,10 +173,6 @@ class MoeAdapters(Method):
 
     @contextmanager
     def _routed(self, plan: RoutePlan, feature_BD: Tensor, batch: Batch) -> Iterator[None]:
-        plan.decided[FEATURE] = _normalised(feature_BD)
+        plan.decided[FEATURE] = normalised(feature_BD)
         with self.host.context.use(plan, batch):
             yield
-
-
-def _normalised(feature_BD: Tensor) -> Tensor:
-    return F.layer_norm(feature_BD.float(), feature_BD.shape[-1:])

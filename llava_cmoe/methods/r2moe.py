@@ -18,7 +18,6 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -43,7 +42,7 @@ from llava_cmoe.methods.base import (
     with_report,
     zero3_refusal,
 )
-from llava_cmoe.methods.frozen_features import FrozenFeatures
+from llava_cmoe.methods.frozen_features import FrozenFeatures, normalised
 from llava_cmoe.records import Growth, Learned
 from llava_cmoe.settings.methods.r2moe import R2moeSettings
 
@@ -94,7 +93,7 @@ class R2moe(Method):
 
     def learn(self, data: StageData, fit: FitFn) -> Learned:
         """Grow everywhere, train, remove what is redundant, recover."""
-        self._of_rows_SD = _normalised(self.features.of_rows(data.prompts, data.features))
+        self._of_rows_SD = normalised(self.features.of_rows(data.prompts, data.features))
         self.grow(data.seed)
         trained = ledger.trained(self.host.banks)
         report = fit(data.samples, self.training_context, label="training")
@@ -183,7 +182,7 @@ class R2moe(Method):
     def answering(self, batch: Batch, task_B: Tensor | None = None) -> Iterator[DeferredLocation]:
         """Every sample is routed by its prompt's feature, whatever the task."""
         del task_B
-        with self._routed(_normalised(self.features.of(batch)), batch):
+        with self._routed(normalised(self.features.of(batch)), batch):
             yield lambda: None
 
     @contextmanager
@@ -195,7 +194,3 @@ class R2moe(Method):
 
     def _remember(self, gram_DD: Tensor, count: int) -> None:
         self.gram_DD, self.num_prompts = self.gram_DD + gram_DD, self.num_prompts + count
-
-
-def _normalised(feature_BD: Tensor) -> Tensor:
-    return F.layer_norm(feature_BD.float(), feature_BD.shape[-1:])

@@ -13,36 +13,38 @@ Shape letters: B batch, T tokens, D hidden, N tasks, C classes, E experts (colum
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.init import linear_init
-from llava_cmoe.experts.routers.base import Gate, Router
+from llava_cmoe.experts.routers.base import Gate
 from llava_cmoe.experts.routers.exact import exact_logits
 from llava_cmoe.experts.routers.mid_depth import pooled
+from llava_cmoe.experts.routers.task_parts import TaskParts
 
 LEAST = torch.finfo(torch.float32).min
 
 
-class BiLevelRouter(Router):
-    """Task t's parameters as `perceptron_t` (C, D) and `router_t` (t + 1, D)."""
+class BiLevelRouter(TaskParts):
+    """Of task t a perceptron (C, D) and a router (t + 1, D)."""
+
+    parts = ("perceptron", "router")
 
     def __init__(self, hidden_size: int, num_classes: int, num_routers: int, num_experts: int) -> None:
         """No task yet; M routers decide, and each gives K experts."""
         super().__init__()
         self.hidden_size, self.num_classes = hidden_size, num_classes
         self.num_routers, self.num_experts = num_routers, num_experts
-        self.num_tasks = self.num_frozen = 0
 
     def add_task(self, device: torch.device, generator: torch.Generator) -> None:
         """Begin the next task's perceptron and router, drawn as `nn.Linear` draws its weight."""
         perceptron_CD = linear_init((self.num_classes, self.hidden_size), generator)
-        self._add(perceptron_CD, linear_init((self.num_tasks + 1, self.hidden_size), generator), device)
+        router_ED = linear_init((self.num_tasks + 1, self.hidden_size), generator)
+        self.add({"perceptron": perceptron_CD, "router": router_ED}, device)
 
     def forward(self, h_BTD: Tensor, forward_pass: ForwardPass) -> Gate | None:
         """One gate per sample (B, 1, 1 + E)."""
@@ -64,14 +66,14 @@ class BiLevelRouter(Router):
 
     def _perceptrons(self, c_BD: Tensor) -> Tensor:
         """Logits (B, N, C) of all tasks' perceptrons."""
-        weight_NCD = torch.stack([self.get_parameter(f"perceptron_{task}") for task in range(self.num_tasks)])
+        weight_NCD = torch.stack([self.part("perceptron", task) for task in range(self.num_tasks)])
         return exact_logits(c_BD, weight_NCD.flatten(0, 1)).view(len(c_BD), self.num_tasks, self.num_classes)
 
     def _gate(self, c_BD: Tensor, entropy_BN: Tensor) -> Tensor:
         """Gate (B, 1 + E): the surest routers' best experts, and the shared one."""
         if self.training:  # below any entropy
             entropy_BN = entropy_BN.index_fill(1, torch.tensor([self.num_tasks - 1], device=c_BD.device), -1.0)
-        weights: list[Tensor] = [self.get_parameter(f"router_{task}") for task in range(self.num_tasks)]
+        weights = [self.part("router", task) for task in range(self.num_tasks)]
         weight_NED = pad_sequence(weights, batch_first=True)
         known_NE = torch.ones(self.num_tasks, self.num_tasks, dtype=torch.bool, device=c_BD.device).tril()
         logits_BNE = exact_logits(c_BD, weight_NED.flatten(0, 1)).view(len(c_BD), *known_NE.shape)
@@ -82,36 +84,10 @@ class BiLevelRouter(Router):
         chosen_BN = torch.zeros_like(entropy_BN).scatter(1, surest_BM, 1.0)
         return pad((gate_BNE * chosen_BN.unsqueeze(-1)).sum(dim=1), (1, 0), value=1.0)
 
-    def _add(self, perceptron_CD: Tensor, router_ED: Tensor, device: torch.device) -> None:
-        for name, weight in (("perceptron", perceptron_CD), ("router", router_ED)):
-            self.register_parameter(f"{name}_{self.num_tasks}", nn.Parameter(weight.float().to(device, copy=True)))
-        self.num_tasks += 1
-
-    def state_of(self, task: int) -> dict[str, Tensor]:
-        """The task's parameters."""
-        names = ("perceptron", "router")
-        return {name: self.get_parameter(f"{name}_{task}").detach().to("cpu", copy=True) for name in names}
-
     def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
         """A row per class, and one per task."""
         rows = {"perceptron": self.num_classes, "router": self.num_tasks + 1}
         return {name: (num, self.hidden_size) for name, num in rows.items()}
-
-    def restore_next(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Append the task's parameters."""
-        self._add(tensors["perceptron"], tensors["router"], device)
-
-    def freeze(self) -> None:
-        """Train no more what is there."""
-        super().freeze()
-        self.num_frozen = self.num_tasks
-
-    def discard_trainable(self) -> None:
-        """Forget the tasks since the last `freeze()`."""
-        while self.num_tasks > self.num_frozen:
-            self.num_tasks -= 1
-            for name in ("perceptron", "router"):
-                delattr(self, f"{name}_{self.num_tasks}")
 
 
 def entropy(logits_BNC: Tensor) -> Tensor:

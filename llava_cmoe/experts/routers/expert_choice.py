@@ -11,37 +11,34 @@ Shape letters: B batch, T tokens, D hidden, E columns of the gate, K experts of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.init import linear_init
-from llava_cmoe.experts.routers.base import Gate, Router
+from llava_cmoe.experts.routers.base import Gate
 from llava_cmoe.experts.routers.exact import exact_logits
 from llava_cmoe.experts.routers.mid_depth import pooled
-
-PARTS = ("keys", "into", "out_of")
-"""Parameters of a task: w (K, D), Q (R, D) and P (D, R)."""
+from llava_cmoe.experts.routers.task_parts import TaskParts
 
 
-class ExpertChoice(Router):
-    """Task t's parameters as `keys_t`, `into_t` and `out_of_t`; its experts are t * K to t * K + K - 1."""
+class ExpertChoice(TaskParts):
+    """Of each task w (K, D), Q (R, D) and P (D, R); task t's experts are t * K to t * K + K - 1."""
+
+    parts = ("keys", "into", "out_of")
 
     def __init__(self, hidden_size: int, num_new: int, capacity: float, condition_rank: int) -> None:
         """No task yet."""
         super().__init__()
         self.hidden_size, self.num_new = hidden_size, num_new
         self.capacity, self.condition_rank = capacity, condition_rank
-        self.num_tasks = self.num_frozen = 0
 
     def add_task(self, device: torch.device, generator: torch.Generator) -> None:
         """Begin the next task: keys drawn as `nn.Linear` draws, and no condition yet (P = 0)."""
         keys_KD = linear_init((self.num_new, self.hidden_size), generator)
         into_RD = linear_init((self.condition_rank, self.hidden_size), generator)
         out_of_DR = torch.zeros(self.hidden_size, self.condition_rank)
-        self._add(dict(zip(PARTS, (keys_KD, into_RD, out_of_DR), strict=True)), device)
+        self.add(dict(zip(self.parts, (keys_KD, into_RD, out_of_DR), strict=True)), device)
 
     def forward(self, h_BTD: Tensor, forward_pass: ForwardPass) -> Gate | None:
         """The gate of every token: zero for all but the chosen patches of samples whose task is known here."""
@@ -79,36 +76,9 @@ class ExpertChoice(Router):
 
     def _stacked(self, tasks: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Parameters of some tasks (N, ...); -1 has those of the first, which nobody reads."""
-        return tuple(torch.stack([getattr(self, f"{part}_{max(task, 0)}") for task in tasks]) for part in PARTS)
-
-    def _add(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        for part in PARTS:
-            self.register_parameter(
-                f"{part}_{self.num_tasks}", nn.Parameter(tensors[part].float().to(device, copy=True))
-            )
-        self.num_tasks += 1
-
-    def state_of(self, task: int) -> dict[str, Tensor]:
-        """The task's parameters."""
-        return {part: getattr(self, f"{part}_{task}").detach().to("cpu", copy=True) for part in PARTS}
+        return tuple(torch.stack([self.part(name, max(task, 0)) for task in tasks]) for name in self.parts)
 
     def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
         """As they are drawn."""
         shapes = (self.num_new, self.hidden_size), (self.condition_rank, self.hidden_size)
         return {"keys": shapes[0], "into": shapes[1], "out_of": shapes[1][::-1]}
-
-    def restore_next(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        """Append the task's parameters."""
-        self._add(tensors, device)
-
-    def freeze(self) -> None:
-        """Train no more what is there."""
-        super().freeze()
-        self.num_frozen = self.num_tasks
-
-    def discard_trainable(self) -> None:
-        """Forget the tasks since the last `freeze()`."""
-        while self.num_tasks > self.num_frozen:
-            self.num_tasks -= 1
-            for part in PARTS:
-                delattr(self, f"{part}_{self.num_tasks}")
