@@ -67,7 +67,7 @@ DEFAULTS: dict[object, tuple[str, ...]] = {
     (): ("none",),
     False: ("off",),
     True: ("on",),
-    None: ("calibrated", "as in training"),
+    None: ("calibrated", "as in training", "by the rule"),
 }
 """How the tables of methods.md write a default that is neither a number nor a word."""
 

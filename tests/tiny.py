@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lwf": LORA,
     "o_lora": LORA,
     "reg_lora": LORA,
+    "merging": LORA,
     "lora_per_task": {**LORA, "locator": LOCATOR},
     "hide": LORA,  # one layer sums, one mixes
     "moelora": {"rank": 8, "alpha": 16, "num_experts": 4},

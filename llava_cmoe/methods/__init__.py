@@ -8,6 +8,7 @@ from llava_cmoe.methods.hide import Hide
 from llava_cmoe.methods.joint import Joint
 from llava_cmoe.methods.lora_per_task import LoraPerTask
 from llava_cmoe.methods.lwf import Lwf
+from llava_cmoe.methods.merging import Merging
 from llava_cmoe.methods.moe_adapters import MoeAdapters
 from llava_cmoe.methods.moelora import MoeLora
 from llava_cmoe.methods.o_lora import OLora
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "lwf": Lwf,
     "o_lora": OLora,
     "reg_lora": RegLora,
+    "merging": Merging,
     "lora_per_task": LoraPerTask,
     "hide": Hide,
     "moelora": MoeLora,

@@ -30,6 +30,7 @@ TRAINS: dict[str, list[str]] = {
     "lwf": ADAPTER,
     "o_lora": [LINEAR + OF_LINEARS],
     "reg_lora": [LINEAR + OF_LINEARS],
+    "merging": [LINEAR + OF_LINEARS],
     "lora_per_task": [LINEAR + OF_LINEARS],
     "hide": [LINEAR + OF_LINEARS],
     "moelora": [LINEAR + OF_LINEARS, LINEAR + r"router\.task_0"],

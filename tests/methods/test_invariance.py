@@ -215,6 +215,8 @@ def _learning(method: Method, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def test_what_a_task_froze_the_next_one_leaves_as_it_was(learned: Lesson):
+    if learned.recipe.method.name == "merging":  # makes what answers anew after each task
+        return
     before = restore_method(learned.recipe, load_backbone(learned.recipe.backbone), Registry(learned.recipe.run), 1)
     frozen, now = _frozen(before), _frozen(learned.run.method)
     assert bool(frozen) == (learned.recipe.method.name in FREEZES)

@@ -13,6 +13,7 @@ from llava_cmoe.settings.methods.hide import HideSettings
 from llava_cmoe.settings.methods.joint import JointSettings
 from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
 from llava_cmoe.settings.methods.lwf import LwfSettings
+from llava_cmoe.settings.methods.merging import MergingSettings
 from llava_cmoe.settings.methods.moe_adapters import MoeAdaptersSettings
 from llava_cmoe.settings.methods.moelora import MoeLoraSettings
 from llava_cmoe.settings.methods.o_lora import OLoraSettings
@@ -33,6 +34,7 @@ MethodSettings = Annotated[
     | LwfSettings
     | OLoraSettings
     | RegLoraSettings
+    | MergingSettings
     | LoraPerTaskSettings
     | HideSettings
     | MoeLoraSettings
