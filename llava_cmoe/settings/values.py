@@ -16,8 +16,8 @@ LARGEST = 2**31 - 1
 """Of whole numbers: libraries below this one count in 32 bits."""
 
 SIZES: Mapping[str, int] = {
-    **dict.fromkeys(("rank", "hidden", "latent"), 65_536),
-    **dict.fromkeys(("num_first", "num_experts", "max_new_experts", "top_k"), 4_096),
+    **dict.fromkeys(("rank", "condition_rank", "hidden", "latent"), 65_536),
+    **dict.fromkeys(("num_first", "num_experts", "num_new", "max_new_experts", "num_classes", "top_k"), 4_096),
     **dict.fromkeys(("max_new_tokens", "max_length"), 2**22),
     **dict.fromkeys(("epochs", "recovery_epochs"), 100_000),
 }
