@@ -105,10 +105,11 @@ def _headline(results: Path) -> str:
         "*last* loses because the task is located and not given; *gain over random* is what it gains over the routers "
         "of a random task."
     )
+    seed = min(seed for summary in found.rows.values() for seed in summary.seeds)
     shown = {
-        "matrix.png": "accuracy matrices of seed 3 (row: after learning that task; column: on that task)",
-        "confusion.png": "which task the locator chose, seed 3",
-        "growth.png": "where experts were added, seed 3",
+        "matrix.png": f"accuracy matrices of seed {seed} (row: after learning that task; column: on that task)",
+        "confusion.png": f"which task the locator chose, seed {seed}",
+        "growth.png": f"where experts were added, seed {seed}",
     }
     parts = (
         *("## Headline", text, headline_markdown(found)),
