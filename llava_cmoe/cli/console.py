@@ -37,7 +37,7 @@ NUM_LISTED = 20
 """Problems that are spelled out; a data root that is wrong in one way has thousands of them."""
 
 
-NUMBERS = r"[-\d\s.,()–−+±%:/]+"
+NUMBERS = r"(?:[-\d\s.,()–−+±%:/]|\bto\b)+"
 OWN_MARKUP = re.compile(rf"(\[bold\])?{NUMBERS}(\[/bold\])?(\n\[dim\]{NUMBERS}\[/dim\])?")
 """Numbers, which tables set in bold or dim; any other text is shown as it stands."""
 

@@ -40,7 +40,7 @@ def matrix_table(results: Results, route: str | None = None) -> Table:
     for j, row in enumerate(measured.matrix):
         cells = [f"[bold]{number(value)}[/bold]" if i == j else number(value) for i, value in enumerate(row)]
         cells = [
-            _above(cell, around, digits=0) for cell, around in zip(cells, _intervals(measured, j, row), strict=True)
+            above(cell, around, digits=0) for cell, around in zip(cells, _intervals(measured, j, row), strict=True)
         ]
         table.add_row(results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells)))
     table.caption = "\n".join((metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
@@ -54,7 +54,7 @@ def metrics_table(runs: Sequence[Results]) -> Table:
     for heading in METRIC_HEADINGS:
         is_text = heading in TEXT_HEADINGS
         table.add_column(heading, justify="left" if is_text else "right", no_wrap=is_text)
-    for row in _metric_rows(runs, partial(_above, digits=1)):
+    for row in _metric_rows(runs, partial(above, digits=1)):
         table.add_row(*row)
     return table
 
@@ -151,7 +151,7 @@ def _beside(cell: str, interval: Interval | None) -> str:
     return cell if interval is None else f"{cell} ({span(interval, digits=1)})"
 
 
-def _above(cell: str, interval: Interval | None, digits: int) -> str:
+def above(cell: str, interval: Interval | None, digits: int) -> str:
     """For the terminal, where columns are narrow."""
     return cell if interval is None else f"{cell}\n[dim]{span(interval, digits)}[/dim]"
 

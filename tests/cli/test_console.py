@@ -24,6 +24,7 @@ from llava_cmoe.cli.console import Console, list_problems, say, spelled_out, use
 from llava_cmoe.cli.progress import ProgressLine, StudyLine
 from llava_cmoe.data.problems import Problem
 from llava_cmoe.provenance.invocations import bind_results
+from llava_cmoe.report.tables import above, number, span
 from llava_cmoe.settings.base import RecipeError
 
 PIECES = ["\x1b[2J", "\x1b]0;owned\x07", "\x9b31m", "\r", "\b", "\0", "\u202e", "\u2066", "\ud800", "\u2028", "\x7f"]
@@ -119,3 +120,11 @@ def test_a_run_of_any_name_is_reported(lesson_of: Callable[[str], Lesson], tmp_p
         told = type_in(*words)
         assert told.exit_code == 0 and harmless(told.output)
         assert spelled_out(name.replace("/", "")) in told.output
+
+
+@given(st.floats(-100, 100), st.floats(0, 100), st.integers(0, 2))
+def test_the_interval_below_a_number_is_shown_without_its_markup(low: float, width: float, digits: int):
+    table = Table("bwt")
+    table.add_row(above(number(low), (low, low + width), digits))
+    shown = printed(lambda console: console.print(table))
+    assert number(low) in shown and span((low, low + width), digits) in shown and "[" not in shown
