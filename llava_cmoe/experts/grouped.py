@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 RANK_PER_SLOT = {"cpu": 192}
 """Total rank E * R, per slot of a token, above which this way is the faster one, by kind of device; where a device is
-not named, all experts are computed. Measured on one core, float32, frozen experts, forward and backward: equal at about
-24 experts of rank 16 (width 224, 3,000 tokens) and 48 of rank 8 (width 1,024, 384 tokens), two slots each."""
+not named, all experts are computed. Measured on one core of a busy machine, float32, frozen experts, forward and
+backward: equal between 14 and 30 experts of rank 16 (width 224, 3,000 tokens), and between 14 and 62 of rank 8 (width
+1,024, 384 tokens), two slots each."""
 
 ALIGNED = 16
 """Bytes that a row of each operand must be a multiple of."""
@@ -30,7 +31,7 @@ def pays(x_BTI: Tensor, a_ERI: Tensor, b_ERO: Tensor, num_slots: int) -> bool:
     num_experts, rank, _ = a_ERI.shape
     widths = (rank, a_ERI.shape[-1], b_ERO.shape[-1])
     aligned = all(width * _dtype(x_BTI).itemsize % ALIGNED == 0 for width in widths)
-    known = hasattr(F, "grouped_mm")  # to torch, since 2.10
+    known = hasattr(F, "grouped_mm")  # not to every torch that can be installed
     return known and aligned and num_experts * rank > RANK_PER_SLOT.get(x_BTI.device.type, math.inf) * num_slots
 
 

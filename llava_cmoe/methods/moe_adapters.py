@@ -128,11 +128,8 @@ class MoeAdapters(Method):
 
     def after_task(self, data: StageData) -> Learned:
         """Freeze the routers and the experts used most, and fit the task's locator."""
-        state, trained, chosen = (
-            state_of(self.host.banks, data.index),
-            ledger.trained(self.host.banks),
-            self.most_used(),
-        )
+        state, trained = state_of(self.host.banks, data.index), ledger.trained(self.host.banks)
+        chosen = self.most_used()
         self._freeze(chosen)
         location = self.locating.learn_task(data, self._of_rows_SD)
         facts = {
