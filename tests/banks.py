@@ -34,7 +34,7 @@ class Parts(PreTrainedModel):
 def add_task(bank: ExpertBank, num_new: int, generator: torch.Generator) -> None:
     """Begin the next task as methods do: new experts without effect yet, and a router over all that there are now."""
     bank.grow(num_new, generator=generator)
-    bank.router.add_task(bank.num_experts, bank.anchor.device, generator)
+    bank.router.add_task(bank.ids, bank.anchor.device, generator)
 
 
 def train_task(bank: ExpertBank, num_new: int, generator: torch.Generator, bound: float = 0.5) -> None:
@@ -60,7 +60,7 @@ class GivenGate(Router):
     def state_of(self, task: int) -> dict[str, Tensor]:
         return {}
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         return {}
 
     def restore_next(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -223,7 +223,7 @@ def _learn(bank: ExpertBank, generator: torch.Generator) -> None:
 
 def _grow(bank: ExpertBank, generator: torch.Generator) -> None:
     bank.grow(2, generator=generator)
-    bank.router.add_task(bank.num_experts, bank.anchor.device, generator)
+    bank.router.add_task(bank.ids, bank.anchor.device, generator)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -253,7 +253,7 @@ def _with_experts(stock: PreTrainedModel, load: Workload) -> Method:
         for num in (load.experts - 1, 1):
             bank.freeze()
             bank.grow(num, generator=generator)
-            method.routers[site].add_task(bank.num_experts, bank.anchor.device, generator)
+            method.routers[site].add_task(bank.ids, bank.anchor.device, generator)
     return method
 
 

@@ -27,7 +27,7 @@ from llava_cmoe.provenance.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-NAME = "feature_SD"
+NAME, TOLD = "feature_SD", "features"
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class FeatureStore:
             return kept_SD
         feature_SD = read()
         if main:
-            told = {"made_by": facts, "sha256": _hash(feature_SD)}
-            write_atomically(path, save({NAME: feature_SD.cpu().contiguous()}, metadata=told))
+            told = json.dumps({"made_by": json.loads(facts), "sha256": _hash(feature_SD)}, sort_keys=True)
+            # One entry: of several, safetensors writes whichever first, so that the same features had other bytes.
+            write_atomically(path, save({NAME: feature_SD.cpu().contiguous()}, metadata={TOLD: told}))
         return feature_SD
 
 
@@ -71,11 +72,12 @@ def _kept(path: Path) -> Tensor | None:
     try:
         with safe_open(path, "pt") as file:
             feature_SD: Tensor = file.get_tensor(NAME)
-            if (file.metadata() or {}).get("sha256") == _hash(feature_SD):
+            told = json.loads((file.metadata() or {}).get(TOLD, "{}"))
+            if isinstance(told, dict) and told.get("sha256") == _hash(feature_SD):
                 return feature_SD
     except FileNotFoundError:
         return None
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:
         why = error
     logger.warning("%s: damaged (%s), its features are read from the model again", path, why)
     return None

@@ -91,7 +91,7 @@ class ExpertBank(nn.Module):
             return None
         flat = x_BTI.ndim == 2
         found: Tensor | None = self.experts[linear](
-            x_BTI.unsqueeze(1) if flat else x_BTI, self._gate.gate_BTE, self._gate.first, self._gate.slots_BTC
+            x_BTI.unsqueeze(1) if flat else x_BTI, self._gate.gate_BTE, self._gate.ids, self._gate.slots_BTC
         )
         return found.squeeze(1) if flat and found is not None else found
 
@@ -110,7 +110,7 @@ class ExpertBank(nn.Module):
             return None
         if self.context.observation is not None:
             counts_E, probability_E = gate.counts(running.mask_BT), gate.probability(running.mask_BT)
-            self.context.observation.add(self.site.name, counts_E, probability_E)
+            self.context.observation.add(self.site.name, counts_E, probability_E, gate.counted)
         return gate._replace(gate_BTE=gate.gate_BTE * (self.alpha / self.rank)) if gate.gate_BTE.shape[-1] else None
 
     @property

@@ -26,9 +26,9 @@ ALIGNED = 16
 """Bytes that a row of each operand must be a multiple of."""
 
 
-def pays(x_BTI: Tensor, a_ERI: Tensor, b_ERO: Tensor, num_slots: int) -> bool:
-    """Whether this way is the faster one, and can be taken; by shapes and device alone."""
-    num_experts, rank, _ = a_ERI.shape
+def pays(x_BTI: Tensor, num_experts: int, a_ERI: Tensor, b_ERO: Tensor, num_slots: int) -> bool:
+    """Whether this way is the faster one for so many of these experts, and can be taken; by shapes and device alone."""
+    rank = a_ERI.shape[1]
     widths = (rank, a_ERI.shape[-1], b_ERO.shape[-1])
     aligned = all(width * _dtype(x_BTI).itemsize % ALIGNED == 0 for width in widths)
     known = hasattr(F, "grouped_mm")  # not to every torch that can be installed

@@ -5,6 +5,8 @@ Shape letters: E experts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
@@ -18,27 +20,30 @@ class Observation:
 
     Attributes:
         counts: site name to the number of top-k slots of non-pad tokens that each expert got (int64, width E).
+        ids: site name to the experts that these are, as the gate names them.
     """
 
     def __init__(self) -> None:
         """Nothing seen yet."""
         self.counts: dict[str, Tensor] = {}
+        self.ids: dict[str, Sequence[int]] = {}
         self._probability: dict[str, Tensor] = {}
         self._ended = False
 
-    def add(self, site: str, counts_E: Tensor, probability_E: Tensor) -> None:
+    def add(self, site: str, counts_E: Tensor, probability_E: Tensor, ids: Sequence[int] | None = None) -> None:
         """Called by banks: slot counts and summed softmax probabilities of one forward pass over one site."""
         if self._ended:
             return
+        ids = range(len(counts_E)) if ids is None else ids
         if site not in self.counts:
-            self.counts[site], self._probability[site] = counts_E, probability_E
-        elif self.counts[site].shape == counts_E.shape:
+            self.ids[site], self.counts[site], self._probability[site] = ids, counts_E, probability_E
+        elif self.ids[site] == ids:
             self.counts[site] = self.counts[site] + counts_E
             self._probability[site] = self._probability[site] + probability_E
         else:
             raise ValueError(
-                f"{site}: observed {len(counts_E)} experts after {len(self.counts[site])}; "
-                "observe plans of different latest tasks separately"
+                f"{site}: observed experts {_named(ids)} after {_named(self.ids[site])}; "
+                "observe plans of different tasks separately"
             )
 
     def balance_loss(self) -> Tensor:
@@ -72,3 +77,7 @@ class Observation:
         ]
         summed = reduce(torch.cat(own), "sum").split([len(part) for part in own])
         return [(part[:-1], part[-1]) for part in summed]
+
+
+def _named(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids)) or "none"

@@ -23,12 +23,14 @@ class RoutePlan:
         weights_BK: weight of each of those tasks.
         distinct: the task indices in the plan, each once, ascending, kept on the host.
         decided: what a router works out at prefill and reads again while decoding, by its own key.
+        known: experts that any of the tasks knows, by the `id` of the router, kept on the host.
     """
 
     tasks_BK: Tensor
     weights_BK: Tensor
     distinct: tuple[int, ...]
     decided: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    known: dict[int, tuple[int, ...]] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         """Check shapes; values stay unread, as reading them would wait for the device."""
@@ -40,11 +42,7 @@ class RoutePlan:
 
     @property
     def max_task(self) -> int:
-        """Largest task index in the plan.
-
-        Routers compute only the experts that this task knows: an old task's arithmetic keeps its shapes, hence its
-        bits, whatever is learned later.
-        """
+        """Largest task index in the plan."""
         return self.distinct[-1]
 
     @classmethod

@@ -9,8 +9,7 @@ Shape letters: B batch, T tokens, E experts, R rank, I and O input and output wi
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +39,39 @@ class LoraPair:
         return LoraPair(copied(self.a_ERI), copied(self.b_EOR))
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Those experts of a block that are columns of a gate.
+
+    Attributes:
+        ids: experts of the gate's columns.
+        places: of the chosen in the block; a slice, which copies nothing, where they follow each other.
+        columns: of them in the gate, alike.
+        place_E: per column the place of its expert in the block; -1 where it is not there.
+    """
+
+    ids: Sequence[int]
+    places: slice | Tensor
+    columns: slice | Tensor
+    place_E: Tensor
+
+    @classmethod
+    def of(cls, ids: Sequence[int], block: Sequence[int], device: torch.device) -> Chosen:
+        """Both ascending."""
+        place_of = {expert: place for place, expert in enumerate(block)}
+        places = [place_of.get(expert, -1) for expert in ids]
+        columns = [column for column, place in enumerate(places) if place >= 0]
+        chosen = [places[column] for column in columns]
+        return cls(ids, _index(chosen, device), _index(columns, device), torch.tensor(places, device=device))
+
+
+def _index(ascending: list[int], device: torch.device) -> slice | Tensor:
+    if not ascending:
+        return slice(0, 0)
+    follow = ascending[-1] - ascending[0] + 1 == len(ascending)
+    return slice(ascending[0], ascending[-1] + 1) if follow else torch.tensor(ascending, device=device)
+
+
 def stack_name(path: str) -> str:
     """Name of a linear inside its bank and in stored tensors: its path in the site, `linear` where it is the site."""
     return path.replace(".", "_") or "linear"
@@ -58,44 +90,59 @@ class ExpertBlock(nn.Module):
         self.ids = tuple(ids)  # under ZeRO-3 a parameter at rest has no shape
         self.A = nn.Parameter(a_ERI, requires_grad=trainable)
         self.B = nn.Parameter(b_ERO, requires_grad=trainable)
-        self._cast: dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._chosen: Chosen | None = None
+        self._copies: dict[str, tuple[object, Tensor, Tensor]] = {}
 
-    def forward(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0, top_BTC: Tensor | None = None) -> Tensor | None:
+    def forward(
+        self, x_BTI: Tensor, gate_BTE: Tensor, ids: Sequence[int] | None = None, slots_BTC: Tensor | None = None
+    ) -> Tensor | None:
         """sum_e gate_e * B_e A_e x over the experts that are columns of the gate: (B, T, O); None if none is.
 
-        `first` is the id of the gate's first column; `top_BTC` the only columns that are not zero, where that is known.
+        `ids` are the experts of the columns, those from 0 on where they are not named; `slots_BTC` the only columns
+        that are not zero, where that is known.
         """
-        start, stop = bisect_left(self.ids, first), bisect_left(self.ids, first + gate_BTE.shape[-1])
-        if start == stop:
+        chosen = self._among(range(gate_BTE.shape[-1]) if ids is None else ids, gate_BTE.device)
+        mine_BTE = gate_BTE[..., chosen.columns]
+        num_experts = mine_BTE.shape[-1]
+        if num_experts == 0:
             return None
-        ids, num_experts = self.ids[start:stop], stop - start
-        a_ERI, b_ERO = (matrix[start:stop] for matrix in self._in(x_BTI))
-        if ids[-1] - ids[0] + 1 == num_experts:
-            if top_BTC is not None and pays(x_BTI, a_ERI, b_ERO, top_BTC.shape[-1]):
-                share_BTC = gate_BTE.gather(-1, top_BTC)
-                return grouped_sum(x_BTI, a_ERI, b_ERO, top_BTC + first - ids[0], share_BTC)
-            gate_BTE = gate_BTE[..., ids[0] - first : ids[-1] - first + 1]
-        else:
-            gate_BTE = gate_BTE[..., [expert - first for expert in ids]]
+        if slots_BTC is not None and pays(x_BTI, num_experts, self.A, self.B, slots_BTC.shape[-1]):
+            share_BTC = gate_BTE.gather(-1, slots_BTC)
+            return grouped_sum(x_BTI, *self._in(x_BTI, slice(None)), chosen.place_E[slots_BTC], share_BTC)
+        a_ERI, b_ERO = self._in(x_BTI, chosen.places)
         down_BTF = F.linear(x_BTI, a_ERI.flatten(0, 1))  # F = E * R
         down_BTER = down_BTF.view(*down_BTF.shape[:2], num_experts, -1)
-        gated_BTER = down_BTER * gate_BTE.to(down_BTER.dtype).unsqueeze(-1)
+        gated_BTER = down_BTER * mine_BTE.to(down_BTER.dtype).unsqueeze(-1)
         return gated_BTER.flatten(-2) @ b_ERO.flatten(0, 1)
 
-    def _in(self, x_BTI: Tensor) -> tuple[Tensor, Tensor]:
-        """A and B in the dtype of the activations, as autocast would cast them; products accumulate in float32 anyway.
+    def _among(self, ids: Sequence[int], device: torch.device) -> Chosen:
+        """Which of its experts a gate weighs; worked out once for as long as gates name the same."""
+        found = self._chosen
+        if found is None or found.place_E.device != device or found.ids != ids:
+            found = self._chosen = Chosen.of(ids, self.ids, device)
+            self._copies.pop("chosen", None)
+        return found
 
-        Copies of frozen experts are kept while nothing learns: cast in each decoding step they would be read and
-        written once more, which is what such a step waits for. In bfloat16 they take half of what float32 experts do.
+    def _in(self, x_BTI: Tensor, places: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of some experts in the dtype of the products; these accumulate in float32 anyway.
+
+        Copies of frozen experts are kept: made in each step they would be read and written once more, which is what a
+        step of decoding waits for. One of all, while nothing learns, which in bfloat16 takes half of what float32
+        experts do; one of those chosen last where these do not follow each other.
         """
-        if x_BTI.dtype == self.A.dtype or torch.is_autocast_enabled(x_BTI.device.type):
-            return self.A, self.B
-        if torch.is_grad_enabled() or self.A.requires_grad:
-            return self.A.to(x_BTI.dtype), self.B.to(x_BTI.dtype)
-        key = (x_BTI.dtype, x_BTI.device)
-        if key not in self._cast:
-            self._cast[key] = (self.A.to(x_BTI.dtype), self.B.to(x_BTI.dtype))
-        return self._cast[key]
+        kind = x_BTI.device.type
+        autocast, follow = torch.is_autocast_enabled(kind), isinstance(places, slice)
+        if follow and (autocast or x_BTI.dtype == self.A.dtype):
+            return self.A[places], self.B[places]
+        dtype = torch.get_autocast_dtype(kind) if autocast else x_BTI.dtype
+        if self.A.requires_grad or (follow and torch.is_grad_enabled()):
+            return self.A[places].to(dtype), self.B[places].to(dtype)
+        which, wanted = ("all", slice(None)) if follow else ("chosen", places)
+        made_for = (dtype, x_BTI.device, torch.is_inference_mode_enabled())
+        if which not in self._copies or self._copies[which][0] != made_for:
+            self._copies[which] = made_for, self.A.detach()[wanted].to(dtype), self.B.detach()[wanted].to(dtype)
+        _, a_ERI, b_ERO = self._copies[which]
+        return (a_ERI[places], b_ERO[places]) if follow else (a_ERI, b_ERO)
 
     def select(self, ids: Iterable[int]) -> tuple[Tensor, Tensor]:
         """A (E, R, I) and B (E, R, O) of some of its experts, copied."""
@@ -115,12 +162,14 @@ class StackedExperts(nn.Module):
         self.d_in, self.d_out = d_in, d_out
         self.frozen = self.trainable = None
 
-    def forward(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0, top_BTC: Tensor | None = None) -> Tensor | None:
+    def forward(
+        self, x_BTI: Tensor, gate_BTE: Tensor, ids: Sequence[int] | None = None, slots_BTC: Tensor | None = None
+    ) -> Tensor | None:
         """The gated sum of the experts that are columns of the gate: (B, T, O); None if none is.
 
         Two blocks are added, not joined: joining would copy all experts each step and differentiate the frozen ones.
         """
-        deltas = [delta for block in self.blocks if (delta := block(x_BTI, gate_BTE, first, top_BTC)) is not None]
+        deltas = [delta for block in self.blocks if (delta := block(x_BTI, gate_BTE, ids, slots_BTC)) is not None]
         if not deltas:
             return None
         delta_BTO: Tensor = deltas[0] if len(deltas) == 1 else deltas[0] + deltas[1]

@@ -23,7 +23,8 @@ class TaskState:
     Attributes:
         experts: `SITE/LINEAR.A` (E, R, d_in) and `SITE/LINEAR.B` (E, d_out, R) of the experts that the task trained; a
             site without any is absent. `SITE/ids` (E,) where they do not simply follow the experts before.
-        routers: `SITE/NAME` of what the site's router learned; `SITE/router` (E_t, D) of a router per task.
+        routers: `SITE/NAME` of what the site's router learned; `SITE/router` (E_t, D) of a router per task, and
+            `SITE/router_ids` (E_t,) of the experts that it knows where they are not all that there were.
     """
 
     experts: Mapping[str, Tensor]
@@ -54,10 +55,10 @@ def restore(banks: Mapping[str, ExpertBank], state: TaskState) -> None:
         ValueError: a tensor is missing, has another shape than its site, or belongs to no installed site. Nothing has
             been added then.
     """
-    given = {**state.experts, **state.routers}
+    given, of_router = {**state.experts, **state.routers}, _by_site(state.routers)
     expected: dict[str, tuple[int, ...]] = {}
     for site, bank in banks.items():
-        expected |= _shapes(site, bank, given)
+        expected |= _shapes(site, bank, given, of_router.get(site, {}))
     for name, shape in expected.items():
         if name not in given:
             raise ValueError(f"{name}: missing from the task's tensors; restore tasks in the order they were learned")
@@ -80,8 +81,7 @@ def restore(banks: Mapping[str, ExpertBank], state: TaskState) -> None:
             for linear, stack in bank.stacks.items():
                 pair = LoraPair(given[f"{site}/{linear}.A"], given[f"{site}/{linear}.B"])
                 stack.add(ids, pair, like=bank.anchor)
-        mine = {name: given[f"{site}/{name}"] for name in bank.router.shapes_of_next(bank.num_experts)}
-        bank.router.restore_next(mine, bank.anchor.device)
+        bank.router.restore_next(of_router.get(site, {}), bank.anchor.device)
 
 
 def _following(ids: tuple[int, ...] | list[int], num: int) -> tuple[int, ...]:
@@ -95,7 +95,18 @@ def _num_new(site: str, bank: ExpertBank, given: Mapping[str, Tensor]) -> int:
     return next((len(given[name]) for name in names if name in given), 0)
 
 
-def _shapes(site: str, bank: ExpertBank, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _by_site(routers: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What each site's router is given, by name."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in routers.items():
+        site, _, name = full.rpartition("/")
+        found.setdefault(site, {})[name] = tensor
+    return found
+
+
+def _shapes(
+    site: str, bank: ExpertBank, given: Mapping[str, Tensor], of_router: Mapping[str, Tensor]
+) -> dict[str, tuple[int, ...]]:
     """Names and shapes of what a site must be given: experts if any of its tensors is there, and its router's."""
     num_new = _num_new(site, bank, given)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -104,5 +115,5 @@ def _shapes(site: str, bank: ExpertBank, given: Mapping[str, Tensor]) -> dict[st
         shapes[f"{site}/{linear}.B"] = (num_new, stack.d_out, bank.rank)
     if f"{site}/ids" in given:
         shapes[f"{site}/ids"] = (num_new,)
-    of_router = bank.router.shapes_of_next(bank.num_experts + num_new)
-    return shapes | {f"{site}/{name}": shape for name, shape in of_router.items()}
+    wanted = bank.router.shapes_of_next(bank.num_experts + num_new, of_router)
+    return shapes | {f"{site}/{name}": shape for name, shape in wanted.items()}

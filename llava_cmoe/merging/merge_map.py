@@ -9,6 +9,7 @@ gates: exactly what it was where the gates are to each other as the shares in th
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -45,11 +46,14 @@ class MergeMap:
         shares = zip(self.of_E, self.share_E, strict=True)
         return {other: share for other, (stand_in, share) in enumerate(shares) if stand_in == expert and share}
 
-    def gate_of(self, gate_BTE: Tensor) -> Tensor:
-        """The gate over kept experts, (B, T, S), from that over the first E experts; S are the kept ones of these."""
-        num_known = gate_BTE.shape[-1]
-        num_kept = bisect_left(self.kept, num_known)
-        return gate_BTE @ _share_ES(self, gate_BTE.device)[:num_known, :num_kept]
+    def gate_of(self, gate_BTE: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+        """The gate over kept experts, (B, T, S), from that over E; S are all that stay and are no newer than these.
+
+        `ids` are the experts of the gate's columns, the first E where they are not named.
+        """
+        ids = range(gate_BTE.shape[-1]) if ids is None else ids
+        num_kept = bisect_left(self.kept, ids[-1] + 1) if ids else 0
+        return gate_BTE @ _share_ES(self, gate_BTE.device)[list(ids), :num_kept]
 
 
 @cache

@@ -38,13 +38,15 @@ class MergedRouter(Router):
     def forward(self, h_BTD: Tensor, forward_pass: ForwardPass) -> Gate | None:
         """The gate over the experts that stay, (B, T, S)."""
         gate: Gate | None = self.router(h_BTD, forward_pass)
-        return None if gate is None else gate._replace(gate_BTE=self.stand_ins.gate_of(gate.gate_BTE))
+        if gate is None:
+            return None
+        return gate._replace(gate_BTE=self.stand_ins.gate_of(gate.gate_BTE, gate.ids), ids=None, slots_BTC=None)
 
     def state_of(self, task: int) -> dict[str, Tensor]:
         """The wrapped router's: a merge changes nothing that was learned."""
         return self.router.state_of(task)
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Nothing is added to a merged bank."""
         raise ValueError("a merged bank only answers; learning goes on in one that is not merged")
 

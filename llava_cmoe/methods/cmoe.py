@@ -21,7 +21,7 @@ the LLM; a task that begins as the nearest learned one. The mixture itself is `e
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
@@ -117,18 +117,20 @@ class Cmoe(Method):
         return probe(self.model, self.host, data, self.processor, self.settings.probe, self._training_context, fit)
 
     def grow(self, growth: Growth, init: Mapping[str, ExpertInit], seed: int) -> None:
-        """Add trainable experts where the task grows (Eq. 3), and a router everywhere."""
+        """Add trainable experts where the task grows (Eq. 3), and everywhere a router over these and old ones."""
         generator = torch.Generator().manual_seed(seed)
         for site, bank in self.host.banks.items():
             begin, num_new = init.get(site), growth.new_experts.get(site, 0)
-            start = self._router_start(site, begin, num_new, growth.nearest) if begin else None
+            old = begin.known if begin else bank.ids[-(self.settings.probe.old_experts or 0) :]  # [-0:] is all
             bank.grow(
                 num_new,
                 generator=generator,
                 init_from=begin.copied if begin else None,
                 noise=self.settings.probe.clone_noise,
             )
-            self.routers[site].add_task(bank.num_experts, bank.anchor.device, generator, start)
+            ids = (*old, *bank.trainable_ids)
+            start = self._router_start(site, ids, begin, num_new, growth.nearest) if begin else None
+            self.routers[site].add_task(ids, bank.anchor.device, generator, start)
 
     @contextmanager
     def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:
@@ -194,13 +196,15 @@ class Cmoe(Method):
         if freeze:
             self.host.freeze()
 
-    def _router_start(self, site: str, begin: ExpertInit, num_new: int, nearest: int | None) -> RouterStart:
+    def _router_start(
+        self, site: str, ids: Sequence[int], begin: ExpertInit, num_new: int, nearest: int | None
+    ) -> RouterStart:
         """From drawn rows to what a new router starts with."""
         logit = self.settings.experts.router_init_logit
-        weight_ED = None if nearest is None else self.routers[site].weight(nearest)
-        if weight_ED is None:
+        rows = {} if nearest is None else self.routers[site].rows(nearest)
+        if not rows:
             return lambda drawn_ED: with_head_start(drawn_ED, num_new, begin.mean_D, logit)
-        return lambda drawn_ED: as_nearest(drawn_ED, weight_ED, begin.places, begin.mean_D, logit)
+        return lambda drawn_ED: as_nearest(drawn_ED, ids, rows, begin.copies_of, begin.mean_D, logit)
 
     def _training_context(self, balance_weight: float) -> TrainingContext:
         @contextmanager

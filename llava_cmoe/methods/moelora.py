@@ -52,7 +52,7 @@ class MoeLora(Method):
         generator, routers = torch.Generator().manual_seed(seed), self.host.routers(TaskRouters)
         for site, bank in self.host.banks.items():
             bank.grow(settings.num_experts, generator=generator)
-            routers[site].add_task(settings.num_experts, bank.anchor.device, generator)
+            routers[site].add_task(bank.ids, bank.anchor.device, generator)
 
     @contextmanager
     def training_context(self, batch: Batch) -> Iterator[ExtraLoss]:

@@ -9,32 +9,26 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
-from typing import Any, Literal
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
-from llava_cmoe.data.batches import batches, share_of
-from llava_cmoe.data.conversation import IGNORED, Processor
+from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
-from llava_cmoe.experts.bank import ExpertBank, input_of
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.stack import LoraPair
 from llava_cmoe.experts.surgery import ExpertHost
 from llava_cmoe.methods.base import FitFn, StageData, TrainingContext
+from llava_cmoe.methods.pool_use import count, losses_by_task, mean_tokens
 from llava_cmoe.records import Growth
 from llava_cmoe.settings.methods.cmoe import ProbeSettings
-
-COUNT_BATCH = 32
-"""Samples per forward pass while counting; counts are sums, so it changes nothing but memory."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +36,15 @@ class ExpertInit:
     """How the new experts of a site begin, if it grows, and what its new router starts from.
 
     Attributes:
-        places: of the experts that they copy, one or as many as are new; none for a fresh LoRA init.
+        copies_of: the experts that they copy, one or as many as are new; none for a fresh LoRA init.
         copied: these, per linear; None for a fresh LoRA init.
+        known: the old experts that the new router may choose, ascending.
         mean_D: mean input of the site over the task's tokens, in the frozen model.
     """
 
-    places: tuple[int, ...]
+    copies_of: tuple[int, ...]
     copied: Mapping[str, LoraPair] | None
+    known: tuple[int, ...]
     mean_D: Tensor
 
 
@@ -87,8 +83,9 @@ def probe(
     like = data.index - 1 if nearest is None else nearest
     for site, bank in host.banks.items():
         bank.grow(settings.max_new_experts, generator=generator)
-        start = partial(with_rows, rows_ED=routers[site].weight(like)) if settings.router == "copied" else None
-        routers[site].add_task(bank.num_experts, bank.anchor.device, generator, start)
+        known = routers[site].rows(like) if settings.router == "copied" else {}
+        start = partial(with_rows, ids=bank.ids, rows=known)
+        routers[site].add_task(bank.ids, bank.anchor.device, generator, start)
     probe_parameters = sum(ledger.trainable(bank).parameters for bank in host.banks.values())
     fit(
         Subset(data.samples, order[num_counted:].tolist()),
@@ -103,14 +100,18 @@ def probe(
     frequencies = {site: tuple((counts_E / counts_E.sum()).tolist()) for site, counts_E in counts.items()}
     thresholds = thresholds_of(frequencies, settings, need)
     chosen = chosen_of(frequencies, thresholds, settings, generator)
-    pools = {site: counts_E[: -settings.max_new_experts] for site, counts_E in counts.items()}
+    used = counts
     if nearest is not None:
-        pools = count(model, rows, processor, host, RoutePlan.single(nearest), settings.counted)
+        used = count(model, rows, processor, host, RoutePlan.single(nearest), settings.counted)
+    pools = {site: counts_E[: -settings.max_new_experts] for site, counts_E in used.items()}
     places = {site: copied_places(pools[site].tolist(), settings, nearest) for site in chosen}
     means = mean_tokens(model, rows, processor, host)
     init = {
         site: ExpertInit(
-            places.get(site, ()), host.banks[site].expert(*places[site]) if places.get(site) else None, means[site]
+            copies_of=places.get(site, ()),
+            copied=host.banks[site].expert(*places[site]) if places.get(site) else None,
+            known=tuple(sorted(most_used(pools[site].tolist())[: settings.old_experts])),
+            mean_D=means[site],
         )
         for site in frequencies
     }
@@ -128,102 +129,11 @@ def probe(
     return growth, init
 
 
-@torch.no_grad()
-def losses_by_task(
-    model: PreTrainedModel,
-    samples: Subset[dict[str, Tensor]],
-    processor: Processor,
-    host: ExpertHost,
-    num_tasks: int,
-) -> tuple[float, ...]:
-    """Loss of some rows' answers, summed over tokens: of the frozen model, then under each learned task's routers.
-
-    Costs a forward pass over the rows for each; all processes get the same sums.
-    """
-    plans = [None, *map(RoutePlan.single, range(num_tasks))]
-    losses = torch.zeros(len(plans), dtype=torch.float64, device=model.device)
-    for inputs, labels_BT in _share(model, samples, processor):
-        for place, plan in enumerate(plans):
-            with host.context.use(plan, inputs):
-                num_answered = (labels_BT[:, 1:] != IGNORED).sum()
-                losses[place] += model(**inputs, labels=labels_BT, use_cache=False).loss * num_answered
-    return tuple(reduce(losses, "sum").tolist())
-
-
 def nearest_task(losses: Sequence[float]) -> tuple[int, float]:
     """The learned task whose routers lose least, and the need: what it leaves of the frozen model's loss, at most 1."""
     frozen, *learned = losses
     best = min(range(len(learned)), key=learned.__getitem__)
     return best, min(1.0, learned[best] / frozen)
-
-
-@torch.no_grad()
-def count(
-    model: PreTrainedModel,
-    samples: Subset[dict[str, Tensor]],
-    processor: Processor,
-    host: ExpertHost,
-    plan: RoutePlan,
-    counted: Literal["all", "answer"] = "all",
-) -> dict[str, Tensor]:
-    """Top-k slots of the counted tokens per site and expert over some rows, summed over all processes: (E,) each.
-
-    f_le = counts_e / (k * tokens) follows, as every token fills k slots. All processes grow by the same sums. A site
-    that reads images counts all patches, whichever tokens are counted in the LLM.
-    """
-    with host.context.observe() as seen:
-        for inputs, labels_BT in _share(model, samples, processor):
-            counted_BT = inputs["attention_mask"].bool() if counted == "all" else labels_BT != IGNORED
-            with host.context.use(plan, {"attention_mask": counted_BT}):
-                model.base_model(**inputs, use_cache=False)
-    # Each process sums each site, also one that had no row to count: a sum waits for all of them.
-    none = {
-        site: torch.zeros(bank.num_experts, dtype=torch.long, device=model.device) for site, bank in host.banks.items()
-    }
-    return {site: reduce(counts_E, "sum") for site, counts_E in (none | seen.counts).items()}
-
-
-@torch.no_grad()
-def mean_tokens(
-    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], processor: Processor, host: ExpertHost
-) -> dict[str, Tensor]:
-    """Mean input of every site in the frozen model over some rows, over all processes: (D,).
-
-    Over the non-pad tokens or, at a site that reads images, over all patches; NaN where the rows have no image.
-    """
-    sums = {
-        site: torch.zeros(bank.hidden_size, dtype=torch.float64, device=model.device)
-        for site, bank in host.banks.items()
-    }
-    num_tokens = dict.fromkeys(sums, 0)
-
-    def add(site: str, bank: ExpertBank, args: tuple[Any, ...], named: Mapping[str, Any]) -> None:
-        h_BTD = input_of(args, named)
-        tokens_ND = h_BTD.flatten(0, -2) if bank.site.of_images else h_BTD[mask_BT]
-        sums[site] += tokens_ND.double().sum(dim=0)
-        num_tokens[site] += len(tokens_ND)
-
-    hooks = [bank.register_forward_pre_hook(partial(add, site), with_kwargs=True) for site, bank in host.banks.items()]
-    try:
-        for inputs, _ in _share(model, samples, processor):
-            mask_BT = inputs["attention_mask"].bool()
-            with host.context.use(None):
-                model.base_model(**inputs, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    totals = {site: reduce(torch.tensor(num, device=model.device), "sum") for site, num in num_tokens.items()}
-    return {site: (reduce(sum_D, "sum") / totals[site]).float() for site, sum_D in sums.items()}
-
-
-def _share(
-    model: PreTrainedModel, samples: Subset[dict[str, Tensor]], processor: Processor
-) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """This process's share of some rows in batches on the model's device: what the model reads, and the labels."""
-    model.eval()  # type: ignore[no-untyped-call]
-    for inputs in batches(share_of(samples), processor, COUNT_BATCH, model.device):
-        labels_BT = inputs.pop("labels")
-        yield inputs, labels_BT
 
 
 def thresholds_of(
@@ -304,22 +214,26 @@ def copied_places(pool: Sequence[int], settings: ProbeSettings, nearest: int | N
         nearest: learned task that the new one begins as; None if none is near.
     """
     num_new, num_old = settings.max_new_experts, len(pool)
-    most_used = sorted(range(num_old), key=lambda place: (-pool[place], place))
     match settings.init:
         case "most_used":
-            return tuple(most_used[:1])
+            return tuple(most_used(pool)[:1])
         case "nearest_task":
-            return () if nearest is None or num_old < num_new else tuple(most_used[:num_new])
+            used = [expert for expert in most_used(pool) if pool[expert]]
+            return () if nearest is None or len(used) < num_new else tuple(used[:num_new])
         case "probe":
             return tuple(range(num_old, num_old + num_new))
         case "lora":
             return ()
 
 
-def with_rows(drawn_ED: Tensor, rows_ED: Tensor | None) -> Tensor:
-    """A router that starts with another one's rows for the experts that this one knows."""
-    known = 0 if rows_ED is None else len(rows_ED)
-    return drawn_ED if rows_ED is None else torch.cat([rows_ED.detach().to(drawn_ED), drawn_ED[known:]])
+def most_used(slots: Sequence[int]) -> list[int]:
+    """Experts by the slots that they got, the most first; among equals the oldest."""
+    return sorted(range(len(slots)), key=lambda expert: (-slots[expert], expert))
+
+
+def with_rows(drawn_ED: Tensor, ids: Sequence[int], rows: Mapping[int, Tensor]) -> Tensor:
+    """A router over some experts that starts with another one's rows, by expert, where that one has any."""
+    return torch.stack([rows.get(expert, row_D).to(row_D) for expert, row_D in zip(ids, drawn_ED, strict=True)])
 
 
 def with_head_start(drawn_ED: Tensor, num_new: int, mean_D: Tensor, logit: float) -> Tensor:
@@ -329,17 +243,23 @@ def with_head_start(drawn_ED: Tensor, num_new: int, mean_D: Tensor, logit: float
     return rows_ED
 
 
-def as_nearest(drawn_ED: Tensor, nearest_ED: Tensor, places: Sequence[int], mean_D: Tensor, logit: float) -> Tensor:
+def as_nearest(
+    drawn_ED: Tensor,
+    ids: Sequence[int],
+    nearest: Mapping[int, Tensor],
+    copies_of: Sequence[int],
+    mean_D: Tensor,
+    logit: float,
+) -> Tensor:
     """A router that starts as the nearest task's: copies have the rows, and so the gate, of the experts they copy.
 
-    These, and experts that the nearest task did not know, start behind by a logit at the task's mean token.
+    These, and experts that the nearest task did not know, start behind by a logit at the task's mean token. The copies
+    are the last of `ids`.
     """
-    rows_ED = drawn_ED - _towards(mean_D, logit)
-    behind_ND = rows_ED[list(places)]
-    rows_ED[: len(nearest_ED)] = nearest_ED.to(rows_ED)
-    rows_ED[len(rows_ED) - len(places) :] = rows_ED[list(places)]
-    rows_ED[list(places)] = behind_ND
-    return rows_ED
+    copies = dict(zip(ids[len(ids) - len(copies_of) :], copies_of, strict=True))
+    rows = {one: row_D for one, row_D in nearest.items() if one not in copies_of}
+    rows |= {copy: nearest[one] for copy, one in copies.items() if one in nearest}
+    return with_rows(drawn_ED - _towards(mean_D, logit), ids, rows)
 
 
 def _towards(mean_D: Tensor, logit: float) -> Tensor:

@@ -49,7 +49,7 @@ def test_a_file_tells_what_made_it(tmp_path: Path, prompts: PromptRows):
     store(tmp_path / "new").features(prompts, {"layer": 3}, Model().read)
     (file,) = (tmp_path / "new").iterdir()
     with safe_open(file, "pt") as opened:
-        told = json.loads(opened.metadata()["made_by"])
+        told = json.loads(opened.metadata()["features"])["made_by"]
     assert told == {"base": {"backbone": "a"}, "prompts": prompts.fingerprint(), "layer": 3}
 
 

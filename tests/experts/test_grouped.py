@@ -57,13 +57,13 @@ def test_a_stack_adds_the_same_either_way(
 ):
     generator = torch.Generator().manual_seed(0)
     stack = StackedExperts(D_IN, D_OUT)
-    for _ in range(2):
+    for ids in ((0, 3, 4, 8), (1, 2, 6, 11)):
         if frozen:
             stack.freeze()
         pair = LoraPair(
             torch.randn(4, RANK, D_IN, generator=generator), torch.randn(4, D_OUT, RANK, generator=generator)
         )
-        stack.add(range(len(stack.blocks) and 4, 4 + (len(stack.blocks) and 4)), pair, like=torch.zeros(1))
+        stack.add(ids, pair, like=torch.zeros(1))
     x_BTI = torch.randn(2, 5, D_IN, generator=generator).to(dtype).requires_grad_()
     top_BTC = torch.rand(2, 5, 8, generator=generator).topk(2).indices
     gate_BTE = torch.zeros(2, 5, 8).scatter(-1, top_BTC, torch.rand(2, 5, 2, generator=generator))
@@ -71,7 +71,7 @@ def test_a_stack_adds_the_same_either_way(
     for limit in (0, 10**9):
         monkeypatch.setitem(grouped.RANK_PER_SLOT, "cpu", limit)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            delta_BTO = stack(x_BTI, gate_BTE, 0, top_BTC)
+            delta_BTO = stack(x_BTI, gate_BTE, (0, 1, 2, 3, 4, 5, 8, 11), top_BTC)  # 5 is nobody, 6 is not asked
         gradients = torch.autograd.grad(delta_BTO.float().square().sum(), [x_BTI, stack.trainable.A, stack.trainable.B])
         found.append((delta_BTO, *gradients))
     assert found[0][0].dtype == found[1][0].dtype == (torch.bfloat16 if autocast else dtype)
@@ -85,10 +85,11 @@ def test_rows_that_are_not_aligned_and_devices_that_were_not_measured_take_the_o
 ):
     x_BTI, a_ERI, b_ERO, *_ = drawn(30, 2, seed=0)
     monkeypatch.setitem(grouped.RANK_PER_SLOT, "cpu", 100)
-    assert pays(x_BTI, a_ERI, b_ERO, num_slots=2) and not pays(x_BTI, a_ERI, b_ERO, num_slots=3)
-    assert not pays(x_BTI, a_ERI[:, :7], b_ERO[:, :7], num_slots=2)
+    assert pays(x_BTI, 30, a_ERI, b_ERO, num_slots=2) and not pays(x_BTI, 30, a_ERI, b_ERO, num_slots=3)
+    assert not pays(x_BTI, 2, a_ERI, b_ERO, num_slots=2)  # a gate over two of them
+    assert not pays(x_BTI, 30, a_ERI[:, :7], b_ERO[:, :7], num_slots=2)
     monkeypatch.delitem(grouped.RANK_PER_SLOT, "cpu")
-    assert not pays(x_BTI, a_ERI, b_ERO, num_slots=1)
+    assert not pays(x_BTI, 30, a_ERI, b_ERO, num_slots=1)
 
 
 def test_it_never_waits_for_the_device():

@@ -28,7 +28,7 @@ def test_balance_loss_of_nothing_and_of_mixed_widths_are_errors() -> None:
     with pytest.raises(ValueError, match="context.use"):
         seen.balance_loss()
     seen.add("a", torch.tensor([1]), torch.tensor([1.0]))
-    with pytest.raises(ValueError, match="a: observed 2 experts after 1"):
+    with pytest.raises(ValueError, match="a: observed experts 0, 1 after 0;"):
         seen.add("a", torch.tensor([1, 0]), torch.tensor([0.5, 0.5]))
 
 

@@ -1,5 +1,6 @@
 """Stacked experts are a loop over experts by id, whichever of them are frozen, trainable or gone."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -35,16 +36,17 @@ class Both:
         self.stack.add(some, pair, like=torch.zeros(1, dtype=torch.float64))
         self.experts |= {expert: (pair.a_ERI[place], pair.b_EOR[place]) for place, expert in enumerate(some)}
 
-    def loop(self, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0) -> Tensor:
+    def loop(self, x_BTI: Tensor, gate_BTE: Tensor, ids: Sequence[int] | None = None) -> Tensor:
         total_BTO = torch.zeros(*x_BTI.shape[:2], D_OUT, dtype=torch.float64)
-        for expert, (a_RI, b_OR) in self.experts.items():
-            if first <= expert < first + gate_BTE.shape[-1]:
-                total_BTO += gate_BTE[..., expert - first, None] * (x_BTI @ a_RI.T @ b_OR.T)
+        for column, expert in enumerate(range(gate_BTE.shape[-1]) if ids is None else ids):
+            if expert in self.experts:
+                a_RI, b_OR = self.experts[expert]
+                total_BTO += gate_BTE[..., column, None] * (x_BTI @ a_RI.T @ b_OR.T)
         return total_BTO
 
 
-def mixture(stack: StackedExperts, x_BTI: Tensor, gate_BTE: Tensor, first: int = 0) -> Tensor:
-    delta_BTO = stack(x_BTI, gate_BTE, first)
+def mixture(stack: StackedExperts, x_BTI: Tensor, gate_BTE: Tensor, ids: Sequence[int] | None = None) -> Tensor:
+    delta_BTO = stack(x_BTI, gate_BTE, ids)
     return torch.zeros(*x_BTI.shape[:2], D_OUT, dtype=x_BTI.dtype) if delta_BTO is None else delta_BTO
 
 
@@ -78,19 +80,42 @@ def test_any_set_of_ids_computes_what_a_loop_over_experts_does(data: st.DataObje
     torch.testing.assert_close(found, both.loop(x_BTI, gate_BTE), rtol=1e-12, atol=1e-12)
 
 
-@given(data=st.data(), width=st.integers(1, 6), first=st.integers(0, WIDTH + 5))
-def test_a_gate_over_a_range_of_experts_is_the_whole_gate_with_zeros_elsewhere(
-    data: st.DataObject, width: int, first: int
+named = st.lists(st.integers(0, WIDTH + 5), min_size=1, max_size=6, unique=True).map(lambda some: tuple(sorted(some)))
+
+
+@given(data=st.data(), gates=st.lists(named, min_size=1, max_size=3))
+def test_a_gate_over_some_experts_is_the_whole_gate_with_zeros_elsewhere(
+    data: st.DataObject, gates: list[tuple[int, ...]]
 ):
     both = built(data)
-    x_BTI, gate_BTE = tokens(both.generator, width)
-    whole_BTE = torch.zeros(2, 3, WIDTH + 16, dtype=torch.float64)
-    whole_BTE[..., first : first + width] = gate_BTE
-    of_range = mixture(both.stack, x_BTI, gate_BTE, first)
-    torch.testing.assert_close(of_range, mixture(both.stack, x_BTI, whole_BTE), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(of_range, both.loop(x_BTI, gate_BTE, first), rtol=1e-12, atol=1e-12)
-    known = any(first <= expert < first + width for expert in both.experts)
-    assert (both.stack(x_BTI, gate_BTE, first) is None) == (not known)  # nothing is computed for nobody
+    for some in (*gates, gates[0]):  # one gate after another: what was worked out for one is not the next one's
+        x_BTI, gate_BTE = tokens(both.generator, len(some))
+        whole_BTE = torch.zeros(2, 3, WIDTH + 16, dtype=torch.float64)
+        whole_BTE[..., list(some)] = gate_BTE
+        of_some = mixture(both.stack, x_BTI, gate_BTE, some)
+        torch.testing.assert_close(of_some, mixture(both.stack, x_BTI, whole_BTE), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(of_some, both.loop(x_BTI, gate_BTE, some), rtol=1e-12, atol=1e-12)
+        nothing = both.experts.keys().isdisjoint(some)
+        assert (both.stack(x_BTI, gate_BTE, some) is None) == nothing  # nothing is computed for nobody
+
+
+@given(seed=st.integers(0, 99), some=named, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_copies_of_the_frozen_experts_that_a_gate_names_are_made_once_and_are_theirs(
+    seed: int, some: tuple[int, ...], dtype: torch.dtype
+):
+    generator = torch.Generator().manual_seed(seed)
+    stack, pair = StackedExperts(D_IN, D_OUT), drawn(WIDTH + 6, generator)
+    stack.add(range(WIDTH + 6), pair, like=torch.zeros(1))
+    stack.freeze()
+    x_BTI, gate_BTE = (one.to(dtype) for one in tokens(generator, len(some)))
+    alone = StackedExperts(D_IN, D_OUT)
+    alone.add(some, LoraPair(pair.a_ERI[list(some)], pair.b_EOR[list(some)]), like=torch.zeros(1))
+    alone.freeze()
+    expected = mixture(alone, x_BTI, gate_BTE, some)
+    assert torch.equal(mixture(stack, x_BTI, gate_BTE, some), expected)
+    with CountOps() as again:
+        assert torch.equal(mixture(stack, x_BTI, gate_BTE, some), expected)
+    assert not any("index" in op for op in again.ops) or some[-1] - some[0] + 1 == len(some)
 
 
 @given(data=st.data(), gone=ids)
@@ -98,17 +123,17 @@ def test_an_expert_keeps_its_id_and_what_it_adds_when_others_are_dropped(data: s
     both = built(data)
     x_BTI, gate_BTE = tokens(both.generator)
     kept = [expert for expert in both.experts if expert not in gone]
-    before = {expert: mixture(both.stack, x_BTI, gate_BTE[..., expert : expert + 1], expert) for expert in kept}
+    before = {expert: mixture(both.stack, x_BTI, gate_BTE[..., expert : expert + 1], (expert,)) for expert in kept}
     were_trainable = set() if both.stack.trainable is None else {*both.stack.trainable.ids}
     both.stack.drop(iter(gone))
     for expert, delta_BTO in before.items():
-        after = mixture(both.stack, x_BTI, gate_BTE[..., expert : expert + 1], expert)
+        after = mixture(both.stack, x_BTI, gate_BTE[..., expert : expert + 1], (expert,))
         assert torch.equal(after, delta_BTO) and (expert >= WIDTH or after.any())
     assert ({*both.stack.trainable.ids} if both.stack.trainable else set()) == were_trainable - {*gone}
     for block in both.stack.blocks:
         assert block.A.requires_grad == block.B.requires_grad == (block is both.stack.trainable)
     for expert in gone:  # its column of the gate adds nothing
-        assert both.stack(x_BTI, gate_BTE[..., :1], expert) is None
+        assert both.stack(x_BTI, gate_BTE[..., :1], (expert,)) is None
 
 
 @given(data=st.data(), chosen=ids)

@@ -152,7 +152,7 @@ def test_training_with_gradient_checkpointing_gives_the_same_gradients(
     for bank in host.banks.values():
         learn(bank, 2)
         bank.grow(1, generator=generator, init_from=bank.expert(0))
-        bank.router.add_task(bank.num_experts, bank.anchor.device, generator)
+        bank.router.add_task(bank.ids, bank.anchor.device, generator)
     learned = [parameter for parameter in tiny_llava.parameters() if parameter.requires_grad]
 
     def gradients() -> list[Tensor]:

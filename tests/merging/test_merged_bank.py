@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.backbones.sites import Site
+from llava_cmoe.experts import grouped
+from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.state import restore, state_of
@@ -116,19 +118,69 @@ def test_a_task_whose_experts_are_all_dropped_is_the_base_model_there(
         assert torch.equal(logits_under(tiny_llava, host, RoutePlan.single(0)), base)
 
 
+@pytest.mark.parametrize("task", [1, 2])
 def test_the_choices_that_are_counted_are_those_of_the_whole_bank(
-    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost
+    tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, task: int
 ):
+    add_selective_task(host)
     first = next(iter(host.banks))  # what deeper sites read is another state once this one is merged
 
-    def counted() -> list[int]:
+    def counted() -> dict[int, int]:
         with host.context.observe() as seen:
-            logits_under(tiny_llava, host, RoutePlan.single(1))
-        return seen.counts[first].tolist()
+            logits_under(tiny_llava, host, RoutePlan.single(task))
+        return dict(zip(seen.ids[first], seen.counts[first].tolist(), strict=True))
 
     before = counted()
     with merged(host, dict.fromkeys(host.banks, MAPS[1])):
-        assert counted() == before and sum(before) == 2 * 2 * 8
+        assert counted() == before and sum(before.values()) == 2 * 2 * 8
+    assert list(before) == ([0, 1, 2, 3] if task == 1 else SELECTED)
+
+
+SELECTED = [0, 3]
+"""Experts that the third task knows."""
+
+
+def add_selective_task(host: ExpertHost) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for bank in host.banks.values():
+        bank.router.add_task(SELECTED, torch.device("cpu"), generator)
+    host.freeze()
+
+
+@pytest.mark.parametrize("merge_map", MAPS, ids=lambda one: str(one.of_E))
+def test_of_a_task_that_knows_some_experts_a_merge_moves_only_what_it_gives_to_those_left_out(
+    host: ExpertHost, merge_map: MergeMap
+):
+    add_selective_task(host)
+    bank = next(iter(host.banks.values()))
+    h_BTD, plan = torch.randn(2, 5, bank.hidden_size), RoutePlan.single(2)
+    plain = bank.router(h_BTD, ForwardPass(plan))
+    with merged(host, {bank.site.name: merge_map}):
+        gate = bank.router(h_BTD, ForwardPass(plan))
+    wanted_BTS = torch.zeros(2, 5, len(merge_map.kept))
+    for column, expert in enumerate(SELECTED):
+        if merge_map.of_E[expert] >= 0:
+            wanted_BTS[..., merge_map.kept.index(merge_map.of_E[expert])] += plain.gate_BTE[..., column]
+    assert plain.ids == (0, 3) and gate.ids is None
+    torch.testing.assert_close(gate.gate_BTE, wanted_BTS)
+
+
+@pytest.mark.parametrize("merge_map", MAPS, ids=lambda one: str(one.of_E))
+@pytest.mark.parametrize("plan", PLANS)
+def test_it_adds_the_same_where_tokens_are_sorted_by_expert(
+    tiny_llava: LlavaForConditionalGeneration,
+    host: ExpertHost,
+    merge_map: MergeMap,
+    plan: RoutePlan,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    found = []
+    for limit in (10**9, 0):
+        monkeypatch.setitem(grouped.RANK_PER_SLOT, "cpu", limit)
+        monkeypatch.setattr(grouped, "ALIGNED", 1)
+        with merged(host, dict.fromkeys(host.banks, merge_map)):
+            found.append(logits_under(tiny_llava, host, plan))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 def test_a_mean_is_the_closest_expert_and_exact_where_one_can_be(host: ExpertHost):

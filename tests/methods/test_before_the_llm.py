@@ -19,7 +19,8 @@ from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Route, answer_bat
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.methods.base import ExtraLoss, StageData, no_extra_loss
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.methods.probing import count, mean_tokens, probe
+from llava_cmoe.methods.pool_use import count, mean_tokens
+from llava_cmoe.methods.probing import probe
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.runs.stage import stage_data

@@ -14,7 +14,7 @@ from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.methods.cmoe import Cmoe
-from llava_cmoe.methods.probing import count
+from llava_cmoe.methods.pool_use import count
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.runs.stage import stage_data
@@ -41,7 +41,7 @@ def test_an_old_task_computes_the_same_bits_after_the_model_grew(lesson: Lesson)
 
 def test_a_layer_that_did_not_grow_still_gets_a_router_for_the_task(method: Cmoe):
     assert all(len(bank.router) == 2 for bank in method.host.banks.values())
-    assert sorted(tuple(bank.router.widths) for bank in method.host.banks.values()) == [(2, 2), (2, 3)]
+    assert sorted(tuple(map(len, bank.router.known)) for bank in method.host.banks.values()) == [(2, 2), (2, 3)]
 
 
 def test_new_experts_start_as_copies_of_the_most_used_old_one_and_with_the_tasks_tokens(lesson: Lesson):

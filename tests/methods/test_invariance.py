@@ -88,8 +88,10 @@ def gates_seen(method: Method) -> Iterator[dict[str, list[Tensor]]]:
     seen: dict[str, list[Tensor]] = defaultdict(list)
 
     def see(site: str, router: object, args: tuple[Tensor, ...], gate: Gate | None) -> None:
-        gate_BTE, first = (args[0].new_zeros(1, 1, 0), 0) if gate is None else (gate.gate_BTE, gate.first)
-        gate_BTE = pad(gate_BTE, (first, COLUMNS - first - gate_BTE.shape[-1]))
+        some_BTE = args[0].new_zeros(1, 1, 0) if gate is None else gate.gate_BTE
+        ids = range(some_BTE.shape[-1]) if gate is None or gate.ids is None else gate.ids
+        gate_BTE = some_BTE.new_zeros(*some_BTE.shape[:2], COLUMNS)
+        gate_BTE[..., list(ids)] = some_BTE
         seen[site].append(gate_BTE.expand(*args[0].shape[:2], -1).detach())
 
     banks = method.host.banks if method.host is not None else {}

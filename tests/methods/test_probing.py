@@ -22,15 +22,13 @@ from llava_cmoe.experts.context import ForwardPass
 from llava_cmoe.experts.plan import RoutePlan
 from llava_cmoe.experts.routers.per_task import TaskRouters
 from llava_cmoe.experts.surgery import ExpertHost, install
-from llava_cmoe.methods import probing
+from llava_cmoe.methods import pool_use
 from llava_cmoe.methods.base import ExtraLoss, StageData, TrainingContext, no_extra_loss
+from llava_cmoe.methods.pool_use import count, losses_by_task, mean_tokens
 from llava_cmoe.methods.probing import (
     as_nearest,
     chosen_of,
     copied_places,
-    count,
-    losses_by_task,
-    mean_tokens,
     nearest_task,
     probe,
     probe_use,
@@ -71,7 +69,7 @@ def host(tiny_llava: LlavaForConditionalGeneration) -> ExpertHost:
     host = install(tiny_llava, ffn_sites(tiny_llava), lambda width: TaskRouters(width, TOP_K), rank=3, alpha=6.0)
     for site, bank in host.banks.items():
         bank.grow(3, generator=generator)
-        host.routers(TaskRouters)[site].add_task(bank.num_experts, bank.anchor.device, generator)
+        host.routers(TaskRouters)[site].add_task(bank.ids, bank.anchor.device, generator)
         for stack in bank.stacks.values():
             stack.trainable.B.data.uniform_(-0.5, 0.5, generator=generator)
     host.freeze()
@@ -255,7 +253,7 @@ def test_new_experts_copy_what_the_settings_say(pool: list[int], num_new: int, n
     assert places("probe") == tuple(range(len(pool), len(pool) + num_new))
     assert places("most_used") == ((pool.index(max(pool)),) if pool else ())
     near = places("nearest_task")
-    if nearest is None or len(pool) < num_new:
+    if nearest is None or sum(map(bool, pool)) < num_new:
         assert near == ()
     else:  # as many different ones as are new, and no other is used more
         assert len(set(near)) == num_new and near[:1] == places("most_used")
@@ -276,7 +274,7 @@ def test_a_router_that_starts_as_the_nearest_tasks_mixes_what_that_one_mixed(
     chosen = gate_of(of_nearest, h_BTD)
     places = tuple(chosen.sum(dim=(0, 1)).argsort(descending=True)[:num_new].tolist())
     started = TaskRouters(width, TOP_K)
-    started.add(as_nearest(drawn_ED, nearest_ED, places, mean_D, logit=200.0))
+    started.add(as_nearest(drawn_ED, range(len(drawn_ED)), of_nearest.rows(0), places, mean_D, logit=200.0))
     begun = gate_of(started, h_BTD)
     copies = begun[..., num_known + num_later :]
     kept = [place for place in range(num_known) if place not in places]
@@ -307,7 +305,7 @@ def test_losses_are_of_the_frozen_model_and_under_each_learned_tasks_routers(
             bank.grow(1, generator=generator)
             for stack in bank.stacks.values():
                 stack.trainable.B.data.uniform_(-0.5, 0.5, generator=generator)
-            routers[site].add_task(bank.num_experts, bank.anchor.device, generator)
+            routers[site].add_task(bank.ids, bank.anchor.device, generator)
             bank.freeze()
     rows = Subset(Rows(6), range(6))
     losses = []
@@ -406,7 +404,7 @@ def test_counts_depend_on_neither_batch_size_nor_padding(
 ):
     rows, plan = Rows(10), RoutePlan.single(0)
     together = count(tiny_llava, rows, tiny_processor, host, plan)
-    monkeypatch.setattr(probing, "COUNT_BATCH", batch_size)  # 1: nothing is padded
+    monkeypatch.setattr(pool_use, "COUNT_BATCH", batch_size)  # 1: nothing is padded
     apart = count(tiny_llava, rows, tiny_processor, host, plan)
     tokens = sum(len(row["input_ids"]) for row in map(rows.__getitem__, range(10)))
     for site, counts_E in together.items():
@@ -442,7 +440,7 @@ def test_the_mean_token_of_a_site_is_the_frozen_models_and_knows_no_padding(
         for row in map(rows.__getitem__, range(10)):
             tiny_llava(input_ids=row["input_ids"][None])
     hook.remove()
-    monkeypatch.setattr(probing, "COUNT_BATCH", batch_size)
+    monkeypatch.setattr(pool_use, "COUNT_BATCH", batch_size)
     with host.context.use(RoutePlan.single(0)):  # experts of an earlier task do not touch it
         means = mean_tokens(tiny_llava, rows, tiny_processor, host)
     torch.testing.assert_close(means[site], torch.cat(seen).mean(dim=0), rtol=1e-5, atol=1e-6)

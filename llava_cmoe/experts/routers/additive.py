@@ -91,7 +91,7 @@ class AdditiveRouter(Router):
         kept = 1 - self.removed_E[-1:].long()
         return {"router": self.delta.detach().to("cpu", copy=True), "kept": kept.to("cpu")}
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Rows for all tasks up to the next one."""
         return {"router": (self.num_tasks + 1, self.width), "kept": (1,)}
 

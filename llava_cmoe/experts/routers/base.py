@@ -8,7 +8,7 @@ Shape letters: B batch, T tokens, D hidden, E experts, K tasks mixed for one sam
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,26 +24,30 @@ class Gate(NamedTuple):
 
     Attributes:
         gate_BTE: weight of every expert for every token, in float32; (B, 1, E) or (1, 1, E) where tokens share it.
-        first: id of the expert of the first column; the others follow.
+        ids: experts of the columns, ascending; None where column e is expert e.
+        slots_BTC: the only columns that are not zero, for each token; None where that is not known.
+        logit_ids: experts of the columns of what follows, alike: a merge changes those of the gate alone.
         logits_BTKE: router logits per mixed task; the float32 minimum where a router does not know the expert.
         top_BTKC: experts in the top-k slots.
         known_SKE: which experts each mixed task's router knows; none for task -1.
         weights_SK: weight of each mixed task.
 
-    The last four are given by routers that choose a top k; balance loss and counts are derived from them.
+    The last five are given by routers that choose a top k; balance loss and counts are derived from them.
     """
 
     gate_BTE: Tensor
-    first: int = 0
+    ids: Sequence[int] | None = None
+    slots_BTC: Tensor | None = None
+    logit_ids: Sequence[int] | None = None
     logits_BTKE: Tensor | None = None
     top_BTKC: Tensor | None = None
     known_SKE: Tensor | None = None
     weights_SK: Tensor | None = None
 
     @property
-    def slots_BTC(self) -> Tensor | None:
-        """The only columns that are not zero, of a gate per token that mixes no tasks; None of any other."""
-        return self.top_BTKC[:, :, 0] if self.top_BTKC is not None and self.top_BTKC.shape[2] == 1 else None
+    def counted(self) -> Sequence[int] | None:
+        """Experts that `counts` and `probability` are of, None where they are those from 0 on."""
+        return self.ids if self.logits_BTKE is None else self.logit_ids
 
     def counts(self, mask_BT: Tensor | None) -> Tensor:
         """Top-k slots of non-pad tokens per expert: (E,) int64, no host sync."""
@@ -73,8 +77,13 @@ class Router(nn.Module, ABC):
         """What a task's directory holds of this router, by name."""
 
     @abstractmethod
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes that `restore_next` wants for the next task, at a site that then has so many experts."""
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes that `restore_next` wants for the next task, at a site that then has so many experts.
+
+        Args:
+            num_experts: of the site with the next task's.
+            given: what there is to restore from, by name, where a shape is the task's own.
+        """
 
     @abstractmethod
     def restore_next(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:

@@ -13,6 +13,7 @@ Shape letters: B batch, T tokens, D hidden, N tasks, C classes, E experts (colum
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class BiLevelRouter(TaskParts):
         chosen_BN = torch.zeros_like(entropy_BN).scatter(1, surest_BM, 1.0)
         return pad((gate_BNE * chosen_BN.unsqueeze(-1)).sum(dim=1), (1, 0), value=1.0)
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """A row per class, and one per task."""
         rows = {"perceptron": self.num_classes, "router": self.num_tasks + 1}
         return {name: (num, self.hidden_size) for name, num in rows.items()}

@@ -31,7 +31,7 @@ class ConstantRouter(Router):
         """Nothing."""
         return {}
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Nothing."""
         return {}
 
@@ -68,7 +68,7 @@ class OwnExpert(ConstantRouter):
             raise ValueError(f"the route plan names task {plan.max_task}, but {self.num_tasks} tasks have experts here")
         tasks_SK, weights_SK = forward_pass.rows()
         if tasks_SK.numel() == 1:
-            return Gate(weights_SK.unsqueeze(1), first=plan.max_task)
+            return Gate(weights_SK.unsqueeze(1), ids=(plan.max_task,))
         gate_SE = weights_SK.new_zeros(len(tasks_SK), plan.max_task + 1)
         return Gate(gate_SE.scatter_add(1, tasks_SK.clamp_min(0), weights_SK).unsqueeze(1))
 

@@ -11,6 +11,8 @@ Shape letters: B batch, T tokens, D hidden, E columns of the gate, K experts of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -51,7 +53,8 @@ class ExpertChoice(TaskParts):
         with torch.autocast(h_BTD.device.type, enabled=False):
             gate_BTK = self._choose(h_BTD, forward_pass, tasks_B) * (tasks_B >= 0)[:, None, None]
         if len(plan.distinct) == 1:
-            return Gate(gate_BTK, first=plan.max_task * self.num_new)
+            first = plan.max_task * self.num_new
+            return Gate(gate_BTK, ids=range(first, first + self.num_new))
         column_BK = tasks_B.clamp_min(0)[:, None] * self.num_new + torch.arange(self.num_new, device=h_BTD.device)
         gate_BTE = gate_BTK.new_zeros(*gate_BTK.shape[:2], (plan.max_task + 1) * self.num_new)
         return Gate(gate_BTE.scatter(2, column_BK[:, None].expand_as(gate_BTK), gate_BTK))
@@ -78,7 +81,7 @@ class ExpertChoice(TaskParts):
         """Parameters of some tasks (N, ...); -1 has those of the first, which nobody reads."""
         return tuple(torch.stack([self.part(name, max(task, 0)) for task in tasks]) for name in self.parts)
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """As they are drawn."""
         shapes = (self.num_new, self.hidden_size), (self.condition_rank, self.hidden_size)
         return {"keys": shapes[0], "into": shapes[1], "out_of": shapes[1][::-1]}

@@ -30,7 +30,7 @@ class SharedGate(Router):
         """Nothing."""
         return {}
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """Nothing."""
         return {}
 
@@ -76,7 +76,7 @@ class MidDepthRouter(SharedGate):
         assert self.weight is not None, "a task is learned"
         return {"router": self.weight.detach().to("cpu", copy=True)}
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """A row per task."""
         return {"router": (self.num_tasks + 1, self.hidden_size)}
 

@@ -88,7 +88,7 @@ class SampleRouters(Router):
         assert self.weight is not None and self.noise is not None and task == self.num_tasks - 1, "a task just learned"
         return {name: getattr(self, name).detach().to("cpu", copy=True) for name in ("weight", "noise")}
 
-    def shapes_of_next(self, num_experts: int) -> dict[str, tuple[int, ...]]:
+    def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
         """A row per expert, twice."""
         return dict.fromkeys(("weight", "noise"), (num_experts, self.width))
 

@@ -77,6 +77,10 @@ class ProbeSettings(Settings):
     near: float = Field(0.5, gt=0, le=1)
     """Largest share of the base model's loss on the probing rows that the nearest task may leave to be near; with
     `scope: need` the share from which on a task grows in all layers."""
+    old_experts: int | None = Field(None, gt=0)
+    """Old experts that a task's routers know at a site: those that its probes use most or, for a task that another is
+    `near`, that one. What a task learns, stores and computes then does not grow with the tasks before it; all when
+    absent."""
     clone_noise: float = Field(0.0, ge=0)
     """Gaussian noise on a copied expert, in standard deviations of each of its matrices."""
     counted: Literal["all", "answer"] = "all"

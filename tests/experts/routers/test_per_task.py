@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 from banks import CountOps
@@ -14,11 +16,12 @@ from llava_cmoe.records import Located
 D = 24
 
 
-def make_routers(widths: list[int], top_k: int = 2, seed: int = 0) -> TaskRouters:
+def make_routers(known: Sequence[int | Sequence[int]], top_k: int = 2, seed: int = 0) -> TaskRouters:
+    """A router per task over some experts, or over so many from 0 on."""
     generator = torch.Generator().manual_seed(seed)
     routers = TaskRouters(D, top_k)
-    for width in widths:
-        routers.add_task(width, torch.device("cpu"), generator)
+    for some in known:
+        routers.add_task(range(some) if isinstance(some, int) else some, torch.device("cpu"), generator)
     return routers
 
 
@@ -38,6 +41,9 @@ def decide(routers: TaskRouters, h_BTD: Tensor, plan: RoutePlan) -> Gate:
 def gate(routers: TaskRouters, h_BTD: Tensor, plan: RoutePlan) -> Tensor:
     return decide(routers, h_BTD, plan).gate_BTE
 
+
+some_of_them = st.lists(st.lists(st.integers(0, 9), max_size=5, unique=True).map(sorted), min_size=2, max_size=5)
+"""What each task's router knows: any experts, also none."""
 
 growing = st.lists(st.integers(0, 3), min_size=2, max_size=5).map(
     lambda steps: [1 + sum(steps[: i + 1]) for i in range(len(steps))]
@@ -64,7 +70,7 @@ def test_an_old_tasks_gate_keeps_its_bits_when_routers_are_added(widths: list[in
     plans = [RoutePlan.single(newest), hard(0, newest, -1)]
     before = [gate(routers, h_BTD, plan) for plan in plans]
     routers.freeze()
-    routers.add_task(widths[-1], torch.device("cpu"), torch.Generator().manual_seed(seed))
+    routers.add_task(range(widths[-1]), torch.device("cpu"), torch.Generator().manual_seed(seed))
     assert all(torch.equal(gate(routers, h_BTD, plan), old) for plan, old in zip(plans, before, strict=True))
 
 
@@ -83,6 +89,34 @@ def test_a_samples_gate_does_not_depend_on_its_batch_mates(
             alone = gate(routers, h_BTD[row : row + 1], RoutePlan.single(task))[0]
             whole_batch = gate(routers, h_BTD, RoutePlan.single(task))[row]
             assert torch.equal(mixed_BTE[row, :, :known], alone) and torch.equal(whole_batch, alone)
+
+
+@settings(max_examples=40, deadline=None)
+@given(known=some_of_them, top_k=st.integers(1, 4), tokens=st.sampled_from([1, 5]), data=st.data())
+def test_a_task_chooses_among_the_experts_it_knows_whatever_its_batch_mates_know(
+    known: list[list[int]], top_k: int, tokens: int, data: st.DataObject
+) -> None:
+    tasks = data.draw(st.lists(st.integers(-1, len(known) - 1), min_size=1, max_size=6))
+    routers, h_BTD = make_routers(known, top_k), states(len(tasks), tokens)
+    mixed = decide(routers, h_BTD, hard(*tasks))
+    union = sorted({expert for task in tasks if task >= 0 for expert in known[task]})
+    if not union:
+        assert mixed is None
+        return
+    assert list(mixed.ids) == union and mixed.gate_BTE.shape[-1] == len(union)
+    counts_E = torch.zeros(10, dtype=torch.long)
+    for row, task in enumerate(tasks):
+        wide_TE = torch.zeros(tokens, 10)
+        wide_TE[:, union] = mixed.gate_BTE[row]
+        mine = known[task] if task >= 0 else []
+        wanted_TE = torch.zeros(tokens, 10)
+        if mine:
+            plain = TaskRouters(D, top_k)
+            plain.add(routers.weight(task))
+            wanted_TE[:, mine] = gate(plain, h_BTD[row : row + 1], RoutePlan.single(0))[0]
+        assert torch.equal(wide_TE, wanted_TE)
+        counts_E += (wanted_TE > 0).sum(dim=0)
+    assert mixed.counts(None).tolist() == counts_E[union].tolist()
 
 
 def test_among_equal_logits_the_oldest_experts_win() -> None:
@@ -136,8 +170,8 @@ def test_autocast_and_half_precision_states_leave_the_gate_in_float32() -> None:
 
 def test_what_a_new_router_starts_with_is_made_of_what_is_drawn() -> None:
     started, plain = make_routers([2]), make_routers([2])
-    started.add_task(4, torch.device("cpu"), torch.Generator().manual_seed(5), lambda drawn_ED: 2 * drawn_ED)
-    plain.add_task(4, torch.device("cpu"), torch.Generator().manual_seed(5))
+    started.add_task(range(4), torch.device("cpu"), torch.Generator().manual_seed(5), lambda drawn_ED: 2 * drawn_ED)
+    plain.add_task(range(4), torch.device("cpu"), torch.Generator().manual_seed(5))
     assert torch.equal(started.task_1, 2 * plain.task_1)
     assert not torch.equal(plain.task_1[:2], plain.task_0)
 
@@ -145,17 +179,17 @@ def test_what_a_new_router_starts_with_is_made_of_what_is_drawn() -> None:
 def test_new_routers_can_be_discarded_and_frozen_ones_do_not_train() -> None:
     routers = make_routers([2])
     routers.freeze()
-    routers.add_task(3, torch.device("cpu"), torch.Generator())
+    routers.add_task((0, 2), torch.device("cpu"), torch.Generator())
     assert [weight.requires_grad for weight in routers.parameters()] == [False, True]
-    assert routers.new_experts(1) == range(2, 3)
     routers.discard_trainable()
-    assert routers.widths == [2] and list(routers.state_dict()) == ["task_0"]
+    assert routers.known == [(0, 1)] and list(routers.state_dict()) == ["task_0"]
 
 
 def test_a_gate_is_a_tuple_of_tensors_as_zero_3_looks_for_them() -> None:
     seen = decide(make_routers([2]), states(1, 2), RoutePlan.single(0))
     assert isinstance(seen, tuple) and type(seen)(*seen) == seen  # it is made anew from its parts
-    assert all(isinstance(value, Tensor) for value in seen if value is not seen.first) and type(seen.first) is int
+    assert all(isinstance(value, Tensor) for value in seen if value is not seen.ids)
+    assert seen.ids == seen.logit_ids == (0, 1)
 
 
 def test_where_no_expert_takes_part_there_is_no_gate() -> None:
@@ -180,19 +214,22 @@ def test_rows_that_are_images_go_by_their_own_samples_tasks() -> None:
 
 
 def test_a_routers_state_comes_back_and_its_shape_is_known_before() -> None:
-    original, restored = make_routers([0, 2, 5]), TaskRouters(D, top_k=2)
-    for task, width in enumerate(original.widths):
-        state = original.state_of(task)
-        assert {name: tuple(value.shape) for name, value in state.items()} == restored.shapes_of_next(width)
+    original, restored = make_routers([0, 2, (0, 3, 4), 5]), TaskRouters(D, top_k=2)
+    for task, num_experts in enumerate((0, 2, 5, 5)):
+        state, width = original.state_of(task), len(original.known[task])
+        assert {name: tuple(value.shape) for name, value in state.items()} == restored.shapes_of_next(
+            num_experts, state
+        )
+        assert ("router_ids" in state) == (original.known[task] == (0, 3, 4))
         restored.restore_next(state, torch.device("cpu"))
         assert [parameter.requires_grad for parameter in restored.parameters()] == [False] * max(task - 1, 0) + (
             [True] if width else []
         )
         restored.freeze()
-    assert restored.widths == original.widths
+    assert restored.known == original.known
     assert all(torch.equal(one, other) for one, other in zip(restored.parameters(), original.parameters(), strict=True))
     state["router"].zero_()
-    assert original.task_2.any() and restored.task_2.any()  # copies
+    assert original.task_3.any() and restored.task_3.any()  # copies
 
 
 def test_mistakes_are_named() -> None:
@@ -203,17 +240,16 @@ def test_mistakes_are_named() -> None:
         decide(routers, states(2, 1), RoutePlan.single(0)).counts(torch.ones(2, 9))
     with pytest.raises(ValueError, match="names task 1, but 1 tasks have routers"):
         gate(routers, states(1, 2), RoutePlan.single(1))
-    with pytest.raises(ValueError, match="2 experts after one over 3"):
-        routers.add(torch.zeros(2, D))
-    with pytest.raises(ValueError, match="no task 1: 1 tasks"):
-        routers.new_experts(1)
+    for named in ([0, 3], [2, 1], [1, 1], [-1, 0], []):
+        with pytest.raises(ValueError, match=r"router_ids: .*names experts of the 3 that there are, ascending"):
+            routers.shapes_of_next(3, {"router_ids": torch.tensor(named)})
 
 
 @torch.no_grad()
 def test_a_step_of_decoding_costs_as_many_operations_whatever_the_number_of_tasks() -> None:
     counted = {}
     for num_tasks in (2, 8, 32):
-        routers = make_routers([2 * (task + 1) for task in range(num_tasks)])
+        routers = make_routers([range(2 * max(task - 1, 0), 2 * task + 2) for task in range(num_tasks)])
         plan = hard(*(task % num_tasks for task in range(32)))
         first = gate(routers, states(32, 3), plan)
         with CountOps() as decoding:
