@@ -39,10 +39,10 @@ part learn 120 env "${hidden[@]}" "$PYTHON" -m llava_cmoe.cli train train/recipe
 cp -r "$WORK/run" "$WORK/again" && rm -rf "$WORK/again/answers" "$WORK/again/results.json"
 part restore 120 env CUDA_VISIBLE_DEVICES= "$PYTHON" -m llava_cmoe.cli eval "$WORK/again"
 
-for experts in 8 64; do
-    part "speed_$experts" 90 "$PYTHON" eval/speed.py --device "$DEVICE" --model "$MODEL" --random-weights \
-        --checkpointing --experts "$experts" --batch-size 4 --repetitions 5 --out "$WORK/speed_$experts.json"
-done
+part speed_steps 150 "$PYTHON" eval/speed.py steps --device "$DEVICE" --model "$MODEL" --checkpointing \
+    --variants lora_16,lora_64,cmoe_8,cmoe_64 --batch-size 4 --turns 5 --out "$WORK/speed_steps.json"
+part speed_tasks 90 "$PYTHON" eval/speed.py tasks --device "$DEVICE" --model "$MODEL" --turns 5 \
+    --out "$WORK/speed_tasks.json"
 
 "$PYTHON" - "$WORK" "$OUT" "$DEVICE" "$MODEL" <<'PYTHON_END'
 import json, sys

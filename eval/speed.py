@@ -1,187 +1,157 @@
-"""How fast it is: what locating costs on a finished run, or what experts cost beside plain LoRA on a model's shape.
+"""How fast it is: experts beside plain LoRA, cost against the number of tasks, what locating adds to a finished run.
 
-    python eval/speed.py runs/pocket_cmoe_free --repetitions 30 --out eval/results/speed.json
-    python eval/speed.py --device cuda --model llava-1.5-7b --random-weights --checkpointing
+    python eval/speed.py steps --model small                       # ratios and their bars
+    python eval/speed.py tasks --model small                       # a decoding step after 1 to 300 tasks
+    python eval/speed.py run runs/pocket_cmoe                      # locating, and batches beside single prompts
+    python eval/speed.py steps --model llava-1.5-7b --device cuda --checkpointing --variants lora_16,cmoe_8
 
-Of a run that locates in passing: seconds of the prefill on three routes.
-*oracle* is told the task, *free* locates inside the prefill, *twice* locates in a forward pass of its own before it (up
-to the locator's layer). One process measures all three in turn, the first of each turn changing, so that whatever else
-the machine does meets all alike. A prefill is one forward pass over a left-padded batch of all tasks, as `generate`
-begins; decoding is the same on every route.
-
-Without a run: tokens a second and memory of learning and reading made-up rows (`llava_cmoe/analyses/throughput.py`).
+Everything that is compared takes turns in one process, so that whatever else the machine does meets all alike; figures
+are medians over the turns, ratios medians of the ratios within a turn. `steps` and `tasks` read made-up rows, on a
+model of random weights where no checkpoint is named (`llava_cmoe/analyses/step_costs.py`).
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
-from llava_cmoe.analyses.throughput import Workload, measure_training
+from llava_cmoe.analyses.answering_speed import measure_run
+from llava_cmoe.analyses.speed_variants import BARS, STEPS, cmoe_tasks
+from llava_cmoe.analyses.step_costs import Load, config_of, made_up_batch, measure, random_model, ratio
 from llava_cmoe.backbones.loading import load_backbone
-from llava_cmoe.data.batches import on_device
-from llava_cmoe.data.collator import Collator
-from llava_cmoe.data.conversation import tokenizer_of
-from llava_cmoe.data.encoding import PromptRows
-from llava_cmoe.data.task_data import TaskData
-from llava_cmoe.experts.plan import RoutePlan
-from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import versions
-from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.schema import RegistryError
-from llava_cmoe.registry.store import Registry
+from llava_cmoe.report.figures import draw_tasks
 from llava_cmoe.settings.backbone import BackboneSettings
 from llava_cmoe.settings.recipes import parse_settings
-from llava_cmoe.settings.run import Recipe
-from llava_cmoe.settings.training import TrainingSettings
-
-Batch = dict[str, Tensor]
-Answering = Callable[[], AbstractContextManager[object]]
-
 
 CUDA = torch.cuda.is_available()
+NUM_TASKS = (1, 8, 32, 100, 300)
+
+app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
+
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Model = Annotated[str, typer.Option(help="pocket, small, llava-1.5-7b, or a model's folder.")]
+Turns = Annotated[int, typer.Option(min=2, max=10_000, help="That are measured, after two that are not.")]
+Rows = Annotated[int, typer.Option(min=1, max=4096, help="Of a batch.")]
+Tokens = Annotated[int, typer.Option(min=1, max=100_000, help="Of a made-up row, without its picture's.")]
+Weights = Annotated[str, typer.Option(help="random, or of the folder: none (as they are), 8bit or nf4.")]
+Dtype = Annotated[str, typer.Option(help="Of the frozen weights.")]
+Attention = Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")]
 
 
-def main(
-    run: Annotated[
-        Path | None, typer.Argument(help="Finished run with method.locator.free; experts are measured without.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
-    repetitions: Annotated[int, typer.Option(min=1, help="Turns that are measured, after two that are not.")] = 30,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if CUDA else "cpu",
-    model: Annotated[str, typer.Option(help="Without a run: pocket, llava-1.5-7b, or a model's folder.")] = "pocket",
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Build the model from its configuration, without a checkpoint.")
-    ] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Of a made-up row, without its picture's.")] = 64,
-    experts: Annotated[int, typer.Option(min=1, help="Per site, one of which learns.")] = 8,
-    dtype: Annotated[str, typer.Option(help="Of the frozen weights.")] = "bfloat16" if CUDA else "float32",
-    attention: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")] = "sdpa",
-    quantization: Annotated[str, typer.Option(help="none, 8bit or nf4 of a checkpoint's weights.")] = "none",
-    optimizer: Annotated[str, typer.Option(help="As training.optimizer.")] = "adamw",
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="As training.gradient_checkpointing.")] = False,
-    out: Annotated[Path | None, typer.Option(help="JSON to write; of a run, eval/results/speed.json.")] = None,
+@app.command()
+def steps(
+    model: Model = "small",
+    device: Device = "cuda" if CUDA else "cpu",
+    batch_size: Rows = 2,
+    tokens: Tokens = 48,
+    turns: Turns = 10,
+    variants: Annotated[str, typer.Option(help="Of them, with commas; all where absent.")] = ",".join(STEPS),
+    weights: Weights = "random",
+    dtype: Dtype = "bfloat16" if CUDA else "float32",
+    attention: Attention = "sdpa",
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Compute layers again in backward.")] = False,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("eval/results/speed_steps.json"),
 ) -> None:
-    """Measure, and write medians, ratios, and what they were measured with."""
+    """A training step, a prefill and a decoding step of each variant, and the ratios that have a bar."""
+    names = variants.split(",")
+    if strange := sorted(set(names) - STEPS.keys()):
+        raise typer.BadParameter(f"--variants: {', '.join(strange)}; there are {', '.join(STEPS)}")
+    stock, base = _model(model, device, weights, dtype, attention)
+    load = Load(batch_size, tokens, turns, checkpointing)
+    batch = made_up_batch(stock.config, load, stock.device)
+    costs, seconds = measure({name: STEPS[name](stock) for name in names}, batch, load)
+    bars = {
+        name: {**ratio(seconds, one, other, part), "at_most": most}
+        for name, (one, other, part, most) in BARS.items()
+        if {one, other} <= set(names)
+    }
+    _write(out, base, load, batch, {"costs": {name: asdict(one) for name, one in costs.items()}, "ratios": bars})
+    for name, found in bars.items():
+        typer.echo(f"{name}: {found['median']:.2f} (at most {found['at_most']:.2f})")
+
+
+@app.command()
+def tasks(
+    model: Model = "small",
+    device: Device = "cuda" if CUDA else "cpu",
+    batch_size: Rows = 16,
+    tokens: Tokens = 20,
+    turns: Turns = 10,
+    weights: Weights = "random",
+    dtype: Dtype = "bfloat16" if CUDA else "float32",
+    attention: Attention = "sdpa",
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("eval/results/speed_tasks.json"),
+) -> None:
+    """A prefill and a decoding step of a batch of all tasks, after 1 to 300 tasks, each of which grew everywhere."""
+    stock, base = _model(model, device, weights, dtype, attention)
+    load = Load(batch_size, tokens, turns)
+    batch = made_up_batch(stock.config, load, stock.device)
+    variants = {str(num): cmoe_tasks(stock, num, batch_size) for num in NUM_TASKS}
+    costs, seconds = measure(variants, batch, load, learns=False)
+    to_one = {name: {part: ratio(seconds, name, "1", part) for part in ("prefill", "decoding")} for name in variants}
+    _write(out, base, load, batch, {"costs": {name: asdict(one) for name, one in costs.items()}, "to_one_task": to_one})
+    draw_tasks({name: asdict(one) for name, one in costs.items()}, out.with_suffix(".png"))
+    for name, found in to_one.items():
+        typer.echo(
+            f"{name} tasks: decoding {found['decoding']['median']:.2f}, prefill {found['prefill']['median']:.2f}"
+        )
+
+
+@app.command()
+def run(
+    folder: Annotated[Path, typer.Argument(help="Finished run of a method that locates.")],
+    device: Device = "cuda" if CUDA else "cpu",
+    batch_size: Rows = 32,
+    turns: Turns = 10,
+    out: Annotated[Path, typer.Option(help="JSON to write.")] = Path("eval/results/speed_locating.json"),
+) -> None:
+    """What locating adds to a prefill, and answers a second of a batch beside those of single prompts."""
+    try:
+        found = measure_run(folder, batch_size, turns, device)
+    except (OSError, ValueError, RegistryError) as error:
+        raise typer.BadParameter(str(error)) from error
+    _save(out, found | {"versions": versions()})
+    for name, one in found["ratio_to_oracle"].items():
+        typer.echo(f"{name} / oracle, prefill: {one:.3f}")
+    typer.echo(f"a batch of {batch_size} / single prompts, answers a second: {found['batch_to_single']:.1f}")
+
+
+def _model(model: str, device: str, weights: str, dtype: str, attention: str) -> tuple[Any, dict[str, Any]]:
+    """The frozen model, and what it is."""
     try:
         if device == "cuda" and not CUDA:
             raise ValueError("--device cuda: torch sees no GPU; leave the option out")
-        if run is not None:
-            found = measure(run, batch_size, repetitions, device)
-            out, ratios = out or Path("eval/results/speed.json"), found["ratio_to_oracle"]
+        told = {"dtype": dtype, "attention": attention}
+        if weights == "random":
+            settings = parse_settings(BackboneSettings, told, source="eval/speed.py")
+            stock, fingerprint = random_model(config_of(model), settings, device), "random"
         else:
-            kinds = {"dtype": dtype, "attention": attention, "quantization": quantization}
-            precision = "float32" if dtype == "float32" else "bf16"
-            learning = {"optimizer": optimizer, "gradient_checkpointing": checkpointing, "precision": precision}
-            found = measure_training(
-                model,
-                random_weights,
-                device,
-                Workload(batch_size, tokens, experts, repetitions),
-                parse_settings(BackboneSettings, kinds, source="eval/speed.py"),
-                parse_settings(TrainingSettings, learning, source="eval/speed.py"),
-            )
-            ratios = found["cmoe_to_lora"]
-            for name, pace in found["paces"].items():
-                memory = "" if pace["peak_bytes"] is None else f", {pace['peak_bytes'] / 2**30:.1f} GiB"
-                typer.echo(f"{name}: {pace['learning']:.0f} tokens/s learning{memory}, {pace['reading']:.0f} reading")
-    except (OSError, ValueError, RegistryError) as error:
+            told |= {"quantization": weights, "path": model}
+            loaded = load_backbone(parse_settings(BackboneSettings, told, source="eval/speed.py"))
+            stock, fingerprint = loaded.model.to(device), loaded.fingerprint  # type: ignore[arg-type]
+    except (OSError, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(found, indent=1) + "\n")
-    typer.echo("  ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items()))
+    base = {"model": model, "weights": fingerprint, "parameters": stock.num_parameters()} | told
+    return stock, base | {"device": torch.cuda.get_device_name() if device == "cuda" else device}
 
 
-def measure(run: Path, batch_size: int, repetitions: int, device: str) -> dict[str, Any]:
-    """Medians of seconds and of ratios within a turn, with sizes, machine and versions."""
-    registry = Registry(run)
-    recipe = registry.recipe()
-    backbone = load_backbone(recipe.backbone)
-    backbone.model.to(device)  # type: ignore[arg-type]
-    method = restore_method(recipe, backbone, registry)
-    if not (isinstance(method, Cmoe) and method.settings.locator.free):
-        raise ValueError(f"{run}: method.locator.free is off; learn a run such as train/recipes/pocket_cmoe_free.yaml")
-    method.model.eval()  # type: ignore[no-untyped-call]
-    batch, task_B = questions(recipe, method, len(registry.records()), batch_size)
-    routes: dict[str, Answering] = {
-        "oracle": lambda: method.answering(batch, task_B),
-        "free": lambda: method.answering(batch),
-        "twice": lambda: located_before(method, batch),
-    }
-    right_B = method.locating.locate(batch).task_B == task_B
-    turns = list(turns_of(method, batch, routes, repetitions))
-    experts = method.settings.experts
-    return {
-        "run": run.name,
-        "base": backbone.fingerprint,
-        "batch": list(batch["input_ids"].shape),
-        "tasks": len(registry.records()),
-        "llm_layers": method.model.config.get_text_config().num_hidden_layers,
-        "first_layer": experts.first_layer,
-        "locator": method.settings.locator.model_dump(include={"kind", "feature", "layer"}),
-        "experts": {site: bank.num_experts for site, bank in method.host.banks.items()},
-        "located_right": right_B.float().mean().item(),
-        "repetitions": repetitions,
-        "seconds": {name: median(turn[name] for turn in turns) for name in routes},
-        "ratio_to_oracle": {name: median(turn[name] / turn["oracle"] for turn in turns) for name in routes},
-        "device": torch.cuda.get_device_name() if device == "cuda" else device,
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
+def _write(out: Path, base: dict[str, Any], load: Load, batch: dict[str, torch.Tensor], found: dict[str, Any]) -> None:
+    """With what was measured, and on what."""
+    read = asdict(load) | {"row_tokens": batch["input_ids"].shape[1]}
+    _save(out, base | {"load": read, "threads": torch.get_num_threads()} | found | {"versions": versions()})
 
 
-def questions(recipe: Recipe, method: Cmoe, num_tasks: int, batch_size: int) -> tuple[Batch, Tensor]:
-    """One left-padded batch of evaluation prompts, from all learned tasks in turn, and the true task of each."""
-    data = TaskData.of(recipe)
-    specs = data.sequence.tasks[:num_tasks]
-    prompts = [PromptRows(data.evaluate[task.name], data.encoding(task, method.processor)) for task in specs]
-    tasks = [number % num_tasks for number in range(batch_size)]
-    rows = [prompts[task][number // num_tasks % len(prompts[task])] for number, task in enumerate(tasks)]
-    batch = Collator(tokenizer_of(method.processor).pad_token_id, "left")(rows)
-    device = method.model.device
-    return on_device(batch, device), torch.tensor(tasks, device=device)
-
-
-@contextmanager
-def located_before(method: Cmoe, batch: Batch) -> Iterator[None]:
-    """Locate in a pass of its own, whatever the run's settings say."""
-    plan = RoutePlan.of(method.locating.locate(batch))
-    with method.host.context.use(plan, batch):
-        yield
-
-
-@torch.no_grad()
-def turns_of(method: Cmoe, batch: Batch, routes: dict[str, Answering], repetitions: int) -> Iterator[dict[str, float]]:
-    """Seconds of one prefill per route, turn by turn; two turns warm up."""
-    position_ids = (batch["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
-    names = list(routes)
-    for turn in range(-2, repetitions):
-        seconds = {}
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            begin = now()
-            with routes[name]():
-                method.model(**batch, position_ids=position_ids, use_cache=True, logits_to_keep=1)
-            seconds[name] = now() - begin
-        if turn >= 0:
-            yield seconds
-
-
-def now() -> float:
-    """Seconds, once the device has done what it was asked."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def _save(out: Path, found: dict[str, Any]) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

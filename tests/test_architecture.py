@@ -33,7 +33,7 @@ LONGEST, LONGEST_SEQUENCE, MEDIAN = 350, 150, 110
 """Lines of a file of the library, of `sequence.py`, and of the file in the middle."""
 
 OF_CMOE = {
-    *("merging/search.py", "analyses/probe_report.py", "analyses/refit_locator.py", "analyses/throughput.py"),
+    *("merging/search.py", "analyses/probe_report.py", "analyses/refit_locator.py", "analyses/speed_variants.py"),
     "eval/speed.py",
 }
 """The tools that are CMoE's own: they merge its pool, probe, refit its locator, or time it beside LoRA."""

@@ -67,7 +67,7 @@ DEFAULTS: dict[object, tuple[str, ...]] = {
     (): ("none",),
     False: ("off",),
     True: ("on",),
-    None: ("calibrated", "as in training", "by the rule"),
+    None: ("calibrated", "as in training", "by the rule", "all"),
 }
 """How the tables of methods.md write a default that is neither a number nor a word."""
 
@@ -196,8 +196,8 @@ def attempt(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> in
         case ["python", script, *_] if script in SCRIPTS:
             words = words[1:]
         case ["python", "eval/speed.py" as script, *_]:
-            here = {"cuda": "cpu", "llava-1.5-7b": "MODEL"}
-            words = [*(here.get(word, word) for word in words[1:]), "--batch-size", "1", "--repetitions", "1"]
+            here = {"cuda": "cpu", "llava-1.5-7b": "MODEL", "small": "MODEL"}
+            words = [*(here.get(word, word) for word in words[1:]), "--batch-size", "1", "--turns", "2"]
         case ["llava-cmoe", "train" | "study", *_]:
             return start(main, [*words, *(["--dry-run"] if "--dry-run" not in words else [])], monkeypatch)
         case ["llava-cmoe", "data", "make-pocket", "ROOT", *_]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from llava_cmoe import sequence
 from llava_cmoe.evaluation.log import read_results
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.recipes import shipped
 from llava_cmoe.settings.run import Recipe
@@ -42,6 +43,8 @@ HALF = ("training.batch_size=2",)
 """Of two processes each takes half of what one takes in a step."""
 LONGER: Case = ("cmoe", ("training.epochs=2",))
 """8 steps a stage, so that a checkpoint after 5 lies within."""
+KILLED: Case = ("cmoe", (*LONGER[1], "training.checkpoint_steps=5"))
+"""The same, one process of which dies in its second task before the engine's other cases are learned."""
 BF16: Case = ("cmoe", ("training.precision=bf16",))
 # The balance term is of a forward pass: what two passes count, no single one has seen.
 UNBALANCED = ("method.experts.balance_weight=0", "method.probe.balance_weight=0")
@@ -94,7 +97,21 @@ def alone(make: Make) -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="module")
-def together(make: Make, tiny_data: Path) -> Callable[[str], dict[Case, Recipe]]:
+def averaging(tmp_path_factory: pytest.TempPathFactory) -> list[Case]:
+    """Families whose forward takes no number of tokens, or returns the mean of a batch whatever it is told.
+
+    Each process's loss counts by its share of the step's tokens all the same.
+    """
+    cases: list[Case] = []
+    for kind in ("qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma"):
+        folder = families.make(kind).save(tmp_path_factory.mktemp("family") / kind)
+        words = (f"backbone.path={folder}", "data.tasks=[counts]")
+        cases.append(("sequential_lora", (*words, *["backbone.attention=eager"] * (kind == "paligemma"))))
+    return cases
+
+
+@pytest.fixture(scope="module")
+def together(make: Make, tiny_data: Path, averaging: list[Case]) -> Callable[[str], dict[Case, Recipe]]:
     """What two processes have learned under an engine, by method and overrides; each engine once."""
     two_tasks = (f"data.sequence={tiny_data / 'sequence.yaml'}", f"data.root={tiny_data}")
 
@@ -117,7 +134,13 @@ def together(make: Make, tiny_data: Path) -> Callable[[str], dict[Case, Recipe]]
             cases += [("cmoe", ("backbone.quantization=nf4",)), ACCUMULATED]
         if engine in ("ddp", "zero2"):
             cases.append(BF16)
+        if engine == "ddp":
+            cases += averaging
+        if engine in ("zero2", "zero3"):
+            cases.append(KILLED)
         recipes = {(method, words): make(method, *HALF, *words) for method, words in cases}
+        if KILLED in recipes:
+            kill(engine, recipes[KILLED])
         launch(engine, list(recipes.values()))
         return recipes
 
@@ -129,7 +152,7 @@ def test_two_processes_learn_what_one_does(
     alone: Callable[..., Recipe], together: Callable[[str], dict[Case, Recipe]], engine: str
 ):
     for (method, overrides), recipe in together(engine).items():
-        if (method, overrides) in (BF16, ACCUMULATED):  # tests of their own
+        if (method, overrides) in (BF16, ACCUMULATED, KILLED):  # tests of their own
             continue
         assert_same(alone(method, *overrides), recipe)
         assert read_results(recipe.run / "results.json").processes == 2
@@ -137,36 +160,12 @@ def test_two_processes_learn_what_one_does(
 
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
 def test_a_run_whose_one_process_was_killed_ends_like_one_that_was_not(
-    make: Make, together: Callable[[str], dict[Case, Recipe]], engine: str
+    together: Callable[[str], dict[Case, Recipe]], engine: str
 ):
-    method, overrides = LONGER
-    killed = make(method, *HALF, *overrides, "training.checkpoint_steps=5")
-    steps = 8 + 1 + 6  # the first stage, probing, and beyond the checkpoint of the second one, which grew the pool
-    launch(engine, [killed], fatal={"rank": "1", "call": steps + 1})
-    assert [path.name for path in (killed.run / "tasks").iterdir()] == ["01_colours"]
-    stage = killed.run / "trainer/02_counts/training"
-    assert [path.parent.name for path in stage.glob("*/complete.json")] == ["checkpoint-5"]
-    launch(engine, [killed])
-    whole = together(engine)[LONGER]
+    whole, killed = (together(engine)[case] for case in (LONGER, KILLED))
     ends = [Registry(recipe.run).records()[-1].sha256 for recipe in (whole, killed)]
     assert ends[0] == ends[1]  # of every tensor and loss, through the chain of records
     assert not list((killed.run / "trainer").iterdir())
-
-
-def test_families_whose_forward_takes_no_number_of_tokens_learn_the_same(data_root: Path, tmp_path: Path):
-    """Each process's loss counts by its share of the step's tokens, also where the model returns a mean of a batch."""
-    recipes: dict[str, list[Recipe]] = {}
-    for kind in ("qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma"):
-        folder = families.make(kind).save(tmp_path / kind)
-        more = [*QUICK, "data.tasks=[counts]"] + ["backbone.attention=eager"] * (kind == "paligemma")
-        recipes[kind] = [
-            tiny.recipe(tmp_path / f"{kind}_{size}" / "run", data_root, folder, "sequential_lora", *more, half)
-            for size, half in ((4, "training.batch_size=4"), (2, "training.batch_size=2"))
-        ]
-    launch("ddp", [two for _, two in recipes.values()])
-    for one, two in recipes.values():
-        sequence.learn(one)
-        assert_same(one, two)
 
 
 def test_accumulated_batches_are_one_batch_and_features_are_kept_once(
@@ -186,15 +185,16 @@ def test_bf16_keeps_experts_and_routers_in_float32(together: Callable[[str], dic
             torch.testing.assert_close(left[group], right[group], rtol=0, atol=5e-3)  # some five steps
 
 
-def test_another_number_of_processes_is_an_error_that_names_the_way_on(alone: Callable[..., Recipe]):
-    recipe = alone("sequential_lora")
-    told = launch("ddp", [recipe], fails=True)
-    assert "begun on another number of processes, 1, now it is 2" in told and "--anyway" in told
+def test_another_number_of_processes_is_an_error_that_names_the_way_on(together: Callable[[str], dict[Case, Recipe]]):
+    with pytest.raises(RegistryError, match=r"begun on another number of processes, 2, now it is 1.*--anyway"):
+        sequence.learn(together("ddp")[LONGER])
 
 
-def test_an_engine_that_the_launch_turns_off_is_an_error(make: Make):
-    told = launch("zero2", [make("sequential_lora")], fails=True, ACCELERATE_USE_CPU="true")
-    assert "turns DeepSpeed off; leave use_cpu out" in told
+def test_an_engine_that_the_launch_turns_off_is_an_error(make: Make, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(LaunchError, match="turns DeepSpeed off; leave use_cpu out"):
+        sequence.learn(make("sequential_lora"))
 
 
 @pytest.mark.parametrize("method", tiny.METHODS)
@@ -259,18 +259,20 @@ def assert_same(one: Recipe, two: Recipe) -> None:
             torch.testing.assert_close(*tensors, rtol=0, atol=TOLERANCE)
 
 
-def launch(
-    engine: str,
-    recipes: list[Recipe],
-    fatal: dict[str, Any] | None = None,
-    fails: bool = False,
-    **environment: str,
-) -> str:
-    """Two processes learn some recipes, one after the other; returns what they say."""
+def kill(engine: str, recipe: Recipe) -> None:
+    """Let one of two processes die beyond the checkpoint of the second task, which grew the pool."""
+    steps = 8 + 1 + 6  # the first stage, probing, and that far
+    launch(engine, [recipe], fatal={"rank": "1", "call": steps + 1})
+    assert [path.name for path in (recipe.run / "tasks").iterdir()] == ["01_colours"]
+    stage = recipe.run / "trainer/02_counts/training"
+    assert [path.parent.name for path in stage.glob("*/complete.json")] == ["checkpoint-5"]
+
+
+def launch(engine: str, recipes: list[Recipe], fatal: dict[str, Any] | None = None) -> None:
+    """Two processes learn some recipes, one after the other."""
     arguments = [str(TESTS / "launched.py"), *(recipe.model_dump_json() for recipe in recipes)]
-    done = started(engine, arguments, FATAL=json.dumps(fatal or {}), **environment)
-    assert (done.returncode != 0) == (fails or fatal is not None), done.stderr[-4000:]
-    return done.stderr
+    done = started(engine, arguments, FATAL=json.dumps(fatal or {}))
+    assert (done.returncode != 0) == (fatal is not None), done.stderr[-4000:]
 
 
 def started(

@@ -94,9 +94,9 @@ def test_a_step_of_the_same_rows_is_the_same_step_however_it_is_split(
     more = ["backbone.attention=eager"] if kind in EAGER else []
     more += [f"backbone.sites={SITES}"] if kind == "codegen" else []
     learned, losses = [], []
-    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+    for size, accumulation in ((4, 1), (1, 4)):
         split = [f"training.batch_size={size}", f"training.accumulation={accumulation}", "training.learning_rate=1e-3"]
-        rows = ["data.train_rows=16", "data.eval_rows=1", "evaluation.routes=[located]"]
+        rows = ["data.train_rows=8", "data.eval_rows=1", "evaluation.routes=[located]"]
         recipe = tiny.recipe(
             tmp_path / f"{size}" / "run", tmp_path, folder_of(kind), "sequential_lora", *split, *rows, *more
         )
@@ -107,7 +107,7 @@ def test_a_step_of_the_same_rows_is_the_same_step_however_it_is_split(
     for other in learned[1:]:
         for group, tensors in learned[0].items():
             torch.testing.assert_close(other[group], tensors, rtol=0, atol=2e-5)
-    assert losses == pytest.approx([losses[0]] * 3, abs=1e-5)
+    assert losses == pytest.approx([losses[0]] * 2, abs=1e-5)
 
 
 EVERYWHERE = "method.experts.also_in=[vision, projector]"

@@ -90,8 +90,8 @@ def test_checkpointing_learns_the_same(learn: Callable[..., Learned]):
 
 
 def test_speed_tells_the_memory(sees_gpu: dict[str, str], tmp_path: Path):
-    words = ["--random-weights", "--checkpointing", "--batch-size", "2", "--repetitions", "2"]
-    command = [sys.executable, "eval/speed.py", "--device", "cuda", *words, "--out", str(tmp_path / "pace.json")]
-    subprocess.run(command, env=sees_gpu, cwd=TESTS.parent, check=True)
-    paces = json.loads((tmp_path / "pace.json").read_text())["paces"]
-    assert all(pace["peak_bytes"] > 10 * pace["trained_parameters"] for pace in paces.values())
+    words = ["--model", "pocket", "--checkpointing", "--turns", "2", "--variants", "lora_16,cmoe_8"]
+    command = [sys.executable, "eval/speed.py", "steps", "--device", "cuda", *words]
+    subprocess.run([*command, "--out", str(tmp_path / "steps.json")], env=sees_gpu, cwd=TESTS.parent, check=True)
+    costs = json.loads((tmp_path / "steps.json").read_text())["costs"]
+    assert all(cost["bytes_more"] > 4 * cost["trained_parameters"] for cost in costs.values())  # gradients

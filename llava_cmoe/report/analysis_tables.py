@@ -1,4 +1,4 @@
-"""The sections of docs/results.md about finished runs: merges, probes, experts, unseen inputs, free locating.
+"""The sections of docs/results.md about finished runs: merges, probes, experts, unseen inputs.
 
 The documents come from rooms that import this one (merging, analyses), so they are read as plain JSON.
 """
@@ -9,7 +9,6 @@ from pathlib import Path
 from statistics import fmean
 
 from llava_cmoe.report.figures import site_label
-from llava_cmoe.report.headline import Headline, headline_markdown
 from llava_cmoe.report.page_parts import Document, missing, named, questions, read_document, run_facts, source
 from llava_cmoe.report.summary import Shared
 from llava_cmoe.report.tables import NOTHING, markdown, number
@@ -134,35 +133,3 @@ def unseen_section(results: Path) -> str:
             rows.append([found["run"], label, task, str(one["rows"]), *map(number, numbers)])
         sources.append(named(path, run_facts(found)))
     return "\n\n".join(("## Unseen inputs", text, markdown(headings, rows, num_text_columns=3), *sources))
-
-
-def free_section(results: Path) -> str:
-    """What locating inside the prefill saves in time and costs in accuracy."""
-    speed, headline = results / "speed.json", results / "pocket_free.json"
-    if not (speed.exists() and headline.exists()):
-        return missing("Free locating", headline if speed.exists() else speed)
-    text = (
-        "With `method.locator.free` no expert lives below the layer that the locator reads, so the task is located "
-        "inside the prefill that answers. `oracle` is given the task, `free` locates inside the prefill, `twice` in a "
-        "forward pass before it."
-    )
-    timed, free = read_document(speed), Headline.model_validate_json(headline.read_bytes())
-    rows = [
-        [route, f"{timed['seconds'][route]:.3f}", f"{timed['ratio_to_oracle'][route]:.3f}"]
-        for route in timed["seconds"]
-    ]
-    facts = (
-        f"run {timed['run']}; medians of {timed['repetitions']} repetitions, a batch of "
-        f"{' by '.join(map(str, timed['batch']))} tokens, {timed['tasks']} tasks, first layer with experts "
-        f"{timed['first_layer']} of {timed['llm_layers']}, {timed['device']}, {timed['threads']} thread(s)"
-    )
-    parts = (
-        "## Free locating",
-        text,
-        markdown(["route", "prefill (seconds)", "ratio to oracle"], rows, num_text_columns=1),
-        named(speed, facts),
-        "Layers without experts cost accuracy; compare with `cmoe` of the [headline](#headline):",
-        headline_markdown(free),
-        source(headline, free),
-    )
-    return "\n\n".join(parts)

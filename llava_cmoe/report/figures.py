@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,23 @@ def draw_comparison(comparison: Comparison, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
     figure.legend(loc="outside right upper", fontsize=8.5, frameon=False)
+    _save(figure, path)
+
+
+def draw_tasks(costs: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    """Milliseconds of a prefill and of a decoding step against the number of tasks, from no time at all."""
+    figure = _figure(7.2, 2.8)
+    tasks = [int(name) for name in costs]
+    for axes, part in zip(figure.subplots(1, 2), ("prefill", "decoding"), strict=True):
+        axes.plot(tasks, [1000 * cost[part] for cost in costs.values()], marker="o", color=colormaps["viridis"](0.3))
+        axes.set_xscale("log")
+        axes.set_xticks(tasks, list(costs), fontsize=9.5, color=INK)
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("tasks learned", fontsize=10, color=INK)
+        axes.set_ylabel(f"{part} (ms)", fontsize=10, color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color=FAINT, alpha=0.25, linewidth=0.8)
     _save(figure, path)
 
 

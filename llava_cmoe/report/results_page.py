@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_cmoe.report.analysis_tables import (
-    free_section,
     merges_section,
     probe_section,
     similarity_section,
@@ -18,6 +17,7 @@ from llava_cmoe.report.analysis_tables import (
 )
 from llava_cmoe.report.headline import Headline, against_control_markdown, headline_markdown, tasks_markdown
 from llava_cmoe.report.page_parts import missing, named, pictures, read_document, source
+from llava_cmoe.report.speed_tables import free_section, locating_section, steps_section, tasks_section
 from llava_cmoe.report.studies import differences_markdown, read_study, study_markdown
 from llava_cmoe.report.tables import markdown, number
 
@@ -86,10 +86,8 @@ def results_page(results: Path) -> str:
     """The whole page, for the JSON in a folder; pictures are linked as `docs/` sees them."""
     sections = [INTRODUCTION, _headline(results), _backbone(results)]
     sections += [_study(path, results) for path in sorted(results.glob("study_*.json"))]
-    sections += [
-        section(results)
-        for section in (merges_section, probe_section, similarity_section, unseen_section, free_section)
-    ]
+    sections += [section(results) for section in (merges_section, probe_section, similarity_section, unseen_section)]
+    sections += [section(results) for section in (steps_section, tasks_section, locating_section, free_section)]
     return "\n\n".join(sections) + "\n"
 
 

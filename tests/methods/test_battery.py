@@ -3,14 +3,18 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from tiny import METHODS, Lesson, backbone_weights
 
 from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.experts import ledger
 from llava_cmoe.methods import METHODS as KNOWN
+from llava_cmoe.planning.growth_schedule import growth_schedule
 from llava_cmoe.registry.restore import restore_method
 from llava_cmoe.registry.schema import TaskRecord
 from llava_cmoe.registry.store import Registry
@@ -216,3 +220,26 @@ def test_trainable_parameters_follow_the_closed_formula(learned: Lesson):
         tensors = registry.load(record.index)
         trained = [t for group in ("adapter", "experts", "routers") for t in tensors.get(group, {}).values()]
         assert sum(tensor.numel() for tensor in trained if tensor.is_floating_point()) == stored  # the others are ids
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "zero_shot"])
+def test_every_task_of_a_real_run_is_as_large_as_on_paper(method: str, lesson_of: Callable[[str], Lesson]):
+    lesson = lesson_of(method)
+    growth = list(lesson.results.growth.values())
+    sizes = growth_schedule(lesson.recipe, len(growth), len(growth[-1])).tasks
+    for size, record in zip(sizes, lesson.run.registry.records(), strict=True):
+        assert size.trained.parameters == record.facts["trainable_parameters"] > 0
+        folder = lesson.recipe.run / "tasks" / f"{record.index + 1:02}_{record.name}"
+        stored = sum(map(tensor_bytes, folder.glob("*.safetensors")))
+        if method == "r2moe":  # stores some integers too, and removes one of its second task's experts
+            assert 0.4 * size.stored.bytes < stored <= size.stored.bytes + 100
+        elif method in ("moe_adapters", "care"):  # and the ids of what still learns, where they do not just follow
+            assert size.stored.bytes <= stored <= size.stored.bytes + 100
+        else:
+            assert stored == size.stored.bytes
+
+
+def tensor_bytes(file: Path) -> int:
+    """Of the tensors in a file, without the header that names them."""
+    with safe_open(file, framework="pt") as tensors:
+        return ledger.size_of(tensors.get_tensor(name) for name in tensors.keys()).bytes  # noqa: SIM118

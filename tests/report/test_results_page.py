@@ -17,6 +17,9 @@ SOURCES = {
     "Probe report": "calibration.json",
     "Expert similarity": "diversity.json",
     "Unseen inputs": "unseen.json",
+    "Cost of a step": "speed_steps.json",
+    "Cost against the number of tasks": "speed_tasks.json",
+    "Locating and batches": "speed_locating.json",
     "Free locating": "speed.json",
 }
 

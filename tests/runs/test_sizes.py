@@ -17,25 +17,28 @@ from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.recipes import parse_recipe
 
 LEARNING = [name for name in tiny.METHODS if name != "zero_shot"]
+LOCATING = [
+    name
+    for name in LEARNING
+    if hasattr(parse_recipe({"run": "x", "method": {"name": name}}, source="test").method, "locator")
+]
 
 
-@pytest.mark.parametrize("method", LEARNING)
-@pytest.mark.parametrize(("task", "num_rows"), [("sides", 1), ("sides", 2)])
+@pytest.mark.parametrize(("method", "num_rows"), [*((name, 1) for name in LEARNING), *((name, 2) for name in LOCATING)])
 def test_a_small_task_is_learned_or_refused_before_the_first_step(
-    method: str, task: str, num_rows: int, tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, num_rows: int, tiny_backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.write_data(tmp_path)
-    file = tmp_path / "Instructions_Original" / task / "train.json"
+    file = tmp_path / "Instructions_Original/sides/train.json"
     file.write_text(json.dumps(json.loads(file.read_text())[:num_rows]))
-    locates = hasattr(parse_recipe({"run": "x", "method": {"name": method}}, source="test").method, "locator")
-    more = ["method.locator.epochs=2"] if locates else []
+    more = ["method.locator.epochs=2"] if method in LOCATING else []
     recipe = tiny.recipe(
         tmp_path / "run", tmp_path, tiny_backbone, method, "evaluation.routes=[located]", "data.eval_rows=1", *more
     )
     try:
         sequence.learn(recipe)
     except DataError as error:
-        assert locates and num_rows < 3
+        assert method in LOCATING and num_rows < 3
         assert error.problem.file == file and "to learn" in str(error) and "locator.holdout" in str(error)
         assert not recipe.run.exists()
     else:
