@@ -3,19 +3,21 @@
 import base64
 import io
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 from openai import OpenAI
 from PIL import Image
 from tiny import Lesson
 
 from llava_cmoe.chat.session import LearnedRun
 from llava_cmoe.serve.engine import Answered, Engine, Event
-from llava_cmoe.serve.gate import Guard
+from llava_cmoe.serve.gate import LOCAL, Guard
 from llava_cmoe.serve.limits import Limits
 from llava_cmoe.serve.prompts import Prompt
 from llava_cmoe.serve.server import Server, listen
@@ -67,7 +69,7 @@ def serving(
 ) -> Iterator[Running]:
     """Serve while open; afterwards the server has to have ended by itself."""
     listening, ready = listen("127.0.0.1", 0), threading.Event()
-    server = Server(run, learned, listening, Guard(key, key is None), limits)
+    server = Server(run, learned, listening, Guard(key, LOCAL if key is None else None), limits)
     if held:
         server._engine = Held(learned)
     thread = threading.Thread(target=server.run, args=(ready.set,))
@@ -98,6 +100,15 @@ class Listener:
     def answer(self) -> Answered:
         assert isinstance(self.events[-1], Answered), self.events
         return self.events[-1]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does."""
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.01)
+    pytest.fail("it never came")
 
 
 def data_url(picture: Image.Image | bytes | Path) -> str:

@@ -63,12 +63,11 @@ def serve(
     if api_key is not None and not api_key.strip():
         raise RecipeError("serve: the key is empty; give one, or none")
     from llava_cmoe.chat.session import open_learned
-    from llava_cmoe.serve.gate import Guard
+    from llava_cmoe.serve.gate import LOCAL, Guard
     from llava_cmoe.serve.limits import Limits
     from llava_cmoe.serve.server import Server, listen
 
-    console = Console()
-    is_local = _is_local(host)
+    console, is_local, name = Console(), _is_local(host), f"[{host}]" if ":" in host else host
     if not is_local and api_key is None:
         say(console, "warning:", f"anybody who reaches {host} can ask; set LLAVA_CMOE_API_KEY", "bold yellow")
     with listen(host, port) as listening:
@@ -82,18 +81,15 @@ def serve(
             prompt_tokens=max_prompt_tokens,
             answer_tokens=max_answer_tokens,
         )
-        server = Server(run, learned, listening, Guard(api_key, is_local and api_key is None), limits)
+        names = LOCAL | {name.lower()} if is_local and api_key is None else None
+        server = Server(run, learned, listening, Guard(api_key, names), limits)
         logging.getLogger("llava_cmoe.serve").setLevel(logging.INFO)
         for handler in logging.getLogger("llava_cmoe").handlers:  # uvicorn's words take the same way to the terminal
             logging.getLogger("uvicorn").addHandler(handler)
         logging.getLogger("uvicorn").propagate = False
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        number = listening.getsockname()[1]
-        address = f"http://[{host}]:{number}/v1" if ":" in host else f"http://{host}:{number}/v1"
-        models = f"models: {', '.join(server.models)}"
-        server.run(
-            lambda: console.print(f"Serving {models}\nat {address}; Ctrl-C ends it", highlight=False, soft_wrap=True)
-        )
+        words = f"Serving models: {', '.join(server.models)}\nat http://{name}:{listening.getsockname()[1]}/v1"
+        server.run(lambda: console.print(f"{words}; Ctrl-C ends it", highlight=False, soft_wrap=True))
     console.print("What was begun is answered; goodbye", highlight=False)
 
 

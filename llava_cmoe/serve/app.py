@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from llava_cmoe.serve.batching import Ask, Batcher
 from llava_cmoe.serve.engine import Answered, Growing
-from llava_cmoe.serve.gate import COMPLETIONS, Gate, Guard
+from llava_cmoe.serve.gate import COMPLETIONS, Gate, Guard, Places
 from llava_cmoe.serve.limits import Limits, Refused
 from llava_cmoe.serve.prompts import Prepared, PromptReader
 from llava_cmoe.serve.replies import Head, chunks, completion, models
@@ -36,9 +36,10 @@ HUNG_UP = 499
 
 @dataclass(frozen=True)
 class Service:
-    """What answers: the queue before a model, the reader of requests, and the models' names."""
+    """What answers: the queue before a model and its places, the reader of requests, and the models' names."""
 
     batcher: Batcher
+    places: Places
     reader: PromptReader
     offered: Mapping[str, int | None]
 
@@ -59,7 +60,8 @@ def create_app(service: Service, guard: Guard, limits: Limits, ready: Callable[[
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "answering": service.batcher.num_answering, "waiting": service.batcher.num_waiting}
+        counts = {"answering": service.batcher.num_answering, "waiting": service.batcher.num_waiting}
+        return {"status": "ok", **counts, "free": service.places.free}
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -77,7 +79,7 @@ def create_app(service: Service, guard: Guard, limits: Limits, ready: Callable[[
 
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    return Gate(app, guard, limits)
+    return Gate(app, guard, service.places)
 
 
 async def _complete(request: Request, service: Service, limits: Limits) -> Response:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from llava_cmoe.serve.engine import Answered, Event, Growing
-from llava_cmoe.serve.limits import Refused
+from llava_cmoe.serve.limits import CLOSING, Refused
 from llava_cmoe.serve.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -85,9 +85,10 @@ class Batcher:
         if ask in self._waiting:
             self._waiting.remove(ask)
 
-    def leave_all(self) -> None:
+    def refuse_all(self) -> None:
         """End everything as soon as can be."""
         for ask in (*self._waiting, *self._answering):
+            ask.put(CLOSING)
             self.leave(ask)
 
     @asynccontextmanager
@@ -98,7 +99,7 @@ class Batcher:
             try:
                 yield
             finally:
-                self.leave_all()
+                self.refuse_all()
                 task.cancel()
 
     async def _run(self, worker: ThreadPoolExecutor) -> None:

@@ -59,3 +59,7 @@ class Refused(Exception):
         """OpenAI's error object."""
         kind = KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+CLOSING = Refused(503, "the server closes", code="closing", headers={"Connection": "close"})
+"""The answer to all that come, or still wait, when a server ends."""

@@ -6,6 +6,7 @@ Beside OpenAI's fields stands `llava_cmoe`: the task whose routers answered, and
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable
@@ -52,8 +53,12 @@ def usage(answer: Answered) -> dict[str, int]:
 
 
 def verdict(answer: Answered) -> dict[str, Any]:
-    """The task whose routers answered, null for the base model; the scores, null where nothing was located."""
-    return {"task": answer.task, "located": answer.located, "scores": dict(answer.scores) if answer.located else None}
+    """The task whose routers answered, null for the base model; the scores, null where nothing was located.
+
+    A score that is no finite number is null, as JSON has no other word for it.
+    """
+    scores = {name: score if math.isfinite(score) else None for name, score in answer.scores.items()}
+    return {"task": answer.task, "located": answer.located, "scores": scores if answer.located else None}
 
 
 async def chunks(head: Head, events: AsyncIterator[Growing | Answered], with_usage: bool) -> AsyncIterator[str]:

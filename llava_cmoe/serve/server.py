@@ -20,12 +20,14 @@ from llava_cmoe.chat.session import LearnedRun
 from llava_cmoe.serve.app import Service, create_app
 from llava_cmoe.serve.batching import Batcher
 from llava_cmoe.serve.engine import Engine, offered_models
-from llava_cmoe.serve.gate import Guard
+from llava_cmoe.serve.gate import Guard, Places
 from llava_cmoe.serve.limits import Limits
 from llava_cmoe.serve.prompts import PromptReader
 from llava_cmoe.settings.base import RecipeError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 1.0
+"""Seconds that clients have to read that they are refused, when everything is ended."""
 SPARE_CONNECTIONS = 64
 """Connections beyond those that hold places: for health, models and refusals. More get 503 before they are read."""
 
@@ -69,33 +71,38 @@ class Server:
     async def _run(self, ready: Callable[[], object]) -> None:
         batcher = Batcher(self._engine.answer, self._limits.batch)
         reader = PromptReader(self._learned, self._offered, self._limits)
-        gate = create_app(Service(batcher, reader, self._offered), self._guard, self._limits, ready)
+        places = Places(self._limits.batch + self._limits.queue)
+        service = Service(batcher, places, reader, self._offered)
         server = _Uvicorn(
             uvicorn.Config(
-                gate,
+                create_app(service, self._guard, self._limits, ready),
                 log_config=None,
                 access_log=False,
                 http="h11",
                 ws="none",
                 lifespan="on",
                 server_header=False,
-                limit_concurrency=self._limits.batch + self._limits.queue + SPARE_CONNECTIONS,
+                proxy_headers=False,
+                limit_concurrency=places.free + SPARE_CONNECTIONS,
                 timeout_graceful_shutdown=int(self._limits.seconds) + 1,
             )
         )
 
         def stop() -> None:
             if server.should_exit:
-                server.force_exit = True
-                batcher.leave_all()
-            gate.closing = server.should_exit = True
+                batcher.refuse_all()
+                loop.call_later(PATIENCE, setattr, server, "force_exit", True)
+            places.closing = server.should_exit = True
 
         loop = asyncio.get_running_loop()
         self._stop = lambda: loop.call_soon_threadsafe(stop)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 loop.add_signal_handler(number, stop)
-        await server.serve([self._listening])
+        try:
+            await server.serve([self._listening])
+        finally:
+            self._stop = lambda: None
 
 
 def listen(host: str, port: int) -> socket.socket:

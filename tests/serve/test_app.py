@@ -1,36 +1,36 @@
 """What clients see: OpenAI's own client and curl against a server on a tiny run."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import replace
+from contextlib import ExitStack, closing
+from dataclasses import fields, replace
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+import tiny
 from PIL import Image
-from serving import PATH, SMALL, Held, Running, asked, data_url, message, mixture, serving
+from serving import PATH, SMALL, Held, Running, asked, data_url, message, mixture, serving, until
 
-from llava_cmoe.serve.engine import Engine
+from llava_cmoe.chat.session import open_learned
+from llava_cmoe.cli.serving import serve
+from llava_cmoe.sequence import learn
+from llava_cmoe.serve.engine import Answered, Engine
+from llava_cmoe.serve.limits import Limits
+from llava_cmoe.serve.replies import verdict
+from llava_cmoe.serve.server import SPARE_CONNECTIONS
 
 CURL = shutil.which("curl")
 QUESTION = {"model": "run", "messages": message("Which colour is it?")}
 SLOW = {**QUESTION, "model": "run:base", "max_tokens": 12}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what another thread does."""
-    for _ in range(3000):
-        if condition():
-            return
-        time.sleep(0.01)
-    pytest.fail("it never came")
 
 
 def texts(client: openai.OpenAI, body: dict[str, Any]) -> tuple[str, str]:
@@ -98,7 +98,7 @@ def test_models_and_health(running: Running):
     assert client.models.retrieve("run:base").id == "run:base"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("run:other")
-    assert running.health() == {"status": "ok", "answering": 0, "waiting": 0}
+    assert running.health() == {"status": "ok", "answering": 0, "waiting": 0, "free": 12}
 
 
 def test_requests_that_wait_together_are_one_batch_and_several_streams_run_at_once(learned, lesson):
@@ -177,9 +177,13 @@ def test_other_routes_have_an_error_too(method: str, path: str, status: int, run
     assert answer.status_code == status and answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_form_of_a_web_page_is_not_taken(running: Running):
+HOSTS = {"evil.example": 403, "127.0.0.1.evil.example:80": 403, "": 403, "LOCALHOST:1": 200, "[::1]": 200}
+
+
+def test_a_web_page_reaches_nothing(running: Running):
+    """It may send a form to any address, or give its own name this machine's address."""
     assert running.post(json.dumps(QUESTION).encode(), **{"content-type": "text/plain"}).status_code == 415
-    for host, status in (("evil.example", 403), ("127.0.0.1.evil.example:80", 403), ("", 403), ("localhost:1", 200)):
+    for host, status in HOSTS.items():
         assert httpx2.get(f"{running.address}/health", headers={"host": host}).status_code == status
 
 
@@ -212,6 +216,28 @@ def test_a_full_queue_answers_429_and_is_open_again_afterwards(held: Running):
     assert held.post(QUESTION).status_code == 200
 
 
+def test_more_connections_than_can_be_served_get_503(held: Running):
+    with ExitStack() as stack:
+        for _ in range(SPARE_CONNECTIONS + 2):
+            stack.enter_context(closing(socket.create_connection(("127.0.0.1", held.port))))
+        assert httpx2.get(f"{held.address}/health").status_code == 503
+    until(lambda: httpx2.get(f"{held.address}/health").status_code == 200)
+
+
+def test_a_score_without_an_end_is_null():
+    answer = Answered("A", "stop", 1, 1, None, True, {"colours": 1.5, "sides": float("inf")})
+    assert verdict(answer) == {"task": None, "located": True, "scores": {"colours": 1.5, "sides": None}}
+
+
+def test_a_run_that_locates_nothing_is_one_model(tiny_data, tiny_backbone, tmp_path):
+    words = ("data.train_rows=4", "data.eval_rows=2", "evaluation.routes=[oracle]")
+    learn(tiny.recipe(tmp_path / "run", tiny_data, tiny_backbone, "sequential_lora", *words))
+    with serving(open_learned(tmp_path / "run"), tmp_path / "run") as running:
+        assert [model.id for model in running.client().models.list()] == ["run"]
+        assert running.post({**QUESTION, "model": "run:sides"}).status_code == 404
+        assert running.post(QUESTION).json()["llava_cmoe"] == {"task": None, "located": False, "scores": None}
+
+
 def hang_up(running: Running, body: bytes, length: int | None = None, read: bool = False) -> None:
     """Send a request, maybe only a part of it; read the beginning of the answer if wanted, and go."""
     with closing(socket.create_connection(("127.0.0.1", running.port))) as connection:
@@ -234,8 +260,8 @@ def test_who_hangs_up_frees_a_place(held: Running):
     until(lambda: held.health()["answering"] == 0)
     assert all(ask.left for batch in engine.batches for ask in batch)
     hang_up(held, json.dumps({**SLOW, "stream": True}).encode(), read=True)
-    until(lambda: engine.batches[-1][0].left)
-    assert held.post(QUESTION).status_code == 200
+    until(lambda: held.health()["free"] == 2)
+    assert engine.batches[-1][0].left and held.post(QUESTION).status_code == 200
 
 
 def test_what_takes_too_long_is_ended(learned, lesson):
@@ -295,3 +321,27 @@ def test_rows_of_the_evaluation_can_be_asked(running: Running, lesson):
     for index in range(3):
         body = {"model": "run:colours", "messages": asked(lesson, "colours", index), "max_tokens": 3}
         assert running.post(body).status_code == 200
+
+
+@pytest.mark.skipif(CURL is None, reason="needs curl")
+def test_the_examples_of_the_page_work(running: Running, lesson, tmp_path, monkeypatch, capsys):
+    page = Path(__file__).parents[2] / "docs/serving.md"
+    written = page.read_text(encoding="utf-8").replace("http://127.0.0.1:8000", running.address)
+    written = written.replace('"pocket_cmoe"', '"run"')
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", written, re.MULTILINE | re.DOTALL)
+    by_openai, by_curl = (block for language, block in fences if not language)
+    Image.new("RGB", (20, 24), "red").save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(by_openai, str(page), "exec"), {})
+    assert capsys.readouterr().out.split()[-1] in ("colours", "sides", "None")
+    said = subprocess.run(["sh", "-c", by_curl], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.endswith("data: [DONE]\n\n")
+
+
+def test_the_page_has_the_defaults_of_the_command():
+    page = (Path(__file__).parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `--([a-z-]+)` \| [^|]+ \| ([\d,]+) \|$", page, re.MULTILINE))
+    stated = {name.replace("-", "_"): float(value.replace(",", "")) for name, value in table.items()}
+    own = {name: one.default for name, one in signature(serve).parameters.items() if name in stated}
+    assert stated == own and len(own) == 7
+    assert list(own.values()) == [getattr(Limits(), field.name) for field in fields(Limits)]

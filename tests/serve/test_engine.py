@@ -96,6 +96,16 @@ def test_who_has_left_gets_nothing_and_disturbs_nobody(engine, prompts):
     assert [facts(one) for one in listeners if not one.left] == [alone[place] for place in (0, 1, 4, 5)]
 
 
+def test_a_short_answer_does_not_wait_for_the_long_one_beside_it(engine, prompts):
+    short, long = (Listener(replace(prompts[2], answer_tokens=number), streams=True) for number in (1, 12))
+    order: list[Listener] = []
+    for one in (short, long):
+        one.put = lambda event, one=one: (one.events.append(event), order.append(one))  # type: ignore[method-assign]
+    engine.answer([long, short])
+    assert [listener.answer.answer_tokens for listener in (short, long)] == [1, 12]
+    assert order.index(short) == 1 and len(order) == 13
+
+
 def test_a_batch_ends_when_everybody_has_left(engine, prompts, monkeypatch):
     steps: list[bool] = []
     read = serve_engine._Decoding._read
