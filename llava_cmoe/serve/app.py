@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +25,11 @@ from starlette.types import Receive, Scope, Send
 from llava_cmoe.serve.batching import Ask, Batcher
 from llava_cmoe.serve.engine import Answered, Growing
 from llava_cmoe.serve.gate import COMPLETIONS, Gate, Guard, Places
-from llava_cmoe.serve.limits import Limits, Refused
+from llava_cmoe.serve.limits import Limits, Refused, one_line
 from llava_cmoe.serve.prompts import Prepared, PromptReader
 from llava_cmoe.serve.replies import Head, chunks, completion, models
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -207,6 +210,7 @@ async def _http(request: Request, error: Any) -> Response:
 
 
 async def _failed(request: Request, error: Any) -> Response:
+    logger.error("a request failed: %s", one_line(error))
     return await _refused(request, Refused(500, "the server failed; its log says why", code="server_failed"))
 
 

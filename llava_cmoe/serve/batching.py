@@ -13,13 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from llava_cmoe.serve.engine import Answered, Event, Growing
-from llava_cmoe.serve.limits import CLOSING, Refused
+from llava_cmoe.serve.limits import Refused, closing, one_line
 from llava_cmoe.serve.prompts import Prompt
 
 logger = logging.getLogger(__name__)
-
-LONGEST_LOGGED = 200
-"""Letters of an error that are logged."""
 
 
 class Ask:
@@ -88,7 +85,7 @@ class Batcher:
     def refuse_all(self) -> None:
         """End everything as soon as can be."""
         for ask in (*self._waiting, *self._answering):
-            ask.put(CLOSING)
+            ask.put(closing())
             self.leave(ask)
 
     @asynccontextmanager
@@ -114,8 +111,7 @@ class Batcher:
             done = loop.run_in_executor(worker, self._answer, self._answering)
             await asyncio.wait([done])
             if (error := done.exception()) is not None:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LOGGED]
-                logger.error("%d requests could not be answered: %s", len(self._answering), reason)
+                logger.error("%d requests could not be answered: %s", len(self._answering), one_line(error))
                 for ask in self._answering:
                     ask.put(Refused(500, "the model failed; the server's log says why", code="model_failed"))
             self._answering = ()

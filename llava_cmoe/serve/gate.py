@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_cmoe.serve.limits import CLOSING, Refused
+from llava_cmoe.serve.limits import Refused, closing
 from llava_cmoe.settings.base import shown
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Gate:
         if scope["path"] != COMPLETIONS or scope["method"] != "POST":
             return 0
         if self._places.closing:
-            raise CLOSING
+            raise closing()
         if self._places.free <= 0:
             reason = f"{self._num_places} requests are being answered or wait; try again later"
             raise Refused(429, reason, code="queue_full", headers={"Retry-After": "1"})

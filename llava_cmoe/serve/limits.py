@@ -12,6 +12,9 @@ from typing import Any
 KINDS: Mapping[int, str] = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 """OpenAI's `type` by status; what is not here is a request's own fault, or from 500 on the server's."""
 
+LONGEST_LOGGED = 200
+"""Letters of an error that are logged."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -36,7 +39,7 @@ class Limits:
     answer_tokens: int = 256
 
 
-@dataclass
+@dataclass(eq=False)
 class Refused(Exception):
     """A request that gets no answer.
 
@@ -61,5 +64,11 @@ class Refused(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-CLOSING = Refused(503, "the server closes", code="closing", headers={"Connection": "close"})
-"""The answer to all that come, or still wait, when a server ends."""
+def closing() -> Refused:
+    """The answer to all that come, or still wait, when a server ends."""
+    return Refused(503, "the server closes", code="closing", headers={"Connection": "close"})
+
+
+def one_line(error: BaseException) -> str:
+    """An error as the log has it."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_LOGGED]

@@ -293,11 +293,12 @@ def test_a_failing_model_fails_its_requests_alone(running: Running, monkeypatch,
     assert running.post(QUESTION).json()["choices"] == right
 
 
-def test_a_failing_reader_fails_its_request_alone(running: Running, monkeypatch):
+def test_a_failing_reader_fails_its_request_alone(running: Running, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr("llava_cmoe.serve.prompts.question", lambda *_: 1 / 0)
         failed = running.post(QUESTION)
         assert failed.status_code == 500 and failed.json()["error"]["code"] == "server_failed"
+    assert "a request failed: ZeroDivisionError: division by zero" in caplog.messages
     assert running.post(QUESTION).status_code == 200
 
 
