@@ -21,7 +21,19 @@ TOP_LEVEL = {
 }
 ORDER = (
     *("settings", "provenance", "records", "locators", "data", "pocket", "backbones", "experts", "methods", "training"),
-    *("registry", "evaluation", "planning", "report", "runs", "sequence", "merging", "analyses", "chat", "studies"),
+    *(
+        "registry",
+        "evaluation",
+        "planning",
+        "report",
+        "runs",
+        "sequence",
+        "merging",
+        "analyses",
+        "chat",
+        "serve",
+        "studies",
+    ),
     "cli",
 )
 """Rooms and single files of the package; each imports only from those before it."""

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from inspect import get_annotations, signature
@@ -36,6 +37,7 @@ from llava_cmoe.planning.estimate import Budget
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, readme_markdown
 from llava_cmoe.report.results_page import HEADLINE, results_page
+from llava_cmoe.serve.server import Server
 from llava_cmoe.settings.backbone import BackboneSettings
 from llava_cmoe.settings.recipes import known_keys, parse_recipe, parse_settings
 
@@ -222,6 +224,13 @@ def attempt(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> in
         case ["llava-cmoe", "chat", *_]:
             monkeypatch.setattr(sys, "stdin", io.StringIO("Which colour is it?\nexit\n"))
             return start(main, words, monkeypatch)
+        case ["llava-cmoe", "serve", *_]:
+            serve = Server.run
+            monkeypatch.setattr(Server, "run", lambda server, ready: serve(server, server.stop))
+            return start(main, [*words, "--port", "0"], monkeypatch)
+        case ["pip", "install", "-e", extra]:
+            extras = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            return 0 if extra.removeprefix(".[").removesuffix("]") in extras else 1
         case ["llava-cmoe", "probe", run, *_]:
             return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
         case ["llava-cmoe", "data", "fetch", *_]:

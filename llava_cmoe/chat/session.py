@@ -41,6 +41,12 @@ from llava_cmoe.settings.base import RecipeError
 LONGEST_ANSWER = 128
 """Tokens after which an answer is cut off; a task's own limit would need its name before it is located."""
 
+NO_WAY = (
+    "its task cannot be told: squared as one task squares pictures, it is located at another; square the picture "
+    "yourself"
+)
+"""Why a picture is refused that `agreeing_way` finds no way for."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -63,8 +69,33 @@ class Reply:
     pieces: Iterator[str]
 
 
+@dataclass(frozen=True)
+class LearnedRun:
+    """A run that can answer.
+
+    Attributes:
+        method: with every known task restored, on the backbone, where the machine computes best.
+        backbone: the one that the method sits on.
+        names: of the known tasks, in the order in which they were learned.
+        geometries: how pictures became square while each task was learned.
+        max_pixels: largest picture while learning; any when None.
+    """
+
+    method: Method
+    backbone: Backbone
+    names: Sequence[str]
+    geometries: Sequence[Geometry]
+    max_pixels: int | None
+
+
 def open_session(run: Path, after: int | None = None, merge: int | None = None) -> ChatSession:
-    """Talk to a run as it is now, or as it was after its first `after` stages, or as its merge `merge` makes it.
+    """Talk to a run; arguments and errors of `open_learned`."""
+    learned = open_learned(run, after, merge)
+    return ChatSession(learned.method, learned.backbone, learned.names, learned.geometries, learned.max_pixels)
+
+
+def open_learned(run: Path, after: int | None = None, merge: int | None = None) -> LearnedRun:
+    """Load a run as it is now, or as it was after its first `after` stages, or as its merge `merge` makes it.
 
     Raises:
         RegistryError: no run in this folder, fewer stages are learned, no such merge, or a file is damaged.
@@ -91,7 +122,7 @@ def open_session(run: Path, after: int | None = None, merge: int | None = None) 
     method = restore_method(recipe, backbone, registry, after)
     if merge is not None:
         restore_merge(method, registry, merge)
-    return ChatSession(method, backbone, names, geometries, recipe.data.max_pixels)
+    return LearnedRun(method, backbone, names, geometries, recipe.data.max_pixels)
 
 
 def check_picture(run: Path, image: Path) -> None:
@@ -105,6 +136,43 @@ def check_picture(run: Path, image: Path) -> None:
     data = Registry(run).recipe().data
     for geometry in {task.geometry for task in sequence_of(data).tasks}:
         side_of_square(image, geometry, data.max_pixels)
+
+
+def verdict_of(located: Located | None, row: int, names: Sequence[str]) -> Verdict | None:
+    """What the locator said about one row of a batch; None where no locator decided."""
+    if located is None or located.score_BN is None:
+        return None
+    task, scores = int(located.task_B[row]), located.score_BN[row].tolist()
+    by_name = dict(sorted(zip(names, scores, strict=True), key=lambda item: item[1]))
+    return Verdict(names[task] if task >= 0 else None, by_name)
+
+
+@torch.no_grad()
+def tasks_and_scores(method: Method, batch: dict[str, Tensor]) -> list[tuple[int, float]]:
+    """The task of each prompt, -1 for none, and its score, infinite for none; without answering."""
+    with method.answering(batch) as location:
+        method.model.base_model(**batch, use_cache=False)
+    located = location()
+    assert located is not None and located.score_BN is not None, "a method that locates"
+    return [
+        (task, scores[task] if task >= 0 else float("inf"))
+        for task, scores in zip(located.task_B.tolist(), located.score_BN.tolist(), strict=True)
+    ]
+
+
+def agreeing_way(located: Mapping[Geometry, tuple[int, float]], geometries: Sequence[Geometry]) -> Geometry | None:
+    """The way to square a picture that agrees with the task that it is located at then; None if no way does.
+
+    Of several the closest task's is taken; where only the base model fits, the first way that leads there.
+
+    Args:
+        located: way to the task, -1 for none, and the score of the picture squared so.
+        geometries: of the known tasks.
+    """
+    agreeing = [way for way, (task, _) in located.items() if task >= 0 and geometries[task] == way]
+    if agreeing:
+        return min(agreeing, key=lambda way: located[way][1])
+    return next((way for way, (task, _) in located.items() if task < 0), None)
 
 
 class ChatSession:
@@ -165,16 +233,10 @@ class ChatSession:
             return self._batch(image, question, distinct[0])
         batches = {geometry: self._batch(image, question, geometry) for geometry in distinct}
         located = {geometry: self._located(batch) for geometry, batch in batches.items()}
-        agreeing = [
-            geometry for geometry, (task, _) in located.items() if task >= 0 and self._geometries[task] == geometry
-        ]
-        if agreeing:
-            return batches[min(agreeing, key=lambda geometry: located[geometry][1])]
-        for geometry, (task, _) in located.items():
-            if task < 0:
-                return batches[geometry]
-        reason = "its task cannot be told: squared as one task squares pictures, it is located at another"
-        raise DataError(Problem(image, f"{reason}; square the picture yourself"))
+        chosen = agreeing_way(located, self._geometries)
+        if chosen is None:
+            raise DataError(Problem(image, NO_WAY))
+        return batches[chosen]
 
     def _batch(self, image: Path | None, question: str, geometry: Geometry) -> dict[str, Tensor]:
         turns: list[Turn] = [{"role": "user", "text": question if image is None else f"{MARKER}\n{question}"}]
@@ -188,22 +250,12 @@ class ChatSession:
         collate = Collator(self._tokenizer.pad_token_id, "left")
         return on_device(collate([encoded]), self._method.model.device)
 
-    @torch.no_grad()
     def _located(self, batch: dict[str, Tensor]) -> tuple[int, float]:
         """The task of a prompt, -1 for none, and its score."""
-        with self._method.answering(batch) as location:
-            self._method.model.base_model(**batch, use_cache=False)
-        located = location()
-        assert located is not None and located.score_BN is not None, "a method that locates"
-        task = int(located.task_B[0])
-        return task, float(located.score_BN[0, task]) if task >= 0 else float("inf")
+        return tasks_and_scores(self._method, batch)[0]
 
     def _verdict(self, located: Located | None) -> Verdict | None:
-        if located is None or located.score_BN is None:
-            return None
-        task, scores = int(located.task_B[0]), located.score_BN[0].tolist()
-        by_name = dict(sorted(zip(self._names, scores, strict=True), key=lambda item: item[1]))
-        return Verdict(self._names[task] if task >= 0 else None, by_name)
+        return verdict_of(located, 0, self._names)
 
     def _answer(
         self, prompt: dict[str, Tensor], streamer: TextIteratorStreamer, deferred: list[DeferredLocation]

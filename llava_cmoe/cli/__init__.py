@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from llava_cmoe.cli import data, learning, methods, results, runs
+from llava_cmoe.cli import data, learning, methods, results, runs, serving
 
 app = typer.Typer(
     help="Teach a vision-language LLM one task after another without forgetting the earlier ones. Start with `demo`.",
@@ -22,6 +22,7 @@ app.add_typer(learning.app)
 app.add_typer(methods.app)
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app)
+app.add_typer(serving.app)
 app.add_typer(results.app)
 
 

@@ -19,7 +19,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from llava_cmoe.data.conversation import check_length, count_tokens, encode_prompt, encode_sample, tokenizer_of
-from llava_cmoe.data.images import centre_crop, open_image, pad_to_square, shrink, side_of_square
+from llava_cmoe.data.images import (
+    PictureFile,
+    centre_crop,
+    name_of,
+    open_image,
+    pad_to_square,
+    shrink,
+    side_of_square,
+)
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.data.tasks import Geometry
@@ -160,7 +168,7 @@ class PromptRows(EncodedRows):
         return encode_prompt(self.encoding.processor, turns[:1], image)
 
 
-def open_square(path: Path, encoding: Encoding) -> Image.Image:
+def open_square(path: PictureFile, encoding: Encoding) -> Image.Image:
     """Open a picture and make it square, as the processor's model expects it, and not larger than `max_pixels`.
 
     Padding has the colour of the image processor's mean, which normalising turns into zeros (as in LLaVA).
@@ -169,7 +177,7 @@ def open_square(path: Path, encoding: Encoding) -> Image.Image:
         DataError: errors of `open_image` and of `side_of_square`; or the backbone reads text alone.
     """
     if tokenizer_of(encoding.processor) is encoding.processor:
-        raise DataError(Problem(path, "a picture, and the backbone reads text alone"))
+        raise DataError(Problem(name_of(path), "a picture, and the backbone reads text alone"))
     side = side_of_square(path, encoding.geometry, encoding.max_pixels)  # before anything is decoded
     image = open_image(path)
     if encoding.geometry == "crop":

@@ -12,6 +12,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,9 @@ from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.tasks import Geometry
 
 Found = TypeVar("Found")
+
+PictureFile = Path | BytesIO
+"""An image file, or the bytes of one that never was on disk."""
 
 MAX_PIXELS = 80_000_000
 """Largest picture that is opened, and largest square that is made, in pixels: 240 MB as RGB, four times a large
@@ -34,7 +38,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
-def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(path: PictureFile, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Open and fully decode an image as RGB, turned upright as its EXIF orientation says.
 
     Transparent pixels become white. (LLaVA drops the alpha channel, which turns the black-on-transparent diagrams
@@ -46,7 +50,7 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return _read(path, lambda: _decode(path, max_pixels), max_pixels)
 
 
-def size_of(path: Path) -> tuple[int, int]:
+def size_of(path: PictureFile) -> tuple[int, int]:
     """Width and height in pixels as the header has them, in either order where the picture lies on its side.
 
     Raises:
@@ -55,7 +59,13 @@ def size_of(path: Path) -> tuple[int, int]:
     return _read(path, lambda: _size(path), MAX_PIXELS)
 
 
-def _read(path: Path, read: Callable[[], Found], max_pixels: int) -> Found:
+def name_of(picture: PictureFile) -> Path:
+    """What errors call a picture; one that has no file is just that."""
+    return picture if isinstance(picture, Path) else Path("picture")
+
+
+def _read(picture: PictureFile, read: Callable[[], Found], max_pixels: int) -> Found:
+    path = name_of(picture)
     try:
         with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
             return read()
@@ -71,12 +81,12 @@ def _read(path: Path, read: Callable[[], Found], max_pixels: int) -> Found:
         raise DataError(Problem(path, "too little memory to open it; make the picture smaller")) from error
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _size(path: PictureFile) -> tuple[int, int]:
     with Image.open(path, formats=FORMATS) as image:
         return image.size
 
 
-def side_of_square(path: Path, geometry: Geometry, max_pixels: int | None) -> int:
+def side_of_square(path: PictureFile, geometry: Geometry, max_pixels: int | None) -> int:
     """The side in pixels of the square that is made of a picture, from the file's header alone.
 
     Args:
@@ -93,7 +103,7 @@ def side_of_square(path: Path, geometry: Geometry, max_pixels: int | None) -> in
     if made * made > MAX_PIXELS:
         reason = f"oversized image ({width} x {height} pixels, padded to a square of {made} x {made})"
         fix = "set data.max_pixels, which shrinks it first, or cut the picture"
-        raise DataError(Problem(path, f"{reason}; squares of at most {MAX_PIXELS} pixels are made: {fix}"))
+        raise DataError(Problem(name_of(path), f"{reason}; squares of at most {MAX_PIXELS} pixels are made: {fix}"))
     return made
 
 
@@ -109,7 +119,7 @@ def find_broken(pictures: Iterable[tuple[str, Geometry, int | None]]) -> dict[st
     return broken
 
 
-def _decode(path: Path, max_pixels: int) -> Image.Image:
+def _decode(path: PictureFile, max_pixels: int) -> Image.Image:
     with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         if width * height > max_pixels:  # known from the header, before a decompression bomb could unfold

@@ -6,7 +6,7 @@ and a mark that is no special token ends nothing by itself. So the mark is read 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -45,14 +45,44 @@ def end_arguments(model: Any, processor: Any) -> dict[str, Any]:
 
 def answer_texts(tokens_BT: Tensor, model: Any, processor: Any) -> list[str]:
     """Answers up to their ends, in letters; what stands behind an end (padding, a next turn) is none of it."""
-    mark, tokenizer = end_mark(processor), tokenizer_of(processor)
-    ends = _end_tokens(model, processor, mark)
-    texts: list[str] = []
-    for tokens in tokens_BT.tolist():
-        length = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        text: str = tokenizer.decode(tokens[:length], skip_special_tokens=True)
-        texts.append((text if mark.token is not None else text.partition(mark.text)[0]).strip())
-    return texts
+    reader = AnswerReader(model, processor)
+    return [reader.text(tokens) for tokens in tokens_BT.tolist()]
+
+
+class AnswerReader:
+    """Reads generated tokens as an answer, whole or while more of them come."""
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self._tokenizer, self._mark = tokenizer_of(processor), end_mark(processor)
+        self._ends = _end_tokens(model, processor, self._mark)
+
+    def ended(self, tokens: Sequence[int]) -> bool:
+        """Whether the answer ends with, or before, the last of these tokens."""
+        if not set(self._ends).isdisjoint(tokens):
+            return True
+        return self._mark.token is None and self._mark.text in self._letters(tokens)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer up to its end."""
+        length = next((place for place, token in enumerate(tokens) if token in self._ends), len(tokens))
+        text = self._letters(tokens[:length])
+        return (text if self._mark.token is not None else text.partition(self._mark.text)[0]).strip()
+
+    def certain(self, tokens: Sequence[int]) -> str:
+        """What of the text no further token can change: blanks, half letters and half marks at its end are held back.
+
+        So is the last word where the tokenizer tidies blanks, as it may join it with the next one.
+        """
+        text = self.text(tokens)
+        if self._mark.token is None:
+            text = text[: len(text) - _beginning_of(self._mark, text)]
+        if getattr(self._tokenizer, "clean_up_tokenization_spaces", False):
+            text = text[: len(text) - len(text.split()[-1])] if text else text
+        return text.rstrip("\ufffd").rstrip()
+
+    def _letters(self, tokens: Sequence[int]) -> str:
+        letters: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        return letters
 
 
 def _end_tokens(model: Any, processor: Any, mark: EndMark) -> list[int]:
@@ -72,10 +102,15 @@ def until_end(pieces: Iterator[str], mark: EndMark) -> Iterator[str]:
             held = ""
             continue
         text, found, _ = held.partition(mark.text)
-        sizes = range(0 if found else min(len(text), len(mark.text) - 1), -1, -1)
-        keep = next(size for size in sizes if size == 0 or mark.text.startswith(text[len(text) - size :]))
+        keep = 0 if found else _beginning_of(mark, text)
         yield text[: len(text) - keep]
         held = text[len(text) - keep :]
         if found:
             return
     yield held
+
+
+def _beginning_of(mark: EndMark, text: str) -> int:
+    """Letters at the end of a text with which the mark may begin."""
+    sizes = range(min(len(text), len(mark.text) - 1), 0, -1)
+    return next((size for size in sizes if mark.text.startswith(text[len(text) - size :])), 0)

@@ -1,9 +1,11 @@
 """What people type: every command says what it does, does it, and answers a mistake with one clear message."""
 
+import importlib.util
 import json
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,8 +33,9 @@ REPOSITORY = Path(__file__).parents[2]
 COMMANDS = {
     "": [
         *("demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"),
-        *("rescore", "reproduce", "compare", "answers"),
+        *("rescore", "reproduce", "compare", "answers", "serve"),
     ],
+    "serve": ["RUN", "--host", "--port", "--api-key", "LLAVA_CMOE_API_KEY", "--max-queue", "--time-limit"],
     "demo": ["--run"],
     "data": ["make-pocket", "check", "fetch"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -504,3 +507,15 @@ def test_a_subset_is_measured_beside_the_whole_and_marked(run, tmp_path):
     compared = type_in("compare", run, part)
     assert "differ in subset" in compared.output and "asked other questions" in compared.output
     assert "limit" in refused("eval", run, "--limit", 0)
+
+
+def test_a_server_names_what_is_missing_before_a_model_is_loaded(run: Path, no_model: None, monkeypatch):
+    assert "the key is empty" in refused("serve", run, "--api-key", " ")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in refused("serve", run, "--port", taken.getsockname()[1])
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *words: None if name == "uvicorn" else find_spec(name, *words)
+    )
+    said = refused("serve", run)
+    assert "serve: uvicorn is missing; pip install 'llava-cmoe[serve]'" in said and said.count("\n") == 1

@@ -335,3 +335,14 @@ def test_too_little_memory_is_the_fault_of_one_picture(tmp_path: Path, monkeypat
     monkeypatch.setattr(images, "_to_rgb", nothing_left)
     with pytest.raises(DataError, match=r"x\.png: too little memory to open it"):
         open_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("kind", ENCODED)
+def test_bytes_that_were_never_on_disk_are_the_same_picture_or_the_same_error(kind: str, tmp_path: Path) -> None:
+    path, held = tmp_path / f"x.{kind.lower()}", io.BytesIO(ENCODED[kind])
+    path.write_bytes(ENCODED[kind])
+    assert images.size_of(held) == images.size_of(path) == (33, 21)
+    assert side_of_square(held, "pad", None) == 33
+    assert open_image(held).tobytes() == open_image(path).tobytes()
+    with pytest.raises(DataError, match="picture: (truncated|not an image)"):
+        open_image(io.BytesIO(ENCODED[kind][:20]))

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -17,7 +18,7 @@ from torch import Tensor
 from llava_cmoe.data.conversation import IGNORED, EndMark, encode_sample, end_mark, tokenizer_of
 from llava_cmoe.data.encoding import Encoding, PromptRows
 from llava_cmoe.data.rows import EVAL_FEATURES, Turn
-from llava_cmoe.evaluation.answer_end import until_end
+from llava_cmoe.evaluation.answer_end import AnswerReader, until_end
 from llava_cmoe.evaluation.generate import EvalModel, EvalSet, Route, answer_batch
 from llava_cmoe.methods.base import DeferredLocation
 
@@ -132,3 +133,19 @@ def test_a_stream_stops_before_a_mark_of_letters_however_it_is_cut(text: str, re
     while "##" in plain:
         plain = plain.replace("##", "#")
     assert "".join(until_end(iter(plain), EndMark("##", None))) == plain
+
+
+@pytest.mark.parametrize("mark", [EndMark("##", None), EndMark("</s>", 2)])
+@given(st.lists(st.integers(4, 380), max_size=12), st.text("a# \u00e9\u65e5\U0001f600", max_size=6))
+def test_what_is_certain_of_an_answer_is_never_taken_back(tiny_processor, mark: EndMark, some: list[int], text: str):
+    """Tokens may be halves of letters; the two marks are one of letters and one of the tokenizer."""
+    tokenizer = tiny_processor.tokenizer
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=2))
+    reader = AnswerReader(model, tiny_processor)
+    reader._mark = mark
+    tokens = [token for token in (*some, *tokenizer(text, add_special_tokens=False)["input_ids"])]
+    whole = [reader.text(tokens[:end]) for end in range(len(tokens) + 1)]
+    certain = [reader.certain(tokens[:end]) for end in range(len(tokens) + 1)]
+    assert all(later.startswith(early) for place, early in enumerate(certain) for later in whole[place:])
+    assert reader.ended([*tokens, 2]) and reader.text([*tokens, 2, 9]) == whole[-1]
+    assert reader.ended(tokens) == (mark.token is None and mark.text in tokenizer.decode(tokens))
