@@ -52,7 +52,7 @@ def test_a_run_that_locates_nothing_is_refused(
 ):
     out = tmp_path / "speed.json"
     assert speed(monkeypatch, "run", lesson_of("sequential_lora").recipe.run, "--out", out) == 2
-    assert "sequential_lora locates nothing" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "its method locates nothing" in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not out.exists()
 
 

@@ -54,7 +54,7 @@ def measure_run(folder: Path, batch_size: int, turns: int, device: str) -> dict[
     batch, task_B = collated(method, rows), torch.tensor(tasks, device=device)
     located = method.locate(batch)
     if located is None:
-        raise ValueError(f"{folder}: {recipe.method.name} locates nothing; name a run of a method that does")
+        raise ValueError(f"{folder}: its method locates nothing; name a run of one that does")
     settings = getattr(recipe.method, "locator", None)
     free = bool(getattr(settings, "free", False))
     routes: dict[str, Callable[[], AbstractContextManager[object]]] = {
