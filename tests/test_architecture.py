@@ -45,10 +45,10 @@ LONGEST, LONGEST_SEQUENCE, MEDIAN = 350, 150, 110
 """Lines of a file of the library, of `sequence.py`, and of the file in the middle."""
 
 OF_CMOE = {
-    *("merging/search.py", "analyses/probe_report.py", "analyses/refit_locator.py", "analyses/speed_variants.py"),
-    "eval/speed.py",
+    *("merging/search.py", "analyses/probe_report.py", "analyses/refit_locator.py"),
+    *("analyses/speed_variants.py", "analyses/answering_speed.py"),
 }
-"""The tools that are CMoE's own: they merge its pool, probe, refit its locator, or time it beside LoRA."""
+"""The tools that are CMoE's own: they merge its pool, probe, refit its locator, time it beside LoRA, or its locating."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("train", "eval") for path in (ROOT / folder).glob("*.py"))
