@@ -1,7 +1,7 @@
 """What tests do to expert banks: tasks as training would leave them, and a router that is told its gate."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,14 @@ def train_task(bank: ExpertBank, num_new: int, generator: torch.Generator, bound
     for stack in bank.stacks.values():
         if stack.trainable is not None:
             stack.trainable.B.data.uniform_(-bound, bound, generator=generator)
+
+
+def add_task_that_knows(host: ExpertHost, ids: Sequence[int]) -> None:
+    """A frozen task without experts of its own, whose routers know some old ones."""
+    generator = torch.Generator().manual_seed(1)
+    for bank in host.banks.values():
+        bank.router.add_task(ids, bank.anchor.device, generator)
+    host.freeze()
 
 
 class GivenGate(Router):

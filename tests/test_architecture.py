@@ -48,7 +48,7 @@ OF_CMOE = {
     *("merging/search.py", "analyses/probe_report.py", "analyses/refit_locator.py"),
     *("analyses/speed_variants.py", "analyses/answering_speed.py"),
 }
-"""The tools that are CMoE's own: they merge its pool, probe, refit its locator, time it beside LoRA, or its locating."""
+"""The tools that are CMoE's own: they merge its pool, probe, refit its locator, and time it."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted(path for folder in ("train", "eval") for path in (ROOT / folder).glob("*.py"))

@@ -23,7 +23,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from llava_cmoe.experts.stack import StackedExperts
 from llava_cmoe.experts.surgery import ExpertHost
@@ -128,17 +127,21 @@ class Redundancy:
                 busy |= {step.stand_in} - {-1}
                 yield step
 
-    def _see(self, site: str, linear: str, stack: nn.Module, args: tuple[Tensor, Tensor, int]) -> None:
+    def _see(
+        self, site: str, linear: str, stack: nn.Module, args: tuple[Tensor, Tensor, Sequence[int] | None, Tensor | None]
+    ) -> None:
         assert isinstance(stack, StackedExperts)
         of_images = self._host.banks[site].site.of_images
         running = self._host.context.forward_pass(args[0].device)
         assert running is not None and running.mask_BT is not None, "watched passes need a plan and a batch with a mask"
-        x_JI, gate_JE = (value.flatten(0, 1) if of_images else value[running.mask_BT] for value in args[:2])
+        x_BTI, some_BTE, ids, _ = args
+        gate_BTE = some_BTE.new_zeros(*some_BTE.shape[:2], self._host.banks[site].num_experts)
+        gate_BTE[..., list(range(some_BTE.shape[-1]) if ids is None else ids)] = some_BTE
+        x_JI, gate_JE = (value.flatten(0, 1) if of_images else value[running.mask_BT] for value in (x_BTI, gate_BTE))
         for some_x_JI, some_gate_JE in zip(torch.split(x_JI, TOKENS), torch.split(gate_JE, TOKENS), strict=True):
             self._add((running.plan.max_task, site, linear), _outputs(stack, some_x_JI), some_gate_JE)
 
     def _add(self, key: tuple[int, str, str], out_JEO: Tensor, gate_JE: Tensor) -> None:
-        gate_JE = functional.pad(gate_JE, (0, out_JEO.shape[1] - gate_JE.shape[-1]))  # experts younger than the task
         added = torch.einsum("jeo,je->jo", out_JEO, gate_JE).double().square().sum().cpu()
         sums = _sums(out_JEO, gate_JE)
         self._sums[key] = self._sums[key] + sums if key in self._sums else sums

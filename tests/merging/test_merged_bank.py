@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from banks import GivenGate, Parts, logits_under, make_twins
+from banks import GivenGate, Parts, add_task_that_knows, logits_under, make_twins
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
@@ -21,6 +21,8 @@ from llava_cmoe.merging.merged_bank import merge, unmerge
 from llava_cmoe.records import Located
 
 PLANS = [RoutePlan.single(0), RoutePlan.single(1), RoutePlan.of(Located.at(torch.tensor([1, 0])))]
+SELECTED = [0, 3]
+"""Experts that a third task knows."""
 MIXED = RoutePlan.of(Located(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])))
 MAPS = [
     MergeMap((0, 1, 2, 1), (1, 0.5, 1, 0.5)),
@@ -122,7 +124,7 @@ def test_a_task_whose_experts_are_all_dropped_is_the_base_model_there(
 def test_the_choices_that_are_counted_are_those_of_the_whole_bank(
     tiny_llava: LlavaForConditionalGeneration, host: ExpertHost, task: int
 ):
-    add_selective_task(host)
+    add_task_that_knows(host, SELECTED)
     first = next(iter(host.banks))  # what deeper sites read is another state once this one is merged
 
     def counted() -> dict[int, int]:
@@ -136,22 +138,11 @@ def test_the_choices_that_are_counted_are_those_of_the_whole_bank(
     assert list(before) == ([0, 1, 2, 3] if task == 1 else SELECTED)
 
 
-SELECTED = [0, 3]
-"""Experts that the third task knows."""
-
-
-def add_selective_task(host: ExpertHost) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for bank in host.banks.values():
-        bank.router.add_task(SELECTED, torch.device("cpu"), generator)
-    host.freeze()
-
-
 @pytest.mark.parametrize("merge_map", MAPS, ids=lambda one: str(one.of_E))
 def test_of_a_task_that_knows_some_experts_a_merge_moves_only_what_it_gives_to_those_left_out(
     host: ExpertHost, merge_map: MergeMap
 ):
-    add_selective_task(host)
+    add_task_that_knows(host, SELECTED)
     bank = next(iter(host.banks.values()))
     h_BTD, plan = torch.randn(2, 5, bank.hidden_size), RoutePlan.single(2)
     plain = bank.router(h_BTD, ForwardPass(plan))

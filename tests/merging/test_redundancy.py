@@ -1,13 +1,12 @@
 """An expert that is not used, or that computes what another one computes, can be left out; nothing else can."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
 import torch
-from banks import logits_under, make_twins
+from banks import add_task_that_knows, logits_under, make_twins
 from torch import Tensor
-from torch.nn import functional
 from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.experts.plan import RoutePlan
@@ -38,11 +37,12 @@ def test_what_is_lost_is_what_joining_or_dropping_changes(
     monkeypatch.setattr("llava_cmoe.merging.redundancy.TOKENS", tokens)
     site, bank = next(iter(host.banks.items()))
     stack = bank.stacks["gate_proj"]
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
-    hook = stack.register_forward_hook(lambda stack, args, output: seen.append((*args[:2], output)))
+    seen: list[tuple[Tensor, Tensor, Sequence[int], Tensor]] = []
+    hook = stack.register_forward_hook(lambda stack, args, output: seen.append((*args[:3], output)))
+    add_task_that_knows(host, [1, 2])
     redundancy = Redundancy(host)
     with redundancy.watch():
-        for task in range(2):
+        for task in range(3):
             logits_under(tiny_llava, host, RoutePlan.single(task))
     hook.remove()
     redundancy._sums = {key: value for key, value in redundancy._sums.items() if key[2] == "gate_proj"}
@@ -50,8 +50,9 @@ def test_what_is_lost_is_what_joining_or_dropping_changes(
 
     def changed(gates: Callable[[Tensor], Tensor]) -> float:
         total = 0.0
-        for x_BTI, gate_BTE, whole_BTO in seen:
-            all_BTE = functional.pad(gate_BTE, (0, 4 - gate_BTE.shape[-1]))
+        for x_BTI, gate_BTE, ids, whole_BTO in seen:
+            all_BTE = gate_BTE.new_zeros(*gate_BTE.shape[:2], 4)
+            all_BTE[..., list(ids)] = gate_BTE
             total += float(stack(x_BTI, gates(all_BTE)).square().sum() / whole_BTO.square().sum())
         return total / len(bank.stacks)
 
