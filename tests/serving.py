@@ -15,7 +15,7 @@ from openai import OpenAI
 from PIL import Image
 from tiny import Lesson
 
-from llava_cmoe.chat.session import LearnedRun
+from llava_cmoe.chat.opening import LearnedRun
 from llava_cmoe.serve.engine import Answered, Engine, Event
 from llava_cmoe.serve.gate import LOCAL, Guard
 from llava_cmoe.serve.limits import Limits

@@ -172,6 +172,16 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option(help="One question; without it, questions are read until `exit`.")
     ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="JSON lines with question and image, answered as JSON lines.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The answer to --prompt as one JSON object.")] = False,
+    route: Annotated[
+        str, typer.Option(help="Whose routers answer: located, oracle:TASK, or base for the model without experts.")
+    ] = "located",
+    alone: Annotated[
+        bool, typer.Option("--alone", help="Ask each question alone, not after what was said before.")
+    ] = False,
     after: Annotated[
         int | None, typer.Option(help="The model as it was after its first N stages; as it is now if absent.", min=0)
     ] = None,
@@ -179,15 +189,42 @@ def chat(
 ) -> None:
     r"""Ask a run about a picture, or none; it says which task it took the question for, and answers.
 
-    EvalSet are best asked as the tasks ask them, with the instruction on a line of its own (write \n before it).
-    """
-    from llava_cmoe.chat.session import check_picture, open_session
-    from llava_cmoe.chat.terminal import answer, converse
+    Questions are best asked as the tasks ask them, with the instruction on a line of its own (write \n before it).
 
-    if image is not None:
-        check_picture(run, image)
-    console, session = Console(), open_session(run, after, merge)
-    if prompt is None:
-        converse(console, session, image)
+    Example: llava-cmoe chat runs/pocket_cmoe --image picture.png
+    """
+    import json
+    import sys
+
+    from llava_cmoe.chat.opening import check_picture
+    from llava_cmoe.chat.questions import Asked, read_questions
+    from llava_cmoe.chat.session import open_session
+    from llava_cmoe.chat.talk import Talk, TalkError
+    from llava_cmoe.chat.talk import as_json as told
+    from llava_cmoe.chat.terminal import converse, history_file, reader, say
+
+    if prompt is not None and questions is not None:
+        raise typer.BadParameter("--prompt and --questions: give one of them")
+    if as_json and prompt is None:
+        raise typer.BadParameter("--json: it is of the answer to --prompt; --questions is answered in JSON anyway")
+    if image is not None and questions is not None:
+        raise typer.BadParameter("--image: each line of --questions names its own picture")
+    asked = [] if questions is None else read_questions(questions)
+    for picture in dict.fromkeys(one.image for one in (Asked("", image), *asked) if one.image is not None):
+        check_picture(run, picture)
+    console = Console()
+    try:
+        talk = Talk(open_session(run, after, merge), image, route, alone or bool(asked))
+    except TalkError as error:
+        raise typer.BadParameter(f"--route: {error}") from error
+    for one in asked or ([Asked(prompt, image)] if as_json and prompt is not None else []):
+        talk.image = one.image
+        verdict, *pieces = talk.ask(one.question)
+        answer = "".join(map(str, pieces)).strip()
+        typer.echo(json.dumps(told(one.image, one.question, answer, verdict, talk.route)))  # type: ignore[arg-type]
+    if asked or as_json:
+        return
+    if prompt is not None:
+        say(console, talk, prompt)
     else:
-        answer(console, session, image, prompt)
+        converse(console, talk, reader(talk, history_file()) if sys.stdin.isatty() else None)

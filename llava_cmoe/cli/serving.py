@@ -62,7 +62,7 @@ def serve(
         raise RecipeError(f"serve: {', '.join(missing)} is missing; pip install 'llava-cmoe[serve]'")
     if api_key is not None and not api_key.strip():
         raise RecipeError("serve: the key is empty; give one, or none")
-    from llava_cmoe.chat.session import open_learned
+    from llava_cmoe.chat.opening import open_learned
     from llava_cmoe.serve.gate import LOCAL, Guard
     from llava_cmoe.serve.limits import Limits
     from llava_cmoe.serve.server import Server, listen

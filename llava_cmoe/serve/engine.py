@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from llava_cmoe.chat.session import NO_WAY, LearnedRun, Verdict, agreeing_way, tasks_and_scores, verdict_of
+from llava_cmoe.chat.location import NO_WAY, Verdict, agreeing_way, tasks_and_scores, verdict_of
+from llava_cmoe.chat.opening import LearnedRun
 from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llava_cmoe.chat.session import LearnedRun
+from llava_cmoe.chat.opening import LearnedRun
 from llava_cmoe.data.conversation import encode_prompt
 from llava_cmoe.data.encoding import Encoding, open_square
 from llava_cmoe.data.images import size_of

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import uvicorn
 
-from llava_cmoe.chat.session import LearnedRun
+from llava_cmoe.chat.opening import LearnedRun
 from llava_cmoe.serve.app import Service, create_app
 from llava_cmoe.serve.batching import Batcher
 from llava_cmoe.serve.engine import Engine, offered_models

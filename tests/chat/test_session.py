@@ -11,10 +11,13 @@ import yaml
 from PIL import Image
 from tiny import Lesson
 
+from llava_cmoe.chat import opening
 from llava_cmoe.chat import session as chat
+from llava_cmoe.chat.location import tasks_and_scores
 from llava_cmoe.chat.session import ChatSession, open_session
 from llava_cmoe.data.problems import DataError
-from llava_cmoe.evaluation.generate import EvalModel, Route, answer_batch
+from llava_cmoe.evaluation.answer_end import answer_texts
+from llava_cmoe.evaluation.generate import EvalModel, Route, answer_batch, greedy
 from llava_cmoe.merging.search import merge_run
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.sequence import learn
@@ -95,7 +98,7 @@ def test_a_broken_picture_is_named(talk, tmp_path):
 def test_a_question_waits_for_the_answer_before_it_to_end(lesson, talk, monkeypatch):
     """They share a model and its plan; whoever asks need not have read the last answer."""
     at_work, overlaps = list[str](), list[str]()
-    answer, prompt = ChatSession._answer, ChatSession._prompt
+    answer, read = ChatSession._answer, ChatSession._read
 
     def watched(name, method):
         def call(*args):
@@ -109,11 +112,83 @@ def test_a_question_waits_for_the_answer_before_it_to_end(lesson, talk, monkeypa
         return call
 
     monkeypatch.setattr(ChatSession, "_answer", watched("answering", answer))
-    monkeypatch.setattr(ChatSession, "_prompt", watched("reading", prompt))
+    monkeypatch.setattr(ChatSession, "_read", watched("reading", read))
     replies = [talk.ask(*asked(lesson, "sides", index)) for index in range(4)]
     alone = [talk.ask(*asked(lesson, "sides", index)) for index in range(4)]
     assert ["".join(one.pieces) for one in replies] == ["".join(one.pieces) for one in alone]
     assert overlaps == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("task", [0, 1, -1])
+def test_a_named_task_answers_with_its_own_routers(task: int, lesson, talk, monkeypatch):
+    questions = lesson.questions["sides"]
+    monkeypatch.setattr(chat, "LONGEST_ANSWER", questions.max_new_tokens)
+    method, processor = lesson.run.method, lesson.run.backbone.processor
+    picture, question = asked(lesson, "sides", 0)
+    batch = talk._batch(picture, [{"role": "user", "text": f"<image>\n{question}"}], "pad")
+    with method.answering(batch, torch.tensor([task])):
+        tokens = method.model.generate(**batch, **greedy(method.model, processor, questions.max_new_tokens))
+    reply = talk.ask(picture, question, task=task)
+    [wanted] = answer_texts(tokens[:, batch["input_ids"].shape[1] :], method.model, processor)
+    assert "".join(reply.pieces).strip() == wanted and reply.verdict is None
+
+
+def test_a_conversation_is_located_by_its_first_question_and_reads_all_that_was_said(lesson, talk, monkeypatch):
+    picture, first = asked(lesson, "colours", 0)
+    _, other = asked(lesson, "sides", 0)
+    said = [{"role": "user", "text": first}, {"role": "assistant", "text": "red"}]
+    read: list[int] = []
+    monkeypatch.setattr(ChatSession, "_answer", watching(ChatSession._answer, read))
+    alone, later, after = (
+        talk.ask(picture, first), talk.ask(picture, other), talk.ask(picture, other, said)
+    )  # fmt: skip
+    for reply in (alone, later, after):
+        list(reply.pieces)
+    assert after.verdict == alone.verdict != later.verdict
+    assert read[2] > max(read[0], read[1])
+
+
+def watching(answer: Callable, read: list[int]) -> Callable:
+    """`ChatSession._answer`, which notes how many tokens it reads."""
+
+    def call(self, prompt, *rest):
+        read.append(prompt["input_ids"].shape[1])
+        return answer(self, prompt, *rest)
+
+    return call
+
+
+def test_an_answer_ends_when_nobody_wants_to_hear_it(lesson, talk, monkeypatch):
+    monkeypatch.setattr(chat, "greedy", lambda *_: {"do_sample": False, "min_new_tokens": 400, "max_new_tokens": 400})
+    reply = talk.ask(*asked(lesson, "sides", 0), task=0)
+    next(reply.pieces)
+    reply.stop.set()
+    list(reply.pieces)  # would not end for long
+    assert sum(next(iter(reply.used().values())).values()) == pytest.approx(1)
+    assert reply.used.args[1][0].shape[1] < 400  # the tokens in all
+
+
+def test_what_was_used_are_shares_of_the_located_tasks_experts(lesson, talk, lesson_of):
+    reply = talk.ask(*asked(lesson, "colours", 0))
+    list(reply.pieces)
+    used = reply.used()
+    assert list(used) == list(lesson.run.method.host.banks)
+    assert reply.verdict.task is not None
+    task = TASKS.index(reply.verdict.task)
+    for site, shares in used.items():
+        assert tuple(shares) == lesson.run.method.host.banks[site].router.known[task]
+        assert sum(shares.values()) == pytest.approx(1)
+    plain = open_session(lesson_of("sequential_lora").recipe.run).ask(*asked(lesson, "sides", 0))
+    list(plain.pieces)
+    assert plain.used() == {}
+
+
+def test_a_conversation_without_end_is_refused(lesson, talk, monkeypatch):
+    monkeypatch.setattr(chat, "LONGEST_PROMPT", 30)
+    said = [{"role": role, "text": "red " * 9} for _ in range(4) for role in ("user", "assistant")]
+    with pytest.raises(DataError, match=r"it has \d+ tokens, and at most 30 are read"):
+        talk.ask(None, "And now?", said)
 
 
 # Where tasks square pictures in different ways.
@@ -168,8 +243,10 @@ def test_a_picture_is_squared_as_the_task_squares_it_that_it_is_located_at(
     assert "".join(reply.pieces).strip() == wanted.text
     picture, question = asked(lesson, TASKS[task], index)
     if picture is not None:  # squared the other way it is another picture
-        other = talk_in_two_ways._batch(picture, question, ("crop", "pad")[task])
-        assert talk_in_two_ways._located(other)[1] != wanted.score
+        turns = [{"role": "user", "text": f"<image>\n{question}"}]
+        other = talk_in_two_ways._batch(picture, turns, ("crop", "pad")[task])
+        [(_, score)] = tasks_and_scores(lesson.run.method, other)
+        assert score != wanted.score
 
 
 @pytest.mark.parametrize(
@@ -189,28 +266,28 @@ def test_a_picture_is_squared_as_the_task_squares_it_that_it_is_located_at(
 def test_of_several_ways_the_one_that_agrees_with_its_task_is_taken_or_the_picture_refused(
     located, taken, talk_in_two_ways, tmp_path, monkeypatch
 ):
-    picture, question = wide(tmp_path), "Which side?"
-    ways = {way: talk_in_two_ways._batch(picture, question, way)["pixel_values"] for way in ("pad", "crop")}
+    picture, turns = wide(tmp_path), [{"role": "user", "text": "<image>\nWhich side?"}]
+    ways = {way: talk_in_two_ways._batch(picture, turns, way)["pixel_values"] for way in ("pad", "crop")}
     assert not torch.equal(ways["pad"], ways["crop"])
 
-    def told(self, batch):
-        return next(located[way] for way, pixels in ways.items() if torch.equal(batch["pixel_values"], pixels))
+    def told(method, batch):
+        return [next(located[way] for way, pixels in ways.items() if torch.equal(batch["pixel_values"], pixels))]
 
-    monkeypatch.setattr(ChatSession, "_located", told)
+    monkeypatch.setattr(chat, "tasks_and_scores", told)
     if taken is None:
         with pytest.raises(DataError, match=r"wide\.png.*its task cannot be told.*square the picture yourself"):
-            talk_in_two_ways.ask(picture, question)
+            talk_in_two_ways.ask(picture, "Which side?")
     else:
-        assert torch.equal(talk_in_two_ways._prompt(picture, question)["pixel_values"], ways[taken])
+        assert torch.equal(talk_in_two_ways._read(picture, turns, None)[0]["pixel_values"], ways[taken])
 
 
 def test_text_alone_needs_no_way_and_one_learned_task_has_but_one(lesson_in_two_ways, tmp_path, monkeypatch):
     sessions = [open_session(lesson_in_two_ways.recipe.run, after) for after in (2, 1)]
-    monkeypatch.setattr(ChatSession, "_located", lambda *_: pytest.fail("located for nothing"))
-    assert "pixel_values" not in sessions[0]._prompt(None, "Which side?")
-    picture = wide(tmp_path)
-    padded = sessions[1]._batch(picture, "Which side?", "pad")["pixel_values"]
-    assert torch.equal(sessions[1]._prompt(picture, "Which side?")["pixel_values"], padded)
+    monkeypatch.setattr(chat, "tasks_and_scores", lambda *_: pytest.fail("located for nothing"))
+    assert "pixel_values" not in sessions[0]._read(None, [{"role": "user", "text": "Which side?"}], None)[0]
+    picture, turns = wide(tmp_path), [{"role": "user", "text": "<image>\nWhich side?"}]
+    padded = sessions[1]._batch(picture, turns, "pad")["pixel_values"]
+    assert torch.equal(sessions[1]._read(picture, turns, None)[0]["pixel_values"], padded)
 
 
 def test_a_method_that_does_not_locate_is_refused_before_a_model_is_loaded(
@@ -220,7 +297,7 @@ def test_a_method_that_does_not_locate_is_refused_before_a_model_is_loaded(
     run = tmp_path / "run"
     learn(tiny.recipe(run, tiny_data, tiny_backbone, "sequential_lora", *words))
     assert open_session(run, after=1).ask(None, "Which side?").verdict is None  # one task, one way
-    monkeypatch.setattr(chat, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(opening, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
     with pytest.raises(RecipeError, match=r"square pictures differently \(crop, pad\), and method sequential_lora"):
         open_session(run)
 
@@ -230,7 +307,7 @@ def test_a_merge_answers_for_all_stages_or_is_refused(lesson_of, tmp_path, monke
     run = Path(shutil.copytree(lesson.recipe.run, tmp_path / "run"))
     merge_run(lesson.recipe.model_copy(update={"run": run}), bound=1e9, num_rows=4)
     assert open_session(run, after=2, merge=1)._method.host.banks
-    monkeypatch.setattr(chat, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
+    monkeypatch.setattr(opening, "load_backbone", lambda *_: pytest.fail("the backbone was loaded"))
     with pytest.raises(RegistryError, match="merge 1 is of all 2 learned stages; leave out --after"):
         open_session(run, after=1, merge=1)
     with pytest.raises(RegistryError, match="there is no merge 9; there is 1"):

@@ -20,7 +20,7 @@ from tiny import Lesson, files_of
 from transformers import PreTrainedModel
 
 from llava_cmoe import sequence
-from llava_cmoe.chat import session
+from llava_cmoe.chat import opening
 from llava_cmoe.cli import main
 from llava_cmoe.evaluation.log import comparable, read_results
 from llava_cmoe.pocket import root as pocket_root
@@ -56,7 +56,7 @@ COMMANDS = {
     "answers export": ["RUN", "--to", "--route", "--root"],
     "answers import": ["DIR", "KEY=VALUE", "--recipe", "--run", "--method", "--base"],
     "compare": ["RUN", "--published", "--out", "--root"],
-    "chat": ["RUN", "--image", "--prompt", "--after", "--merge"],
+    "chat": ["RUN", "--image", "--prompt", "--questions", "--json", "--route", "--alone", "--after", "--merge"],
 }
 
 
@@ -91,7 +91,7 @@ def no_model(lesson_of: Callable[[str], Lesson], monkeypatch: pytest.MonkeyPatch
     def fail(*args: object, **words: object) -> None:
         pytest.fail("a model was loaded")
 
-    for module in (session, opened):
+    for module in (opening, opened):
         monkeypatch.setattr(module, "load_backbone", fail)
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", fail)
 

@@ -17,7 +17,8 @@ from rich.table import Table
 from rich.text import Text
 from tiny import Lesson
 
-from llava_cmoe.chat.session import Verdict
+from llava_cmoe.chat.location import Verdict
+from llava_cmoe.chat.talk import Talk
 from llava_cmoe.chat.terminal import converse, describe
 from llava_cmoe.cli import console as said
 from llava_cmoe.cli.console import Console, list_problems, say, spelled_out, user_errors
@@ -98,9 +99,15 @@ def test_errors_and_warnings_obey_nothing(text: str):
     assert [line.endswith((" is odd", " is wrong")) for line in stream.getvalue().splitlines()] == [True, True]
 
 
+class Silent:
+    """A session with a run that has no tasks."""
+
+    tasks = ()
+
+
 def test_what_is_asked_for_in_a_chat_obeys_nothing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("builtins.input", lambda: "exit")
-    assert harmless(printed(lambda console: converse(console, None, Path("\x1b[2J[/b].png"))))  # type: ignore[arg-type]
+    assert harmless(printed(lambda console: converse(console, Talk(Silent(), Path("\x1b[2J[/b].png")))))  # type: ignore[arg-type]
 
 
 @given(st.floats(-999, 999), st.floats(0, 99))

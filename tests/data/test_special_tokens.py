@@ -125,13 +125,15 @@ def test_a_question_in_the_chat_is_refused_too(tmp_path: Path, learned_session: 
 def learned_session(tiny_llava: Any, tiny_processor: Any) -> Callable[[], ChatSession]:
     """A chat with a model that has learned nothing."""
     from llava_cmoe.backbones.loading import Backbone
+    from llava_cmoe.chat.opening import LearnedRun
     from llava_cmoe.methods import method_of
     from llava_cmoe.settings.recipes import parse_recipe
 
     def make() -> ChatSession:
         recipe = parse_recipe({"run": "x", "method": {"name": "zero_shot"}}, source="test")
         method = method_of(recipe.method)(recipe.method, tiny_llava, tiny_processor, 0)
-        return ChatSession(method, Backbone(tiny_llava, tiny_processor, "", "none"), [])
+        backbone = Backbone(tiny_llava, tiny_processor, "", "none")
+        return ChatSession(LearnedRun(method, backbone, [], ["pad"], None))
 
     return make
 

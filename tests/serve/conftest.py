@@ -5,7 +5,7 @@ import pytest
 from serving import SMALL, Running, serving
 from tiny import Lesson
 
-from llava_cmoe.chat.session import LearnedRun, open_learned
+from llava_cmoe.chat.opening import LearnedRun, open_learned
 
 
 @pytest.fixture(scope="session")

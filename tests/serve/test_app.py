@@ -20,7 +20,7 @@ import tiny
 from PIL import Image
 from serving import PATH, SMALL, Held, Running, asked, data_url, message, mixture, serving, until
 
-from llava_cmoe.chat.session import open_learned
+from llava_cmoe.chat.opening import open_learned
 from llava_cmoe.cli.serving import serve
 from llava_cmoe.sequence import learn
 from llava_cmoe.serve.engine import Answered, Engine
