@@ -16,11 +16,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from llava_cmoe.backbones.chat_template import check_chat_template, file_of_template
 from llava_cmoe.backbones.model_types import auto_model, empty_model, sees, writes
 from llava_cmoe.backbones.processors import processor_in
 from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
 from llava_cmoe.backbones.sites import ffn_sites, linear_sites, name_sites
-from llava_cmoe.data.conversation import Processor
+from llava_cmoe.data.conversation import ChatTemplateError, Processor
 from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.provenance.fingerprints import fingerprint_files
 from llava_cmoe.settings.backbone import BackboneSettings, SiteSettings
@@ -167,6 +168,15 @@ def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConf
 
 def _load_processor(folder: Path, config: PretrainedConfig) -> Processor:
     try:
-        return processor_in(folder, config)
-    except (ValueError, OSError, ImportError) as error:
-        raise BackboneError(f"{folder}: its processor cannot be used: {error}") from error
+        processor = processor_in(folder, config)
+    except (ValueError, OSError, ImportError, TypeError, AttributeError, LookupError) as error:
+        reason = " ".join(str(error).split())
+        raise BackboneError(f"{folder}: its processor cannot be used: {reason}") from error
+    try:
+        check_chat_template(processor)
+    except ChatTemplateError as error:
+        raise BackboneError(
+            f"{file_of_template(folder)}: its chat template cannot be used: {error.reason}; mend it, or take "
+            "the file that the model was published with"
+        ) from error
+    return processor
