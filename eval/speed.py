@@ -28,6 +28,7 @@ from torch import Tensor
 
 from llava_cmoe.analyses.throughput import Workload, measure_training
 from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.cli.numbers import whole
 from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
@@ -43,6 +44,7 @@ from llava_cmoe.settings.backbone import BackboneSettings
 from llava_cmoe.settings.recipes import parse_settings
 from llava_cmoe.settings.run import Recipe
 from llava_cmoe.settings.training import TrainingSettings
+from llava_cmoe.settings.values import SIZES
 
 Batch = dict[str, Tensor]
 Answering = Callable[[], AbstractContextManager[object]]
@@ -55,15 +57,21 @@ def main(
     run: Annotated[
         Path | None, typer.Argument(help="Finished run with method.locator.free; experts are measured without.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a batch.")] = 32,
-    repetitions: Annotated[int, typer.Option(min=1, help="Turns that are measured, after two that are not.")] = 30,
+    batch_size: Annotated[int, whole("--batch-size", "Rows of a batch.", least=1, most=65_536)] = 32,
+    repetitions: Annotated[
+        int, whole("--repetitions", "Turns that are measured, after two that are not.", least=1, most=100_000)
+    ] = 30,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda" if CUDA else "cpu",
     model: Annotated[str, typer.Option(help="Without a run: pocket, llava-1.5-7b, or a model's folder.")] = "pocket",
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Build the model from its configuration, without a checkpoint.")
     ] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Of a made-up row, without its picture's.")] = 64,
-    experts: Annotated[int, typer.Option(min=1, help="Per site, one of which learns.")] = 8,
+    tokens: Annotated[
+        int, whole("--tokens", "Of a made-up row, without its picture's.", least=1, most=SIZES["max_length"])
+    ] = 64,
+    experts: Annotated[
+        int, whole("--experts", "Per site, one of which learns.", least=1, most=SIZES["num_experts"])
+    ] = 8,
     dtype: Annotated[str, typer.Option(help="Of the frozen weights.")] = "bfloat16" if CUDA else "float32",
     attention: Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")] = "sdpa",
     quantization: Annotated[str, typer.Option(help="none, 8bit or nf4 of a checkpoint's weights.")] = "none",
