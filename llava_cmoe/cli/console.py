@@ -157,6 +157,7 @@ def unknown_scorers(sequence: TaskSequence) -> list[Problem]:
 def show_check(console: Console, report: CheckReport, processor: Any) -> None:
     """What a check counted, what a reader of the counts should know, an example of each task, and the verdict."""
     from llava_cmoe.data.check_report import remarks, render
+    from llava_cmoe.data.conversation import ChatTemplateError
     from llava_cmoe.data.encoding import Encoding
     from llava_cmoe.data.example import pieces_of, render_pieces
     from llava_cmoe.data.problems import DataError
@@ -168,7 +169,7 @@ def show_check(console: Console, report: CheckReport, processor: Any) -> None:
         read = report.examples[task.name]
         try:
             pieces = pieces_of(read.row, Encoding(processor, task.geometry))
-        except DataError:  # its picture is among the problems
+        except (DataError, ChatTemplateError):  # among the problems
             continue
         learned = sum(piece.tokens for piece in pieces if piece.learned)
         total = sum(piece.tokens for piece in pieces)

@@ -70,7 +70,6 @@ def check(
     from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.data.check import check_sequence
     from llava_cmoe.data.sequences import load_sequence
-    from llava_cmoe.data.special_tokens import special_texts
 
     console, tasks, processor = Console(), load_sequence(sequence), load_processor(backbone)
     scorers = unknown_scorers(tasks)
@@ -81,7 +80,7 @@ def check(
             partial(line, "checking"),
             processes=processes or os.cpu_count() or 1,
             max_pixels=max_pixels,
-            special=special_texts(processor),
+            processor=processor,
         )
     report = replace(report, problems=(*scorers, *report.problems))
     show_check(console, report, processor)
