@@ -17,10 +17,10 @@ from transformers import set_seed
 from llava_cmoe.evaluation.aggregate import aggregate
 from llava_cmoe.evaluation.eval_spec import answered, discard_answers, eval_sets_of
 from llava_cmoe.evaluation.generate import EvalModel, EvalSet
-from llava_cmoe.evaluation.log import Results, write_results
+from llava_cmoe.evaluation.log import Results, check_answers, write_results
 from llava_cmoe.evaluation.runner import evaluate_after
 from llava_cmoe.methods.base import Stage
-from llava_cmoe.provenance.invocations import Call, append_invocation, read_invocations
+from llava_cmoe.provenance.invocations import Call, append_invocation, forget_missing_answers, read_invocations
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.runs.facts import call_of, facts_of_run
 from llava_cmoe.runs.run import Progress, Run, begin, done_stages, open_run, subset_folder
@@ -73,6 +73,9 @@ def run_stages(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Resul
     questions = eval_sets_of(run.eval_spec, run.backbone.processor, keep=run.recipe.data.keep_encoded)
     records, results = run.registry.records(), None
     done = Done(read_invocations(run.eval_spec.folder.parent))
+    check_answers(run.eval_spec.folder.parent)  # those that are there are not asked again
+    if run.processes.is_main_process:
+        forget_missing_answers(run.eval_spec.folder.parent)
     for index, stage in enumerate(stages):
         at = partial(progress, f"{index + 1}/{len(stages)} {stage.name}")
         if index < len(records):
