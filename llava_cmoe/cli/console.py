@@ -24,6 +24,7 @@ from rich.errors import MarkupError
 from rich.segment import Segment
 from rich.text import Text
 
+from llava_cmoe.cli.signals import ending_in_one_line
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.evaluation import EvaluationSettings
 
@@ -82,6 +83,12 @@ class _Said(logging.Handler):
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Keep other libraries' chatter off the screen; a user's mistake becomes one message and exit status 2."""
+    with ending_in_one_line(), _errors():
+        yield
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
     _hush()
     from transformers.utils.logging import disable_progress_bar
 
