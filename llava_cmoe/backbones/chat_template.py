@@ -12,6 +12,7 @@ from PIL import Image
 
 from llava_cmoe.data.conversation import ChatTemplateError, Processor, encode_sample, split, tokenizer_of
 from llava_cmoe.data.rows import MARKER, Turn
+from llava_cmoe.settings.base import in_one_line
 
 QUESTION, ANSWER = "What is shown here?", "a cat"
 SIDE = 64
@@ -33,8 +34,8 @@ def check_chat_template(processor: Processor) -> None:
         grey = Image.new("RGB", (SIDE, SIDE), (127, 127, 127))
         encode_sample(processor, [*_asked(f"{MARKER}\n{QUESTION}"), _answered()], grey, UNLIMITED)
     except (ValueError, TypeError, LookupError) as error:
-        reason = " ".join(str(error).split())
-        raise ChatTemplateError(processor, f"the processor finds no place for a picture in it ({reason})") from error
+        reason = f"the processor finds no place for a picture in it ({in_one_line(error)})"
+        raise ChatTemplateError(processor, reason) from error
 
 
 def file_of_template(folder: Path) -> Path:

@@ -11,7 +11,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -25,10 +31,21 @@ from llava_cmoe.data.conversation import ChatTemplateError, Processor
 from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.provenance.fingerprints import fingerprint_files
 from llava_cmoe.settings.backbone import BackboneSettings, SiteSettings
-from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.base import RecipeError, in_one_line
 
 FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 """What defines a backbone: configuration, tokenizer, chat template, weights. Pickled weights are never read."""
+
+
+UNREADABLE = (
+    *(ValueError, OSError, ImportError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
+    StrictDataclassError,
+)
+"""What transformers raises for a configuration, tokenizer or processor that it cannot make sense of."""
+
+
+MISMATCH = "the weights have other sizes"
+"""What transformers says in a table."""
 
 
 class BackboneError(ValueError):
@@ -110,8 +127,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BackboneError(f"{folder}: no config.json; backbone.path must be a model folder in Hugging Face's format")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {error}") from error
+    except UNREADABLE as error:
+        reason = in_one_line(error)
+        raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {reason}") from error
     if not writes(config):
         raise BackboneError(
             f"{folder}/config.json: model_type {config.model_type} is neither an image-text-to-text model, such as "
@@ -150,11 +168,18 @@ def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConf
             output_loading_info=True,
         )
     except SafetensorError as error:
-        raise BackboneError(f"{folder}: its weights are damaged ({error}); copy or download them again") from error
-    except ValueError as error:
-        if "attention implementation" not in str(error):
-            raise
-        raise BackboneError(f"{folder}: set backbone.attention to eager ({error})") from error
+        reason = in_one_line(error)
+        raise BackboneError(f"{folder}: its weights are damaged ({reason}); copy or download them again") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (*UNREADABLE, RuntimeError) as error:
+        if "attention implementation" in str(error):
+            raise BackboneError(f"{folder}: set backbone.attention to eager ({in_one_line(error)})") from error
+        is_size = "ignore_mismatched_sizes" in str(error)
+        reason = MISMATCH if is_size else f"{type(error).__name__}: {in_one_line(error)}"
+        raise BackboneError(
+            f"{folder}: config.json and weights do not make a model ({reason}); copy or download both again"
+        ) from error
     # transformers only warns and fills the gap with random numbers, which no seed of ours controls.
     absent = sorted(info["missing_keys"])
     if absent:
@@ -169,9 +194,8 @@ def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConf
 def _load_processor(folder: Path, config: PretrainedConfig) -> Processor:
     try:
         processor = processor_in(folder, config)
-    except (ValueError, OSError, ImportError, TypeError, AttributeError, LookupError) as error:
-        reason = " ".join(str(error).split())
-        raise BackboneError(f"{folder}: its processor cannot be used: {reason}") from error
+    except UNREADABLE as error:
+        raise BackboneError(f"{folder}: its processor cannot be used: {in_one_line(error)}") from error
     try:
         check_chat_template(processor)
     except ChatTemplateError as error:

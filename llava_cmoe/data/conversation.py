@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_cmoe.data.rows import MARKER, Turn
-from llava_cmoe.settings.base import shown
+from llava_cmoe.settings.base import in_one_line, shown
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -34,9 +34,6 @@ IGNORED = -100
 Processor = ProcessorMixin | PreTrainedTokenizerBase
 """What makes rows into tensors: of images and text, or the plain tokenizer of a model that reads text alone."""
 
-
-LONGEST_REASON = 200
-"""Characters of another library's message that an error repeats."""
 
 TEMPLATE_FAILS = (
     *(TemplateError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
@@ -185,8 +182,8 @@ def _render(processor: Any, turns: Sequence[Turn]) -> str:
     except TEMPLATE_FAILS as error:
         line = getattr(error, "lineno", None)
         where = "" if line is None else f" in its line {line}"
-        reason = " ".join(str(error).split())[:LONGEST_REASON]
-        raise ChatTemplateError(processor, f"rendering fails{where} ({type(error).__name__}: {reason})") from error
+        reason = f"rendering fails{where} ({type(error).__name__}: {in_one_line(error)})"
+        raise ChatTemplateError(processor, reason) from error
     return rendered
 
 
