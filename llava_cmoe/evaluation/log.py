@@ -7,7 +7,7 @@ of one; the answers of an evaluation at work are in the hands of `generate.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -270,17 +270,18 @@ def read_results(path: Path, bound: bool = True) -> Results:
         raise LogError(f"{path}: not a results file of format 1 or 2: {first_problem(error)}") from error
 
 
-def check_answers(folder: Path, bound: bool = True) -> None:
+def check_answers(folder: Path, bound: bool = True, rows: Container[Path] | None = None) -> None:
     """Stop, or only warn, where answers beside a folder's results are not those that they were made from.
 
     Args:
         folder: with `manifest.json`, `results.json` and `answers/`.
         bound: whether it is an error.
+        rows: folders in `answers/` that are looked at; all if absent.
 
     Raises:
         LogError: names the first file that was changed.
     """
-    changed = changed_answers(folder)
+    changed = [path for path in changed_answers(folder) if rows is None or path.parent in rows]
     if changed and bound:
         others = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise LogError(
