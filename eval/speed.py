@@ -24,6 +24,7 @@ from llava_cmoe.analyses.answering_speed import measure_run
 from llava_cmoe.analyses.speed_variants import BARS, STEPS, cmoe_tasks
 from llava_cmoe.analyses.step_costs import Load, config_of, made_up_batch, measure, random_model, ratio
 from llava_cmoe.backbones.loading import load_backbone
+from llava_cmoe.cli.numbers import whole
 from llava_cmoe.provenance.versions import versions
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.figures import draw_tasks
@@ -37,9 +38,9 @@ app = typer.Typer(help=__doc__, rich_markup_mode=None, no_args_is_help=True)
 
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Model = Annotated[str, typer.Option(help="pocket, small, llava-1.5-7b, or a model's folder.")]
-Turns = Annotated[int, typer.Option(min=2, max=10_000, help="That are measured, after two that are not.")]
-Rows = Annotated[int, typer.Option(min=1, max=4096, help="Of a batch.")]
-Tokens = Annotated[int, typer.Option(min=1, max=100_000, help="Of a made-up row, without its picture's.")]
+Turns = Annotated[int, whole("--turns", "That are measured, after two that are not.", least=2, most=10_000)]
+Rows = Annotated[int, whole("--batch-size", "Rows of a batch.", least=1, most=4096)]
+Tokens = Annotated[int, whole("--tokens", "Of a made-up row, without its picture's.", least=1, most=100_000)]
 Weights = Annotated[str, typer.Option(help="random, or of the folder: none (as they are), 8bit or nf4.")]
 Dtype = Annotated[str, typer.Option(help="Of the frozen weights.")]
 Attention = Annotated[str, typer.Option(help="sdpa, eager or flash_attention_2.")]

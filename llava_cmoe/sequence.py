@@ -17,10 +17,10 @@ from transformers import set_seed
 from llava_cmoe.evaluation.aggregate import aggregate
 from llava_cmoe.evaluation.eval_spec import answered, discard_answers, eval_sets_of
 from llava_cmoe.evaluation.generate import EvalModel, EvalSet
-from llava_cmoe.evaluation.log import Results, write_results
+from llava_cmoe.evaluation.log import Results, check_answers, write_results
 from llava_cmoe.evaluation.runner import evaluate_after
 from llava_cmoe.methods.base import Stage
-from llava_cmoe.provenance.invocations import Call, append_invocation, read_invocations
+from llava_cmoe.provenance.invocations import Call, append_invocation, forget_missing_answers, read_invocations
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.runs.facts import call_of, facts_of_run
 from llava_cmoe.runs.run import Progress, Run, begin, done_stages, open_run, subset_folder
@@ -73,6 +73,7 @@ def run_stages(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Resul
     questions = eval_sets_of(run.eval_spec, run.backbone.processor, keep=run.recipe.data.keep_encoded)
     records, results = run.registry.records(), None
     done = Done(read_invocations(run.eval_spec.folder.parent))
+    settle_answers(run, stages, len(records))
     for index, stage in enumerate(stages):
         at = partial(progress, f"{index + 1}/{len(stages)} {stage.name}")
         if index < len(records):
@@ -93,10 +94,19 @@ def run_stages(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Resul
     return results
 
 
+def settle_answers(run: Run, stages: tuple[Stage, ...], num_learned: int) -> None:
+    """Remove answers of models that are yet to be learned; raises if others, not asked again, were changed since."""
+    folder, to_learn = run.eval_spec.folder.parent, [stage for stage in stages[num_learned:] if stage.learns]
+    if run.processes.is_main_process:
+        if to_learn:
+            discard_answers(run.eval_spec, to_learn[0].after)
+        forget_missing_answers(folder)
+    run.processes.wait_for_everyone()
+    check_answers(folder, rows=[run.eval_spec.answers_folder(row) for row in range(stages[-1].after + 1)])
+
+
 def learn_stage(run: Run, index: int, stage: Stage, at: At) -> None:
     """Let the method learn the stage's rows, and commit what it returns."""
-    if run.processes.is_main_process:
-        discard_answers(run.eval_spec, stage.after)
     data, began = stage_data(run, index, stage), time.monotonic()
     set_seed(data.seed)
     logs = run.recipe.run / "logs" / f"{index + 1:02d}_{stage.name}"

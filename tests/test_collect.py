@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny import Lesson
 
 from llava_cmoe.analyses.expert_similarity import measure_similarity
 from llava_cmoe.merging.search import merge_run
 from llava_cmoe.merging.summary import MergeSummary
 from llava_cmoe.report.headline import Headline
+from llava_cmoe.report.studies import read_study
 
 SCRIPT = Path(__file__).parents[1] / "eval/collect.py"
 STUDY = Path(__file__).parents[1] / "eval/results/study_sites.json"
@@ -49,6 +52,33 @@ def test_a_study_is_copied_byte_for_byte(collect, tmp_path: Path, capsys: pytest
     (tmp_path / "sites/study.json").write_text("{}")
     assert collect("study", tmp_path / "sites", "--out", tmp_path) == 2
     assert "not the summary of a study" in capsys.readouterr().err
+
+
+NAMES = st.sampled_from(["../x", "a/b", "/x", "a/../../x", "a\\b", "", " ", "a\0b", "a\nb", "x" * 300, "\x1b[2J",
+                         None, 3, [], {}, ["a"]])  # fmt: skip
+
+
+@settings(max_examples=17, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=NAMES | st.text(st.sampled_from("/\\\0\n"), min_size=1))
+def test_a_studys_name_leads_nowhere_else(collect, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: object):
+    folder = tmp_path / "inner/study"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "study.json").write_text(json.dumps({**(document := json.loads(STUDY.read_text())),
+                                                   "study": {**document["study"], "name": name}}))  # fmt: skip
+    before = sorted(tmp_path.rglob("*"))
+    assert collect("study", folder, "--out", tmp_path / "inner") == 2
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["name", "recipe", "common", "seeds"])
+def test_a_study_that_lacks_what_is_shown_is_refused(tmp_path: Path, key: str):
+    document = json.loads(STUDY.read_text())
+    del document["study"][key]
+    (tmp_path / "study.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=f"study: `{key}`") as raised:
+        read_study(tmp_path / "study.json")
+    assert "\n" not in str(raised.value)
 
 
 def test_the_last_merge_of_a_run_is_taken(lesson_of: Callable[..., Lesson], collect, tmp_path: Path):

@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaForConditionalGeneration
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone
+from llava_cmoe.cli.numbers import whole
 from llava_cmoe.data.images import pad_to_square
 from llava_cmoe.pocket import captions as captions
 from llava_cmoe.pocket import world as world
@@ -239,7 +240,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the finished backbone.")] = Path(
         "runs/pretrain_pocket"
     ),
-    seed: Annotated[int, typer.Option(help="Seed of weights, pictures and texts.")] = 0,
+    seed: Annotated[int, whole("--seed", "Seed of weights, pictures and texts.", least=0)] = 0,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the step (1.4 times faster; needs a C++ compiler).")
     ] = True,

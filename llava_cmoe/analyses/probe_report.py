@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import combinations
+from pathlib import Path
 from random import Random
 from statistics import fmean
+from tempfile import TemporaryDirectory
 
 from rich import box
 from rich.table import Table
@@ -102,8 +104,9 @@ def probe_tasks(
         for number in range(seeds):
             data = own if number == 0 else replace(own, seed=Random(f"{own.seed}/{number}").getrandbits(31))
             set_seed(data.seed)
-            fit = fit_fn(run, data, partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}"))
-            found.append(run.method.probe(data, fit)[0])
+            with TemporaryDirectory() as folder:  # a Trainer makes one, and would go on with a checkpoint of the run's
+                at = partial(progress, f"{index + 1}/{len(run.stages)} {stage.name}")
+                found.append(run.method.probe(data, fit_fn(run, data, at, folder=Path(folder)))[0])
         settings = run.method.settings.probe
         use = {site: probe_use(used, settings) for site, used in found[0].frequencies.items()}
         agreement = agreement_of(found, settings) if seeds > 1 else None

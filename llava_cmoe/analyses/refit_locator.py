@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from llava_cmoe.data.task_data import TaskData
-from llava_cmoe.evaluation.log import Results, read_answers, write_answers
+from llava_cmoe.evaluation.log import Results, check_answers, read_answers, write_answers
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.provenance.versions import installed
 from llava_cmoe.records import Learned
@@ -127,6 +127,7 @@ def _copy_answers(run: Run, source: Registry, after: int) -> None:
     theirs, ours = source.recipe().evaluation, eval_spec.settings
     if any(getattr(theirs, key) != getattr(ours, key) for key in ("batch_size", "split", "limit", "subset_seed")):
         return  # other questions; and the last bits of a logit may depend on who shares the batch
+    check_answers(source.run)
     for path in sorted((folder / eval_spec.answers_folder(after).name).glob("*.jsonl")):
         if path.stem.rpartition(".")[2] in UNLOCATED:
             eval_spec.answers_folder(after).mkdir(parents=True, exist_ok=True)

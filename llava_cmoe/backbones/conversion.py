@@ -34,7 +34,8 @@ from transformers import (
     PretrainedConfig,
 )
 
-from llava_cmoe.backbones.loading import BackboneError
+from llava_cmoe.backbones.loading import UNREADABLE, BackboneError
+from llava_cmoe.settings.base import in_one_line
 
 IMAGE_TOKEN, PAD_TOKEN = "<image>", "<pad>"
 ROWS = 64
@@ -59,7 +60,7 @@ CHAT_TEMPLATE = (
 
 NO_TENSORS = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(AssertionError, struct.error, OverflowError, MemoryError),
+    *(AssertionError, struct.error, OverflowError, MemoryError, SafetensorError),
 )
 """What PyTorch's reader of pickles raises for a file that is none, a text for example."""
 
@@ -151,8 +152,9 @@ def _config(folder: Path) -> PretrainedConfig:
         raise BackboneError(f"{folder}: no config.json; give a model folder in Hugging Face's format")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {error}") from error
+    except UNREADABLE as error:
+        reason = in_one_line(error)
+        raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {reason}") from error
     return config
 
 
@@ -162,10 +164,10 @@ def _tokenizer(llm: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             llm, trust_remote_code=False, extra_special_tokens={"image_token": IMAGE_TOKEN}
         )
-    except (ValueError, OSError, ImportError) as error:
+    except UNREADABLE as error:
         raise BackboneError(
             f"{llm}: its tokenizer cannot be loaded; a folder without tokenizer.json needs the packages sentencepiece "
-            f"and protobuf: {error}"
+            f"and protobuf: {in_one_line(error)}"
         ) from error
     tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -175,8 +177,10 @@ def _tokenizer(llm: Path) -> Any:
 def _image_processor(vision: Path) -> CLIPImageProcessorPil:
     try:
         images: CLIPImageProcessorPil = CLIPImageProcessorPil.from_pretrained(vision)
-    except OSError as error:
-        raise BackboneError(f"{vision}: no preprocessor_config.json, which says how pictures are scaled") from error
+    except UNREADABLE as error:
+        raise BackboneError(
+            f"{vision}: no preprocessor_config.json that can be read, which says how pictures are scaled"
+        ) from error
     return images
 
 
@@ -207,8 +211,8 @@ def _load_projector(file: Path) -> Mapping[str, Tensor]:
     except OSError as error:
         raise BackboneError(f"{file}: cannot read the file ({error.strerror})") from error
     except NO_TENSORS as error:
-        reason = " ".join(str(error).split())
-        raise BackboneError(f"{file}: not a file of tensors alone, as torch.save writes them: {reason}") from error
+        reason = f"not a file of tensors alone, as torch.save writes them: {in_one_line(error)}"
+        raise BackboneError(f"{file}: {reason}; give LLaVA's mm_projector.bin") from error
     if not isinstance(given, dict) or not all(isinstance(tensor, Tensor) for tensor in given.values()):
         raise BackboneError(f"{file}: not tensors by name; give LLaVA's mm_projector.bin")
     return given
@@ -250,7 +254,7 @@ def _safetensors(folder: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             tensors |= load_file(file)
-        except SafetensorError as error:
-            raise BackboneError(f"{file}: damaged ({error}); copy or download it again") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise BackboneError(f"{file}: damaged ({in_one_line(error)}); copy or download it again") from error
     # Positions 0, 1, 2, ... that older versions of transformers stored; newer ones count.
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(("position_ids", "inv_freq"))}

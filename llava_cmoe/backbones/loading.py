@@ -11,23 +11,41 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from llava_cmoe.backbones.chat_template import check_chat_template, file_of_template
 from llava_cmoe.backbones.model_types import auto_model, empty_model, sees, writes
 from llava_cmoe.backbones.processors import processor_in
 from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
 from llava_cmoe.backbones.sites import ffn_sites, linear_sites, name_sites
-from llava_cmoe.data.conversation import Processor
+from llava_cmoe.data.conversation import ChatTemplateError, Processor
 from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.provenance.fingerprints import fingerprint_files
 from llava_cmoe.settings.backbone import BackboneSettings, SiteSettings
-from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.base import RecipeError, in_one_line
 
 FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 """What defines a backbone: configuration, tokenizer, chat template, weights. Pickled weights are never read."""
+
+
+UNREADABLE = (
+    *(ValueError, OSError, ImportError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError),
+    StrictDataclassError,
+)
+"""What transformers raises for a configuration, tokenizer or processor that it cannot make sense of."""
+
+
+MISMATCH = "the weights have other sizes"
+"""What transformers says in a table."""
 
 
 class BackboneError(ValueError):
@@ -109,8 +127,9 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BackboneError(f"{folder}: no config.json; backbone.path must be a model folder in Hugging Face's format")
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {error}") from error
+    except UNREADABLE as error:
+        reason = in_one_line(error)
+        raise BackboneError(f"{folder}/config.json: not an architecture that transformers knows: {reason}") from error
     if not writes(config):
         raise BackboneError(
             f"{folder}/config.json: model_type {config.model_type} is neither an image-text-to-text model, such as "
@@ -149,11 +168,18 @@ def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConf
             output_loading_info=True,
         )
     except SafetensorError as error:
-        raise BackboneError(f"{folder}: its weights are damaged ({error}); copy or download them again") from error
-    except ValueError as error:
-        if "attention implementation" not in str(error):
-            raise
-        raise BackboneError(f"{folder}: set backbone.attention to eager ({error})") from error
+        reason = in_one_line(error)
+        raise BackboneError(f"{folder}: its weights are damaged ({reason}); copy or download them again") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (*UNREADABLE, RuntimeError) as error:
+        if "attention implementation" in str(error):
+            raise BackboneError(f"{folder}: set backbone.attention to eager ({in_one_line(error)})") from error
+        is_size = "ignore_mismatched_sizes" in str(error)
+        reason = MISMATCH if is_size else f"{type(error).__name__}: {in_one_line(error)}"
+        raise BackboneError(
+            f"{folder}: config.json and weights do not make a model ({reason}); copy or download both again"
+        ) from error
     # transformers only warns and fills the gap with random numbers, which no seed of ours controls.
     absent = sorted(info["missing_keys"])
     if absent:
@@ -167,6 +193,14 @@ def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConf
 
 def _load_processor(folder: Path, config: PretrainedConfig) -> Processor:
     try:
-        return processor_in(folder, config)
-    except (ValueError, OSError, ImportError) as error:
-        raise BackboneError(f"{folder}: its processor cannot be used: {error}") from error
+        processor = processor_in(folder, config)
+    except UNREADABLE as error:
+        raise BackboneError(f"{folder}: its processor cannot be used: {in_one_line(error)}") from error
+    try:
+        check_chat_template(processor)
+    except ChatTemplateError as error:
+        raise BackboneError(
+            f"{file_of_template(folder)}: its chat template cannot be used: {error.reason}; mend it, or take "
+            "the file that the model was published with"
+        ) from error
+    return processor

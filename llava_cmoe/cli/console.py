@@ -24,6 +24,7 @@ from rich.errors import MarkupError
 from rich.segment import Segment
 from rich.text import Text
 
+from llava_cmoe.cli.signals import ending_in_one_line
 from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.evaluation import EvaluationSettings
 
@@ -82,6 +83,12 @@ class _Said(logging.Handler):
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Keep other libraries' chatter off the screen; a user's mistake becomes one message and exit status 2."""
+    with ending_in_one_line(), _errors():
+        yield
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
     _hush()
     from transformers.utils.logging import disable_progress_bar
 
@@ -157,6 +164,7 @@ def unknown_scorers(sequence: TaskSequence) -> list[Problem]:
 def show_check(console: Console, report: CheckReport, processor: Any) -> None:
     """What a check counted, what a reader of the counts should know, an example of each task, and the verdict."""
     from llava_cmoe.data.check_report import remarks, render
+    from llava_cmoe.data.conversation import ChatTemplateError
     from llava_cmoe.data.encoding import Encoding
     from llava_cmoe.data.example import pieces_of, render_pieces
     from llava_cmoe.data.problems import DataError
@@ -168,7 +176,7 @@ def show_check(console: Console, report: CheckReport, processor: Any) -> None:
         read = report.examples[task.name]
         try:
             pieces = pieces_of(read.row, Encoding(processor, task.geometry))
-        except DataError:  # its picture is among the problems
+        except (DataError, ChatTemplateError):  # among the problems
             continue
         learned = sum(piece.tokens for piece in pieces if piece.learned)
         total = sum(piece.tokens for piece in pieces)

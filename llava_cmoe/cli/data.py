@@ -11,7 +11,11 @@ from typing import Annotated
 import typer
 
 from llava_cmoe.cli.console import Console, list_problems, show_check, unknown_scorers, user_errors
+from llava_cmoe.cli.numbers import whole
 from llava_cmoe.settings.values import MOST_PROCESSES
+
+MOST_ROWS = 1_000_000
+"""Of a rendered task: some hundred GB."""
 
 app = typer.Typer(help="Make, or check, the folder of tasks that a run learns from.", no_args_is_help=True)
 
@@ -20,9 +24,11 @@ app = typer.Typer(help="Make, or check, the folder of tasks that a run learns fr
 @user_errors()
 def make_pocket(
     root: Annotated[Path, typer.Argument(help="Folder to make.")],
-    seed: Annotated[int, typer.Option(help="The same seed gives the same bytes in every file.")] = 0,
-    train_rows: Annotated[int, typer.Option(help="Training rows per task.", min=1)] = 2000,
-    test_rows: Annotated[int, typer.Option(help="Evaluation rows per task, none of which is trained on.", min=1)] = 300,
+    seed: Annotated[int, whole("--seed", "The same seed gives the same bytes in every file.", least=0)] = 0,
+    train_rows: Annotated[int, whole("--train-rows", "Training rows per task.", least=1, most=MOST_ROWS)] = 2000,
+    test_rows: Annotated[
+        int, whole("--test-rows", "Evaluation rows per task, none of which is trained on.", least=1, most=MOST_ROWS)
+    ] = 300,
 ) -> None:
     """Render the pocket sequence: eight small tasks in the folder layout, file format and answer formats of CoIN."""
     from llava_cmoe.cli.progress import ProgressLine
@@ -46,10 +52,11 @@ def check(
     ] = "pocket",
     processes: Annotated[
         int | None,
-        typer.Option(help="Processes that open pictures; one per core if absent.", min=1, max=MOST_PROCESSES),
+        whole("--processes", "Processes that open pictures; one per core if absent.", least=1, most=MOST_PROCESSES),
     ] = None,
     max_pixels: Annotated[
-        int | None, typer.Option(help="The recipe's data.max_pixels: larger pictures are shrunk, not refused.", min=1)
+        int | None,
+        whole("--max-pixels", "The recipe's data.max_pixels: larger pictures are shrunk, not refused.", least=1),
     ] = None,
 ) -> None:
     """Find everything that would stop training: every file is read, every picture is opened.
@@ -63,7 +70,6 @@ def check(
     from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.data.check import check_sequence
     from llava_cmoe.data.sequences import load_sequence
-    from llava_cmoe.data.special_tokens import special_texts
 
     console, tasks, processor = Console(), load_sequence(sequence), load_processor(backbone)
     scorers = unknown_scorers(tasks)
@@ -74,7 +80,7 @@ def check(
             partial(line, "checking"),
             processes=processes or os.cpu_count() or 1,
             max_pixels=max_pixels,
-            special=special_texts(processor),
+            processor=processor,
         )
     report = replace(report, problems=(*scorers, *report.problems))
     show_check(console, report, processor)

@@ -10,9 +10,10 @@ import typer
 import yaml
 
 from llava_cmoe.cli.console import Console, show, user_errors
+from llava_cmoe.cli.numbers import decimal, whole
 from llava_cmoe.settings.recipes import load_recipe
 from llava_cmoe.settings.run import Recipe
-from llava_cmoe.settings.values import MOST_PROCESSES
+from llava_cmoe.settings.values import MOST_PROCESSES, SIZES
 
 app = typer.Typer()
 
@@ -125,19 +126,27 @@ def plan(
     ] = None,
     layers: Annotated[
         int | None,
-        typer.Option(help="Sites that grow for each task after the first; as Eq. 2 makes likely if absent.", min=0),
+        whole("--layers", "Sites that grow for each task after the first; as Eq. 2 makes likely if absent.", least=0),
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Tokens of a sample; the recipe's training.max_length if absent.", min=1)
+        int | None,
+        whole(
+            "--length",
+            "Tokens of a sample; the recipe's training.max_length if absent.",
+            least=1,
+            most=SIZES["max_length"],
+        ),
     ] = None,
     gpus: Annotated[
-        list[int] | None, typer.Option(help="Number of GPUs; 8 if absent, may be given several times.", min=1)
+        list[int] | None,
+        whole("--gpus", "Number of GPUs; 8 if absent, may be given several times.", least=1, most=100_000),
     ] = None,
     throughput: Annotated[
-        float | None, typer.Option(help="Samples per second, all GPUs together: adds hours.", min=0.001)
+        float | None,
+        decimal("--throughput", "Samples per second, all GPUs together: adds hours.", least=0.001, most=1e9),
     ] = None,
     rows: Annotated[
-        int | None, typer.Option(help="Training rows per task, for hours without the data at hand.", min=1)
+        int | None, whole("--rows", "Training rows per task, for hours without the data at hand.", least=1)
     ] = None,
     out: Annotated[Path | None, typer.Option("--json", help="JSON file for all numbers.", metavar="FILE")] = None,
 ) -> None:
@@ -189,7 +198,7 @@ def study(
     ],
     jobs: Annotated[
         int | None,
-        typer.Option(help="Runs at a time; one per GPU, else one per core, if absent.", min=1, max=MOST_PROCESSES),
+        whole("--jobs", "Runs at a time; one per GPU, else one per core, if absent.", least=1, most=MOST_PROCESSES),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the studies and list their runs.")] = False,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from llava_cmoe.cli.console import Console, show, user_errors
+from llava_cmoe.cli.numbers import decimal, whole
 from llava_cmoe.settings.evaluation import EvaluationSettings
 from llava_cmoe.settings.recipes import parse_settings
 
@@ -25,12 +26,16 @@ def evaluate(
         str | None,
         typer.Option(help="Ways to choose routers, measured beside the recipe's own: located,oracle,random"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="EvalSet answered at once; the recipe's if absent.")] = None,
+    batch_size: Annotated[
+        int | None, whole("--batch-size", "Questions answered at once; the recipe's if absent.", least=1)
+    ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Ask a stratified subset of N questions per task, into RUN/subsets/.", metavar="N"),
+        whole("--limit", "Ask a stratified subset of N questions per task, into RUN/subsets/.", least=1),
     ] = None,
-    subset_seed: Annotated[int | None, typer.Option(help="Seed of the subset; the recipe's if absent.")] = None,
+    subset_seed: Annotated[
+        int | None, whole("--subset-seed", "Seed of the subset; the recipe's if absent.", least=0)
+    ] = None,
 ) -> None:
     """Measure what a run has learned so far, and write its results.json.
 
@@ -71,10 +76,11 @@ def probe(
         typer.Argument(metavar="KEY=VALUE", help="Settings to probe with: method.probe.alpha=0.5"),
     ] = None,
     after: Annotated[
-        int | None, typer.Option(help="The model as it was after its first N tasks; as it is now if absent.", min=1)
+        int | None, whole("--after", "The model as it was after its first N tasks; as it is now if absent.", least=1)
     ] = None,
     seeds: Annotated[
-        int, typer.Option(help="Probe each task from so many seeds, and report how far the decisions agree.", min=1)
+        int,
+        whole("--seeds", "Probe each task from N seeds, and report how far the decisions agree.", least=1, most=1_000),
     ] = 1,
     out: Annotated[Path | None, typer.Option(help="JSON file for all that is measured.", metavar="FILE")] = None,
 ) -> None:
@@ -102,9 +108,10 @@ def probe(
 def merge(
     run: RunFolder,
     bound: Annotated[
-        float, typer.Option(help="Most by which a task's loss may rise, in nats per answer token.", min=0)
+        float,
+        decimal("--bound", "Most by which a task's loss may rise, in nats per answer token.", least=0, most=1e9),
     ] = 0.02,
-    rows: Annotated[int, typer.Option(help="Rows per task, never learned, to measure that on, at most.", min=1)] = 200,
+    rows: Annotated[int, whole("--rows", "Rows per task, never learned, to measure that on, at most.", least=1)] = 200,
 ) -> None:
     """Leave out experts that are little used or like another one, as many as every task bears.
 
@@ -183,9 +190,9 @@ def chat(
         bool, typer.Option("--alone", help="Ask each question alone, not after what was said before.")
     ] = False,
     after: Annotated[
-        int | None, typer.Option(help="The model as it was after its first N stages; as it is now if absent.", min=0)
+        int | None, whole("--after", "The model as it was after its first N stages; as it is now if absent.", least=0)
     ] = None,
-    merge: Annotated[int | None, typer.Option(help="With the experts that merge N of the run leaves.", min=1)] = None,
+    merge: Annotated[int | None, whole("--merge", "With the experts that merge N of the run leaves.", least=1)] = None,
 ) -> None:
     r"""Ask a run about a picture, or none; it says which task it took the question for, and answers.
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from llava_cmoe.cli.console import Console, say, user_errors
+from llava_cmoe.cli.numbers import decimal, whole
 from llava_cmoe.cli.runs import RunFolder
 from llava_cmoe.settings.base import RecipeError
 
@@ -26,7 +27,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at; by default only this machine can ask.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(help="Port to listen at; 0 for any free one.", min=0, max=65535)] = 8000,
+    port: Annotated[int, whole("--port", "Port to listen at; 0 for any free one.", least=0, most=65_535)] = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -36,21 +37,24 @@ def serve(
         ),
     ] = None,
     after: Annotated[
-        int | None, typer.Option(help="The model as it was after its first N stages; as it is now if absent.", min=0)
+        int | None, whole("--after", "The model as it was after its first N stages; as it is now if absent.", least=0)
     ] = None,
-    merge: Annotated[int | None, typer.Option(help="With the experts that merge N of the run leaves.", min=1)] = None,
-    max_batch: Annotated[int, typer.Option(help="Requests answered together, at most.", min=1, max=1024)] = 8,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait; more get 429.", min=0, max=10_000)] = 64,
-    time_limit: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.", min=1)] = 120,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request, pictures included.", min=1000)] = 20_000_000,
+    merge: Annotated[int | None, whole("--merge", "With the experts that merge N of the run leaves.", least=1)] = None,
+    max_batch: Annotated[int, whole("--max-batch", "Requests answered together, at most.", least=1, most=1024)] = 8,
+    max_queue: Annotated[int, whole("--max-queue", "Requests that may wait; more get 429.", least=0, most=10_000)] = 64,
+    time_limit: Annotated[
+        float, decimal("--time-limit", "Seconds that a request may take, waiting included.", least=1, most=86_400)
+    ] = 120,
+    max_body: Annotated[int, whole("--max-body", "Bytes of a request, pictures included.", least=1000)] = 20_000_000,
     max_pixels: Annotated[
-        int, typer.Option(help="Pixels of the square around a picture.", min=1, max=80_000_000)
+        int, whole("--max-pixels", "Pixels of the square around a picture.", least=1, most=80_000_000)
     ] = 40_000_000,
     max_prompt_tokens: Annotated[
-        int, typer.Option(help="Tokens of a prompt, its picture's included; less where the model knows less.", min=1)
+        int,
+        whole("--max-prompt-tokens", "Tokens of a prompt, its picture's included; less where the model knows less.", 1),
     ] = 4096,
     max_answer_tokens: Annotated[
-        int, typer.Option(help="Tokens of an answer; also where a request names no number.", min=1)
+        int, whole("--max-answer-tokens", "Tokens of an answer; also where a request names no number.", least=1)
     ] = 256,
 ) -> None:
     """Answer programs that speak OpenAI's API: chat completions with pictures, streamed or not.

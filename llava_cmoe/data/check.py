@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from llava_cmoe.data.check_report import CheckReport, FileCount
 from llava_cmoe.data.coin import Lost, Parsed, Read, parse_eval, parse_train
+from llava_cmoe.data.fit import Fit
 from llava_cmoe.data.images import find_broken
 from llava_cmoe.data.paths import eval_file, folders_in_use, train_file
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER
-from llava_cmoe.data.special_tokens import why_special
 from llava_cmoe.data.tasks import Geometry, Published, RowCount, TaskSequence, TaskSpec
 
 Progress = Callable[[str, int, int], None]
@@ -38,7 +39,7 @@ def check_sequence(
     progress: Progress = lambda *_: None,
     processes: int = 1,
     max_pixels: int | None = None,
-    special: frozenset[str] = frozenset(),
+    processor: Any = None,
 ) -> CheckReport:
     """Read every file of a sequence and open every picture once.
 
@@ -48,16 +49,17 @@ def check_sequence(
         progress: called after every file and every few pictures.
         processes: how many open pictures; 1 opens them here.
         max_pixels: largest square picture that the processor will be given; as large as they are when None.
-        special: texts that the backbone does not read as text (`special_texts`).
+        processor: the backbone's, which has to take every row; without it, rows are looked at for themselves.
     """
+    fit = None if processor is None else Fit(processor)
     scans: list[_Scan] = []
     overlaps: list[Problem] = []
     examples: dict[str, Read] = {}
     for number, task in enumerate(sequence.tasks):
         published = task.published or Published()
-        train = _scan(_shown(root, task, train_file), task, published.train, parse_train(root, task), special)
+        train = _scan(_shown(root, task, train_file), task, published.train, parse_train(root, task), fit)
         progress("reading rows", 2 * number + 1, 2 * len(sequence.tasks))
-        evaluate = _scan(_shown(root, task, eval_file), task, published.evaluate, parse_eval(root, task), special)
+        evaluate = _scan(_shown(root, task, eval_file), task, published.evaluate, parse_eval(root, task), fit)
         progress("reading rows", 2 * number + 2, 2 * len(sequence.tasks))
         overlaps += _overlaps(train, evaluate)
         if train.first is not None:
@@ -119,14 +121,14 @@ class _Scan:
         )
 
 
-def _scan(shown: str, task: TaskSpec, published: RowCount | None, parsed: Parsed, special: frozenset[str]) -> _Scan:
+def _scan(shown: str, task: TaskSpec, published: RowCount | None, parsed: Parsed, fit: Fit | None) -> _Scan:
     scan, ids = _Scan(task.name, shown, published), set[str]()
     for item in parsed:
         if isinstance(item, Problem):
             scan.problems.append(item)
         elif isinstance(item, Lost):
             scan.lost.append(item)
-        elif reason := why_special(item.row["turns"], special):
+        elif fit is not None and (reason := fit.why_not(item.row)):
             scan.problems.append(Problem(item.file, reason, item.index, item.row["id"]))
         else:
             image, row_id = item.row["image"], item.row["id"]

@@ -27,6 +27,9 @@ from llava_cmoe.data.rows import EVAL_FEATURES, TRAIN_FEATURES, EvalRow, TrainRo
 from llava_cmoe.data.tasks import TaskSpec
 from llava_cmoe.settings.plain_json import PlainJsonError, parse_json
 
+NO_PICTURES = "it shows a picture and the backbone reads text alone; set backbone.path to one that reads images"
+"""What is wrong with a row with a picture then."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -128,10 +131,7 @@ def refuse_pictures(root: Path, tasks: Iterable[TaskSpec]) -> None:
     for task in tasks:
         for read in (*parse_train(root, task), *parse_eval(root, task)):
             if isinstance(read, Read) and read.row["image"] is not None:
-                reason = (
-                    "it shows a picture and the backbone reads text alone; set backbone.path to one that reads images"
-                )
-                raise DataError(Problem(read.file, reason, read.index, read.row["id"]))
+                raise DataError(Problem(read.file, NO_PICTURES, read.index, read.row["id"]))
 
 
 def _annotations(root: Path, task: TaskSpec) -> Annotations | None:

@@ -6,7 +6,6 @@ demands `demands.py`'s; here a row is an object, and what is wrong with it a rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal
@@ -16,14 +15,21 @@ from llava_cmoe.data.fields import MEDIA
 from llava_cmoe.data.picture_folder import PictureFolder
 from llava_cmoe.data.problems import Unusable
 from llava_cmoe.data.rows import MARKER, EvalRow, TrainRow, Turn, question
-from llava_cmoe.data.spelling import is_blank, other_spelling_on_disk, spelled_out
+from llava_cmoe.data.spelling import breaks_lines, is_blank, other_spelling_on_disk, spelled_out
+from llava_cmoe.settings.base import shown
+
+LONGEST_ID = 500
+"""Characters; ids of published data have some dozens."""
+
+LARGEST_SIDE = 2**31 - 1
+"""Pixels that a canonical row can hold."""
 
 
 def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
     if isinstance(value, list) and not value:
         return "an empty array"
-    return {dict: "an object", list: "an array", str: "a string", type(None): "null"}.get(type(value), repr(value))
+    return {dict: "an object", list: "an array", str: "a string", type(None): "null"}.get(type(value), shown(value))
 
 
 def row_id_of(raw: object) -> str:
@@ -33,7 +39,13 @@ def row_id_of(raw: object) -> str:
     row_id = raw.get("question_id", raw.get("id"))
     if isinstance(row_id, bool) or not isinstance(row_id, (int, str)) or row_id == "":
         raise Unusable("no id (`id` or `question_id`, a string or a whole number)")
-    return str(row_id)
+    text = str(row_id)
+    if is_blank(text) or len(text) > LONGEST_ID or any(map(breaks_lines, text)):
+        raise Unusable(
+            f"the id {shown(text)} cannot stand in a file of answers: it is blank, or longer than {LONGEST_ID} "
+            "characters, or holds line breaks, control characters or signs that turn text around; give it a plain one"
+        )
+    return text
 
 
 def train_row(raw: Mapping[str, Any], row_id: str, pictures: PictureFolder) -> TrainRow:
@@ -56,7 +68,7 @@ def _turn(turn: object, number: int) -> Turn:
     speaker, value = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
     expected: Literal["human", "gpt"] = "gpt" if number % 2 else "human"
     if speaker != expected:
-        raise Unusable(f"wrong turn order: turn {number} must be from {expected}, found {speaker!r}")
+        raise Unusable(f"wrong turn order: turn {number} must be from {expected}, found {shown(speaker)}")
     if not isinstance(value, str) or is_blank(value):
         raise Unusable(f"turn {number} ({expected}) has no text")
     return {"role": "assistant" if expected == "gpt" else "user", "text": value}
@@ -169,7 +181,7 @@ def texts_of(value: object, name: str) -> list[str]:
         Unusable: one text alone, which a loop would read letter by letter, or anything else; names the field.
     """
     if isinstance(value, str):
-        raise Unusable(f"`{name}` is one text, {value!r}; write a list of texts: [{json.dumps(value)}]")
+        raise Unusable(f'`{name}` is one text, {shown(value)}; write a list of texts: ["..."]')
     if not isinstance(value, list) or not value:
         raise Unusable(f"`{name}` must be a list of texts, found {kind_of(value)}")
     texts = []
@@ -194,9 +206,9 @@ def box_of(text: str) -> list[float]:
         box = []
     bracketed = inner.startswith("[") and inner.endswith("]")
     if not bracketed or len(box) != 4 or not all(-ROUNDING <= value <= 1 + ROUNDING for value in box):
-        raise Unusable(f"malformed answer_bbox {text!r}; expected [x1, y1, x2, y2], each from 0 to 1")
+        raise Unusable(f"malformed answer_bbox {shown(text)}; expected [x1, y1, x2, y2], each from 0 to 1")
     if box[0] > box[2] or box[1] > box[3]:
-        raise Unusable(f"malformed answer_bbox {text!r}; x1 <= x2 and y1 <= y2 must hold")
+        raise Unusable(f"malformed answer_bbox {shown(text)}; x1 <= x2 and y1 <= y2 must hold")
     return box
 
 
@@ -206,7 +218,7 @@ def _size(raw: Mapping[str, Any]) -> list[int]:
     if (
         not isinstance(size, list)
         or len(size) not in (0, 2)
-        or not all(type(side) is int and side > 0 for side in size)
+        or not all(type(side) is int and 0 < side <= LARGEST_SIDE for side in size)
     ):
-        raise Unusable(f"malformed size {size!r}; expected [width, height] in pixels")
+        raise Unusable(f"malformed size {shown(size)}; expected [width, height] in pixels")
     return size

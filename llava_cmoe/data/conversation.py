@@ -20,17 +20,38 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_cmoe.data.rows import MARKER, Turn
+from llava_cmoe.settings.base import in_one_line, shown
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
 
 Processor = ProcessorMixin | PreTrainedTokenizerBase
 """What makes rows into tensors: of images and text, or the plain tokenizer of a model that reads text alone."""
+
+
+TEMPLATE_FAILS = (
+    *(TemplateError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError),
+    *(RuntimeError, MemoryError, ImportError),
+)
+"""What rendering a chat template raises: it is a program, and may be a wrong one."""
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that cannot be used; the message names whose it is.
+
+    Attributes:
+        reason: what is wrong with it, without the name.
+    """
+
+    def __init__(self, processor: Any, reason: str) -> None:
+        super().__init__(f"chat template of {_name(processor)}: {reason}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -122,9 +143,10 @@ def split(processor: Any, turns: Sequence[Turn]) -> list[Segment]:
     for number, turn in enumerate(turns):
         longer = _render(processor, turns[: number + 1])
         if not longer.startswith(rendered):
-            raise ValueError(
-                f"chat template of {_name(processor)}: rendering turn {number} changes the text of earlier turns, so "
-                "that training and generation would see different prompts; use a template that only appends"
+            raise ChatTemplateError(
+                processor,
+                f"rendering turn {number} changes the text of earlier turns, so that training and generation would see "
+                "different prompts; use a template that only appends",
             )
         piece, rendered = longer[len(rendered) :], longer
         if turn["role"] == "user":
@@ -153,9 +175,15 @@ def _render(processor: Any, turns: Sequence[Turn]) -> str:
     messages = to_messages(turns)
     if processor is tokenizer_of(processor):  # templates of text-only models take a string as content
         messages = [{"role": turn["role"], "content": turn["text"]} for turn in turns]
-    rendered: str = processor.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=turns[-1]["role"] == "user"
-    )
+    try:
+        rendered: str = processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=turns[-1]["role"] == "user"
+        )
+    except TEMPLATE_FAILS as error:
+        line = getattr(error, "lineno", None)
+        where = "" if line is None else f" in its line {line}"
+        reason = f"rendering fails{where} ({type(error).__name__}: {in_one_line(error)})"
+        raise ChatTemplateError(processor, reason) from error
     return rendered
 
 
@@ -169,13 +197,17 @@ def _cut_answer(processor: Any, piece: str, answer: str) -> tuple[str, str]:
     lead = len(piece) - len(piece.lstrip())
     end = lead + len(answer)
     if piece[lead:end] != answer:
-        raise ValueError(
-            f"chat template of {_name(processor)}: does not render the answer {answer!r} right after the generation "
-            f"prompt, but {piece!r}"
+        raise ChatTemplateError(
+            processor,
+            f"does not render the answer {shown(answer)} right after the generation prompt, but {shown(piece)}",
         )
     closing = piece[end:]
     if not closing.strip():
-        return piece[:end] + tokenizer_of(processor).eos_token, ""
+        eos = tokenizer_of(processor).eos_token
+        if eos is None:
+            reason = "closes no answer, and the tokenizer has no eos_token to do so: no model would learn to stop"
+            raise ChatTemplateError(processor, f"{reason}; give it one in tokenizer_config.json")
+        return piece[:end] + eos, ""
     mark = closing.split()[0]
     end += closing.index(mark) + len(mark)
     return piece[:end], piece[end:]

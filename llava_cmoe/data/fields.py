@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llava_cmoe.data.problems import Unusable
+from llava_cmoe.data.spelling import as_named
 
 READ = frozenset(
     "id question_id image images conversations text answer answers answer_bbox size choices".split()  # of either kind
@@ -77,6 +78,9 @@ CONTENT: Mapping[str, str] = {
 }
 """Names of what a model is to see, hear or say, and what to do about each."""
 
+MOST_NAMED = 5
+"""Fields that a message names."""
+
 UNKNOWN = "what it holds would be left out; delete it, or move it into `metadata`, which is not read"
 
 
@@ -86,13 +90,16 @@ def unread_fields(raw: Mapping[str, Any]) -> tuple[str, ...]:
     Raises:
         Unusable: a field that carries content, or may; names all of them and what to do about the first.
     """
-    refused = [(f"`{key}`", fix) for key in raw if (fix := _why_refused(key, raw, READ))]
+    refused = [(f"`{as_named(key)}`", fix) for key in raw if (fix := _why_refused(key, raw, READ))]
     for number, turn in _turns(raw):
         refused += [
-            (f"`{key}` of turn {number}", fix) for key in turn if (fix := _why_refused(key, turn, READ_OF_TURN))
+            (f"`{as_named(key)}` of turn {number}", fix)
+            for key in turn
+            if (fix := _why_refused(key, turn, READ_OF_TURN))
         ]
     if refused:
-        names = ", ".join(name for name, _ in refused)
+        names = ", ".join(name for name, _ in refused[:MOST_NAMED])
+        names += f" and {len(refused) - MOST_NAMED} more" if len(refused) > MOST_NAMED else ""
         raise Unusable(f"{'field' if len(refused) == 1 else 'fields'} {names}: {refused[0][1]}")
     return tuple(key for key in raw if key not in READ)
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from llava_cmoe.data.problems import LostForGood, Unusable
+from llava_cmoe.data.spelling import as_named
+from llava_cmoe.settings.base import shown
 
 
 class PictureFolder:
@@ -37,14 +39,17 @@ class PictureFolder:
         if isinstance(name, str) and name in self._found:
             return self._found[name]
         if not isinstance(name, str) or not PurePosixPath(name).parts or "\0" in name:
-            raise Unusable(f"image must be a path relative to {self.folder.name}/, found {name!r}")
+            raise Unusable(f"image must be a path relative to {self.folder.name}/, found {shown(name)}")
         relative = PurePosixPath(name)
         if relative.parts[0] == self.folder.name:
             relative = relative.relative_to(self.folder.name)
         path = Path(os.path.realpath(self._target / relative))
         if relative.is_absolute() or not path.is_relative_to(self._target):
             # Absolute, through "..", or through a link; a link of the whole folder is fine.
-            raise Unusable(f"image path {name} leaves the root, for {path}; write it relative to {self.folder.name}/")
+            raise Unusable(
+                f"image path {as_named(name)} leaves the root, for {as_named(str(path))}; write it relative to "
+                f"{self.folder.name}/"
+            )
         if not os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
             if str(relative) in self.lost:
                 raise LostForGood(name)
@@ -59,8 +64,8 @@ class PictureFolder:
         alike = self._spelled_otherwise(absent)
         hint = f"; there is {alike}" if alike else ""
         if absent == path:
-            return f"image file {name} is missing (looked for {path}){hint}"
-        return f"image folder {self.folder / absent.relative_to(self._target)} is missing{hint}"
+            return f"image file {as_named(name)} is missing (looked for {as_named(str(path))}){hint}"
+        return f"image folder {as_named(str(self.folder / absent.relative_to(self._target)))} is missing{hint}"
 
     def _spelled_otherwise(self, absent: Path) -> str | None:
         """A name beside an absent one that differs only in case, signs or ending."""

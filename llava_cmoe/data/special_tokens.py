@@ -6,15 +6,11 @@ The marker `<image>` of the first question is a row's own, and `coin_rows.py`'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from llava_cmoe.data.coin import Parsed, Read
 from llava_cmoe.data.conversation import tokenizer_of
-from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER, Turn
-from llava_cmoe.data.tasks import TaskSpec
 
 
 def special_texts(processor: Any) -> frozenset[str]:
@@ -36,29 +32,3 @@ def why_special(turns: Sequence[Turn], special: Iterable[str]) -> str | None:
                 "out, or put a blank into it"
             )
     return None
-
-
-def check_special(
-    rows: Iterable[Any], special: frozenset[str], parse: Callable[[Path, TaskSpec], Parsed], root: Path, task: TaskSpec
-) -> None:
-    """Stop at the first row whose text holds a special token.
-
-    Args:
-        rows: of the task, those that are learned or asked.
-        special: from `special_texts`.
-        parse: reads the file that the rows are from; called only to name the place of one that is wrong.
-        root: the data root.
-        task: whose rows they are.
-
-    Raises:
-        DataError: names file, row and token.
-    """
-    for row in rows:
-        if (reason := why_special(row["turns"], special)) is not None:
-            same = (
-                item
-                for item in parse(root, task)
-                if isinstance(item, Read) and item.row["turns"][: len(row["turns"])] == row["turns"]
-            )
-            found = next(same)
-            raise DataError(Problem(found.file, reason, found.index, found.row["id"]))

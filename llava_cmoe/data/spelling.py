@@ -33,6 +33,10 @@ INVISIBLE = (
     "\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061\u2062\u2063\u2064"
     "\u2066\u2067\u2068\u2069\u206a\u206b\u206c\u206d\u206e\u206f\u3164\ufe0e\ufe0f\ufeff"
 )
+LONGEST_NAME = 200
+"""Characters of a name that a message repeats."""
+
+TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 SPELLED = {
     **{sign: plain for plain, signs in ALIKE.items() for sign in signs},
     **dict.fromkeys(INVISIBLE, ""),
@@ -68,6 +72,22 @@ def is_blank(text: str) -> bool:
     (True, False)
     """
     return not respell(text).strip()
+
+
+def breaks_lines(sign: str) -> bool:
+    r"""Whether a character begins a line, commands a terminal, or shows what follows it in another order.
+
+    >>> breaks_lines("\n"), breaks_lines("\u202e"), breaks_lines("a")
+    (True, True, False)
+    """
+    return unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") or sign in TURNING
+
+
+def as_named(name: str) -> str:
+    """A name as messages give it: as it stands, but on one line and not longer than is read."""
+    if len(name) <= LONGEST_NAME and not any(map(breaks_lines, name)):
+        return name
+    return spelled_out(repr(name)[:LONGEST_NAME]) + "..." * (len(name) > LONGEST_NAME)
 
 
 def other_spelling_on_disk(path: Path) -> Path | None:

@@ -7,7 +7,7 @@ of one; the answers of an evaluation at work are in the hands of `generate.py`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,7 +16,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
 
 from llava_cmoe.evaluation.bootstrap import Interval
 from llava_cmoe.provenance.files import write_atomically
-from llava_cmoe.provenance.invocations import MANIFEST, is_bound
+from llava_cmoe.provenance.invocations import MANIFEST, changed_answers, is_bound
 from llava_cmoe.registry.schema import warn_once
 from llava_cmoe.settings.base import first_problem
 from llava_cmoe.settings.evaluation import Split
@@ -251,7 +251,7 @@ def read_results(path: Path, bound: bool = True) -> Results:
         bound: whether one that the manifest does not name is an error; said in any case.
 
     Raises:
-        LogError: not a results file of this format, or changed after it was written.
+        LogError: not a results file of this format, or changed after it was written; or an answers file beside it was.
     """
     if not (is_written := is_bound(path)):
         if bound and is_written is False:
@@ -261,12 +261,35 @@ def read_results(path: Path, bound: bool = True) -> Results:
             )
         why = f"no {MANIFEST} names its hash" if is_written is None else f"{MANIFEST} names another hash"
         warn_once(f"{path}: {why}; what it says of the run is not verified")
+    check_answers(path.parent, bound)
     try:
         content = path.read_bytes()
         parse_json(content)
         return Results.model_validate_json(content)
     except ValueError as error:
         raise LogError(f"{path}: not a results file of format 1 or 2: {first_problem(error)}") from error
+
+
+def check_answers(folder: Path, bound: bool = True, rows: Container[Path] | None = None) -> None:
+    """Stop, or only warn, where answers beside a folder's results are not those that they were made from.
+
+    Args:
+        folder: with `manifest.json`, `results.json` and `answers/`.
+        bound: whether it is an error.
+        rows: folders in `answers/` that are looked at; all if absent.
+
+    Raises:
+        LogError: names the first file that was changed.
+    """
+    changed = [path for path in changed_answers(folder) if rows is None or path.parent in rows]
+    if changed and bound:
+        others = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise LogError(
+            f"{changed[0]}: was changed after it was answered{others}; bring it back from a copy, or delete it and ask "
+            f"again with `llava-cmoe eval {folder}`, or count it as it is with `llava-cmoe rescore {folder}`"
+        )
+    for path in changed:
+        warn_once(f"{path}: was changed after it was answered; counted as it is now")
 
 
 def comparable(results: Results) -> dict[str, Any]:

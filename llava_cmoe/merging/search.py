@@ -23,6 +23,7 @@ from llava_cmoe.data.encoding import SampleRows
 from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_sets_of
 from llava_cmoe.evaluation.generate import EvalModel
+from llava_cmoe.evaluation.log import check_answers
 from llava_cmoe.evaluation.runner import evaluate_after
 from llava_cmoe.evaluation.scoring import score_after
 from llava_cmoe.experts import ledger
@@ -67,6 +68,7 @@ def merge_run(
         RecipeError: the run's method has no experts, or it learned all training rows, so that none is held out.
         RegistryError: no task is learned.
     """
+    check_answers(recipe.run)  # those of the run are not asked again
     subject = open_subject(recipe, num_rows)
     host, registry, merges = subject.method.host, subject.run.registry, Merges(subject.run.registry)
     redundancy = Redundancy(host)

@@ -3,21 +3,53 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+UNFINISHED = re.compile(r"\..+\.([1-9][0-9]*)\.unfinished")
+"""What a writer names a file until it is whole: the file's name and the writer's process."""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file, and the folders above it where they are missing, so that half of it is never seen.
 
-    Several processes may write the same one at a time; the last one's stays.
+    Several processes may write the same one at a time; the last one's stays. What killed writers left in the folder is
+    removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(path.parent)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        _write_beside(unfinished, path, content)
+    except FileNotFoundError:  # another machine took this process for a dead one of its own
+        _write_beside(unfinished, path, content)
+    finally:
+        unfinished.unlink(missing_ok=True)  # only where an error kept it from its place
+
+
+def _write_beside(unfinished: Path, path: Path, content: bytes) -> None:
     with unfinished.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
     unfinished.replace(path)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for left in folder.glob(".*.unfinished"):
+        found = UNFINISHED.fullmatch(left.name)
+        if found and left.is_file() and not _lives(int(found[1])):
+            left.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def sync(path: Path) -> None:

@@ -1,6 +1,6 @@
 """What the calls that made a result ran on: code, machine, processes, batch, and how long evaluation took.
 
-    runs/NAME/manifest.json     beside results.json, which it names by its hash
+    runs/NAME/manifest.json     beside results.json and answers/, which it names by their hashes
 
 Base, data (a hash per file), recipe, seed, versions, protocol and subset stand in `results.json`, whose bytes two equal
 evaluations share. What differs between them stands here.
@@ -8,6 +8,7 @@ evaluations share. What differs between them stands here.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -63,11 +64,27 @@ class Call(_Recorded):
 
 
 class Manifest(_Recorded):
-    """`manifest.json`: the result, and the calls that made it, the first one first."""
+    """`manifest.json`: the result, the answers it was made from, and the calls that made it, the first one first.
+
+    Attributes:
+        results_sha256: null where a stage is learned and nothing is measured yet.
+        calls: that made it.
+        answers: sha256 of each answers file, by its path in the folder; null in an older file.
+        sha256: of all of this; null in an older file.
+    """
 
     results_sha256: str | None
-    """Null where a stage is learned and nothing is measured yet."""
     calls: tuple[Call, ...]
+    answers: dict[str, str] | None = None
+    sha256: str | None = None
+
+    def sealed(self) -> Manifest:
+        """The same with its hash."""
+        return self.model_copy(update={"sha256": self.digest()})
+
+    def digest(self) -> str:
+        """Of everything but the hash."""
+        return hashlib.sha256(self.model_dump_json(exclude={"sha256"}).encode()).hexdigest()
 
 
 def effective_batch(training: TrainingSettings, processes: int) -> int:
@@ -85,7 +102,7 @@ def read_invocations(folder: Path) -> tuple[Call, ...]:
 
 
 def bind_results(folder: Path) -> None:
-    """Let the manifest name the results that a folder has now; its calls stay. Errors of `read_invocations`."""
+    """Let the manifest name results and answers that a folder has now; its calls stay. Errors of `read_invocations`."""
     _write(folder, read_invocations(folder))
 
 
@@ -97,6 +114,25 @@ def is_bound(results: Path) -> bool | None:
     """
     named = _read(results.parent).results_sha256
     return None if named is None else named == fingerprint_file(results)
+
+
+def changed_answers(folder: Path) -> tuple[Path, ...]:
+    """Answers files that are not those that the folder's manifest names; one that is gone is another matter.
+
+    Raises:
+        ManifestError: the manifest is not one.
+    """
+    named = _read(folder).answers or {}
+    there = ((folder / name, digest) for name, digest in named.items() if (folder / name).is_file())
+    return tuple(path for path, digest in there if fingerprint_file(path) != digest)
+
+
+def forget_missing_answers(folder: Path) -> None:
+    """Let the manifest name no answers file that is gone: its questions will be asked anew. Errors as above."""
+    manifest = _read(folder)
+    there = {name: digest for name, digest in (manifest.answers or {}).items() if (folder / name).is_file()}
+    if manifest.answers not in (None, there):
+        _write_manifest(folder, manifest.model_copy(update={"answers": there}))
 
 
 def append_invocation(folder: Path, before: tuple[Call, ...], call: Call) -> None:
@@ -111,7 +147,10 @@ def _read(folder: Path) -> Manifest:
     try:
         content = path.read_bytes()
         parse_json(content)
-        return Manifest.model_validate_json(content)
+        manifest = Manifest.model_validate_json(content)
+        if manifest.sha256 not in (None, manifest.digest()):
+            raise ValueError("was changed after it was written")
+        return manifest
     except ValueError as error:
         raise ManifestError(
             f"{path}: {first_problem(error)}; restore it from a copy, or delete it: it says what the run was made on"
@@ -119,9 +158,16 @@ def _read(folder: Path) -> Manifest:
 
 
 def _write(folder: Path, calls: tuple[Call, ...]) -> None:
-    path, results = folder / MANIFEST, folder / "results.json"
-    manifest = Manifest(results_sha256=fingerprint_file(results) if results.exists() else None, calls=calls)
-    content = (manifest.model_dump_json(indent=1) + "\n").encode()
+    results = folder / "results.json"
+    answers = {
+        path.relative_to(folder).as_posix(): fingerprint_file(path) for path in sorted(folder.glob("answers/*/*.jsonl"))
+    }
+    named = fingerprint_file(results) if results.exists() else None
+    _write_manifest(folder, Manifest(results_sha256=named, answers=answers, calls=calls))
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    path, content = folder / MANIFEST, (manifest.sealed().model_dump_json(indent=1) + "\n").encode()
     if not path.exists() or path.read_bytes() != content:
         write_atomically(path, content)
 

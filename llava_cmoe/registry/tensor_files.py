@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from llava_cmoe.provenance.files import sync
 from llava_cmoe.provenance.fingerprints import fingerprint_file
 from llava_cmoe.registry.finite import check_finite
 from llava_cmoe.registry.schema import SUFFIX, FileRecord, RegistryError
+from llava_cmoe.settings.base import in_one_line
 
 
 def write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, FileRecord]:
@@ -39,7 +41,12 @@ def read_tensors(folder: Path, files: Mapping[str, FileRecord]) -> dict[str, dic
             raise RegistryError(f"{path}: is missing; {remedy}")
         if _describe(path) != written:
             raise RegistryError(f"{path}: is damaged, its sha256 or size is not the one on record; {remedy}")
-    groups = {Path(name).stem: load_file(folder / name) for name in files}
+    groups = {}
+    for name in files:
+        try:
+            groups[Path(name).stem] = load_file(folder / name)
+        except (SafetensorError, ValueError) as error:  # of a record that names the hash of no tensors
+            raise RegistryError(f"{folder / name}: holds no tensors ({in_one_line(error)}); {remedy}") from error
     check_finite(groups, folder)
     return groups
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import field_validator
 
 from llava_cmoe.evaluation.log import Results
 from llava_cmoe.report.summary import (
@@ -24,6 +24,9 @@ from llava_cmoe.report.summary import (
     spread_table,
 )
 from llava_cmoe.report.tables import markdown
+from llava_cmoe.settings.base import first_problem, shown
+from llava_cmoe.settings.names import plain_name
+from llava_cmoe.settings.plain_json import parse_json
 
 COLUMNS = measures(
     *("immediate", "last", "maa", "bwt", "located_right", "words_alone", "oracle_minus_located"),
@@ -45,6 +48,24 @@ class StudySummary(Shared):
     format: Literal[1] = 1
     study: dict[str, Any]
     variants: dict[str, SeedSummary]
+
+    @field_validator("study")
+    @classmethod
+    def _can_be_shown(cls, study: dict[str, Any]) -> dict[str, Any]:
+        """A document may be a stranger's: its name becomes a file's, its settings a line below the table."""
+        name = study.get("name")
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError("`name` is no name")
+        try:
+            plain_name(f"study_{name}.json")
+        except ValueError as error:
+            raise ValueError(f"`name` is {shown(name)}: {error}") from error
+        if not isinstance(study.get("recipe"), str):
+            raise ValueError("`recipe` names no file")
+        for key in ("common", "seeds"):
+            if not isinstance(study.get(key), list):
+                raise ValueError(f"`{key}` is no list")
+        return study
 
 
 def summarise_study(study: Mapping[str, Any], runs: Mapping[str, Sequence[Results]]) -> StudySummary:
@@ -75,9 +96,11 @@ def read_study(path: Path) -> StudySummary:
         ValueError: not a study's document of this format.
     """
     try:
-        return StudySummary.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise ValueError(f"{path}: not the summary of a study, format 1: {error}") from error
+        content = path.read_bytes()
+        parse_json(content)
+        return StudySummary.model_validate_json(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: not the summary of a study, format 1: {first_problem(error)}") from error
 
 
 def study_markdown(summary: StudySummary) -> str:

@@ -11,8 +11,8 @@ from accelerate import PartialState
 from llava_cmoe.backbones.loading import Backbone, load_backbone, load_processor, reads_images
 from llava_cmoe.data.coin import parse_eval, parse_train
 from llava_cmoe.data.encoding import SampleRows
+from llava_cmoe.data.fit import Fit, check_fit
 from llava_cmoe.data.paths import train_file
-from llava_cmoe.data.special_tokens import check_special, special_texts
 from llava_cmoe.data.task_data import TaskData, sequence_of
 from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_spec_of
 from llava_cmoe.methods import method_of
@@ -154,17 +154,18 @@ def check_rows(recipe: Recipe, data: TaskData, num_learned: int) -> None:
     """Stop at the first sample that the backbone cannot take among all that are still to be learned, or asked.
 
     Raises:
-        DataError: names the file and the sample, which is too long or holds a special token of the backbone; or a stage
+        DataError: names the file and the sample, which is too long, holds a special token of the backbone, or its chat
+            template cannot render; or a stage
             has too few.
     """
     processor, stages = load_processor(recipe.backbone.path), method_of(recipe.method).stages(data.sequence.names)
     check_sizes(recipe, data, stages, num_learned)
-    special, root = special_texts(processor), recipe.data.root
+    fit, root = Fit(processor), recipe.data.root
     for task in (task for stage in stages[num_learned:] for task in stage.learns):
         spec = data.sequence.tasks[task]
-        check_special(data.train[spec.name], special, parse_train, root, spec)
+        check_fit(data.train[spec.name], fit, parse_train, root, spec)
         rows = SampleRows(data.train[spec.name], data.encoding(spec, processor), recipe.training.max_length)
         rows.check_lengths(train_file(root, spec))
     asks = parse_eval if recipe.evaluation.split == "test" else parse_train
     for spec in data.sequence.tasks:
-        check_special(data.evaluate[spec.name], special, asks, root, spec)
+        check_fit(data.evaluate[spec.name], fit, asks, root, spec)

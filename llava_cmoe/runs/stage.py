@@ -80,8 +80,11 @@ def feature_store(run: Run) -> FeatureStore | None:
     return FeatureStore(folder, base)
 
 
-def fit_fn(run: Run, data: StageData, at: At, logs: Path | None = None) -> FitFn:
-    """What a method trains with: the run's training settings, one Trainer per call; reports nothing without `logs`."""
+def fit_fn(run: Run, data: StageData, at: At, logs: Path | None = None, folder: Path | None = None) -> FitFn:
+    """What a method trains with: the run's training settings, one Trainer per call; reports nothing without `logs`.
+
+    Checkpoints lie in `folder`, the run's own of the stage if absent.
+    """
 
     def fit(
         samples: torch.utils.data.Dataset[dict[str, Tensor]],
@@ -100,7 +103,7 @@ def fit_fn(run: Run, data: StageData, at: At, logs: Path | None = None) -> FitFn
             settings,
             pad_token_id=tokenizer_of(run.backbone.processor).pad_token_id,
             seed=data.seed,
-            folder=checkpoint_dir(run, data.index, data.name) / label,
+            folder=(folder or checkpoint_dir(run, data.index, data.name)) / label,
             progress=partial(at, label),
             config_hash=config_hash(run),
             workers=run.recipe.data.workers,

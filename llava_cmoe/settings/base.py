@@ -35,6 +35,16 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
+LONGEST_REASON = 200
+"""Characters of another library's message that an error repeats."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Another library's message as ours repeat it: on one line, and not all of a long one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."
+
+
 def first_problem(error: ValueError) -> str:
     """What is wrong with a document, in one line: the reason, or the key and the reason of the first of several."""
     if not isinstance(error, ValidationError):

@@ -46,9 +46,10 @@ def test_the_command_shows_every_task_and_writes_what_it_shows(lesson: Lesson, t
 
 
 def test_probing_from_several_seeds_reports_how_far_they_agree(lesson: Lesson, tmp_path: Path):
-    out = tmp_path / "probed.json"
+    out, before = tmp_path / "probed.json", {*lesson.recipe.run.rglob("*")}
     result = type_in("probe", lesson.recipe.run, "--after", "1", "--seeds", "3", "--out", out)
     assert result.exit_code == 0, result.output
+    assert {*lesson.recipe.run.rglob("*")} == before  # no file and no folder
     written = ProbeReport.model_validate_json(out.read_bytes())
     assert written.seeds == 3 and "all pairs of 3 seeds" in result.output
     once = probe_tasks(lesson.recipe, after=1)

@@ -70,9 +70,9 @@ def test_the_threshold_decides_who_answers(threshold, sent, asked, tiny_data, ti
 
 
 def test_a_measurement_changes_nothing_and_its_false_rejections_are_those_of_the_evaluation(lesson, asked):
-    before = files_of(lesson.recipe.run)
+    before, places = files_of(lesson.recipe.run), {*lesson.recipe.run.rglob("*")}
     results, _ = asked(lesson.recipe)
-    assert files_of(lesson.recipe.run) == before
+    assert files_of(lesson.recipe.run) == before and {*lesson.recipe.run.rglob("*")} == places
     counted = {
         name: 100 * row[-1] / sum(row)
         for name, row in zip(lesson.results.tasks, lesson.results.locator.confusion, strict=True)

@@ -293,7 +293,7 @@ def test_routes_are_measured_beside_those_of_the_recipe(lesson_of, tmp_path, tin
 def test_evaluating_refuses_what_it_cannot_measure(run, tmp_path):
     assert "run.json" in refused("eval", tmp_path / "nothing")
     assert "orcle" in refused("eval", run, "--routes", "orcle")
-    assert "batch_size" in refused("eval", run, "--batch-size", "0")
+    assert "--batch-size: expected" in refused("eval", run, "--batch-size", "0")
     shutil.rmtree(run / "tasks")
     assert "nothing is learned yet" in refused("eval", run)
 

@@ -95,9 +95,7 @@ def test_a_row_is_named_by_the_check_and_before_the_model_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, place: int, kind: str, token: str
 ) -> None:
     file = write(tmp_path, split, place, token)
-    report = check_sequence(
-        tmp_path, load_sequence(tmp_path / "sequence.yaml"), special=special_texts(processor_of(kind))
-    )
+    report = check_sequence(tmp_path, load_sequence(tmp_path / "sequence.yaml"), processor=processor_of(kind))
     (problem,) = report.problems
     assert (problem.file, problem.row, problem.row_id) == (file, 2, f"sides-{split}-2")
     assert f"turn {place} holds {token}, which the backbone reads as a special token" in problem.reason
@@ -111,7 +109,7 @@ def test_a_row_is_named_by_the_check_and_before_the_model_loads(
 def test_a_row_with_a_token_of_another_backbone_is_fine(tmp_path: Path) -> None:
     write(tmp_path, "train", 1, "<|im_end|>")
     sequence_ = load_sequence(tmp_path / "sequence.yaml")
-    assert check_sequence(tmp_path, sequence_, special=special_texts(processor_of("llava_next"))).ok
+    assert check_sequence(tmp_path, sequence_, processor=processor_of("llava_next")).ok
 
 
 def test_a_question_in_the_chat_is_refused_too(tmp_path: Path, learned_session: Callable[[], ChatSession]) -> None:

@@ -89,7 +89,7 @@ def test_an_answer_that_changed_is_told_and_written(run: Path) -> None:
     before = read_results(run / "results.json")
     was = before.routes["oracle"].matrix[1][0]
     answer_with(run / "answers/after_02/colours.oracle.jsonl", "of no colour" if was else "A")
-    results, changed = rescore(open_examined(run))
+    results, changed = rescore(open_examined(run, bound=False))
     now = results.routes["oracle"].matrix[1][0]
     assert now == pytest.approx(0 if was else 100 / 3)
     assert changed == [Change("oracle", "sides", "colours", was, now)]
@@ -136,7 +136,7 @@ def test_an_answer_too_few_is_an_error_with_its_id(run: Path) -> None:
     path = run / "answers/after_02/sides.random.jsonl"
     write_answers(path, read_answers(path)[1:])
     with pytest.raises(RegistryError, match="missing id 'sides-test-0'"):
-        rescore(open_examined(run))
+        rescore(open_examined(run, bound=False))
 
 
 def test_a_folder_without_results_says_how_to_get_them(tmp_path: Path) -> None:

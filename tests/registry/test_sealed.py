@@ -149,3 +149,58 @@ def test_results_of_answers_that_came_in_are_bound_too(run: Path):
     bind_results(run)
     edit(run / "results.json", ("seed",), 3)
     assert "was changed after it was written" in refused("report", run)
+
+
+def doubled(lines: list[bytes], at: int) -> list[bytes]:
+    return [*lines[: at + 1], *lines[at:]]
+
+
+DAMAGE: dict[str, Callable[[list[bytes], int], list[bytes]]] = {
+    "a letter": lambda lines, at: [*lines[:at], lines[at].replace(b'"text": "', b'"text": "x'), *lines[at + 1 :]],
+    "a verdict": lambda lines, at: [*lines[:at], lines[at].replace(b'"score": ', b'"score": 1'), *lines[at + 1 :]],
+    "a cut line": lambda lines, at: [*lines[:at], lines[at][: len(lines[at]) // 2]],
+    "a row less": lambda lines, at: [*lines[:at], *lines[at + 1 :]],
+    "a row twice": doubled,
+    "another order": lambda lines, at: [*lines[at + 1 :], *lines[: at + 1]],
+    "blanks": lambda lines, at: [*lines[:at], b" " + lines[at], *lines[at + 1 :]],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_answers_that_were_changed_are_named_by_whatever_reads_them(run: Path, kind: str):
+    paths = sorted((run / "answers").rglob("*.located.jsonl"))
+    number = sorted(DAMAGE).index(kind)
+    path = paths[number % len(paths)]
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join(DAMAGE[kind](lines, number % (len(lines) - 1))))
+    for command in (("report", run), ("answers", "export", run, "--to", run / "out")):
+        told = refused(*command)
+        assert told.count("\n") == 1 and f"{path}: was changed after it was answered" in told
+    again = type_in("rescore", run)
+    assert str(path) in again.output and again.exit_code in (0, 2)
+    path.write_bytes(whole)
+    assert type_in("rescore", run).exit_code == 0 and type_in("report", run).exit_code == 0
+
+
+def test_changed_answers_are_not_taken_for_given_by_what_asks(run: Path):
+    path, other = run / "answers/after_01/colours.oracle.jsonl", run / "answers/after_02/sides.oracle.jsonl"
+    whole = {one: one.read_bytes() for one in (path, other)}
+    path.write_bytes(whole[path].replace(b'"text": "', b'"text": "x', 1))
+    assert f"{path}: was changed" in refused("eval", run)
+    path.unlink()
+    other.unlink()
+    assert type_in("eval", run).exit_code == 0  # asked again
+    assert {one: one.read_bytes() for one in whole} == whole
+
+
+def test_any_value_of_a_manifest_that_is_changed_is_found(run: Path):
+    path = run / "manifest.json"
+    written = json.loads(path.read_text())
+    for place in list(leaves(written))[::3]:
+        path.write_text(json.dumps(changed(written, place, "other")))
+        assert "manifest.json" in refused("report", run)
+    path.write_text(
+        json.dumps({key: written[key] for key in ("results_sha256", "calls")})
+    )  # as older versions wrote it
+    assert type_in("report", run).exit_code == 0

@@ -11,6 +11,7 @@ from tiny import Lesson
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.evaluation.official.coin_format import Stated, export_answers, import_answers
 from llava_cmoe.evaluation.rescoring import open_examined, rescore
+from llava_cmoe.provenance.invocations import bind_results
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.paired_tests import compare
 from llava_cmoe.settings.run import Recipe
@@ -68,6 +69,7 @@ def test_answers_that_are_not_whole_do_not_go_out(
     run = Path(shutil.copytree(lesson.recipe.run, tmp_path / "run"))
     path = run / "answers/after_02/colours.located.jsonl"
     path.write_bytes(b"".join(kept(path.read_bytes().splitlines(keepends=True))))
+    bind_results(run)
     with pytest.raises(RegistryError, match=r"colours.located.jsonl: holds \d answers to \d questions, 6 were asked"):
         export_answers(open_examined(run), tmp_path / "out")
 

@@ -1,0 +1,52 @@
+"""A file is there whole or not at all, and what killed writers left goes with the next one; a living one's stays."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llava_cmoe.provenance.files import write_atomically
+
+
+@pytest.fixture(scope="module")
+def dead() -> int:
+    """A process that was."""
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    return child.pid
+
+
+LETTERS = st.characters(codec="ascii", categories=["L", "N", "P"], exclude_characters="/\\")
+NAMES = st.text(LETTERS, min_size=1, max_size=9)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=NAMES, other=NAMES)
+def test_what_dead_writers_left_is_removed_and_nothing_else(tmp_path: Path, dead: int, name: str, other: str):
+    (folder := tmp_path / "folder").mkdir(exist_ok=True)
+    gone = [folder / f".{one}.{number}.unfinished" for one in (name, other) for number in (dead, 2**40)]
+    stay = [folder / f".{other}.{os.getpid()}.unfinished", folder / f".{other}.1.unfinished",
+            folder / f".{other}.x.unfinished", folder / f"{other}.{dead}.unfinished.x",
+            folder / ".unfinished"]  # fmt: skip
+    for path in (*gone, *stay):
+        path.write_bytes(b"half")
+    write_atomically(folder / "result", b"whole")
+    assert not any(path.exists() for path in gone) and all(path.read_bytes() == b"half" for path in stay)
+    assert (folder / "result").read_bytes() == b"whole"
+
+
+def test_an_error_on_the_way_leaves_the_old_file_and_nothing_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "result"
+    write_atomically(path, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert [one.name for one in tmp_path.iterdir()] == ["result"] and path.read_bytes() == b"old"
