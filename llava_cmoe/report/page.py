@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
@@ -69,9 +70,8 @@ def _render(
     """The page with the own tables of the runs that are `shown`."""
     style, script = (Markup((HERE / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js"))
     style += Markup(_shades())
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     several = len(runs) > 1
-    return environment.get_template("page.html.j2").render(
+    return _template().render(
         title=f"{runs[0].name}: {runs[0].results.method}" if not several else f"{len(runs)} runs side by side",
         policy=_policy(style, script),
         style=style,
@@ -86,6 +86,12 @@ def _render(
         example_tasks=list(dict.fromkeys(one.task for one in examples)),
         per_task=PER_TASK,
     )
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("page.html.j2")
 
 
 def _own_part(run: Reported) -> Mapping[str, Any]:

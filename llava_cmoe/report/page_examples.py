@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -160,8 +161,9 @@ def _rows(run: Reported, task: str) -> dict[str, Mapping[str, Any]]:
 
 
 def _truth(row: Mapping[str, Any]) -> str:
-    """The answer, or the different ones of several people."""
-    return " / ".join(dict.fromkeys(row.get("answers") or ())) or row.get("answer") or ""
+    """The answer, or the different ones of several people, the most frequent first."""
+    several = [text for text, _ in Counter(row.get("answers") or ()).most_common()]
+    return " / ".join(several) or row.get("answer") or ""
 
 
 def shortened(text: str) -> str:

@@ -155,7 +155,10 @@ def confusion_grid(results: Results) -> Grid:
 
 
 def growth_grid(results: Results, probe_use: Mapping[str, Mapping[str, float]]) -> Grid:
-    """Experts that each task added at each site, the highest layer first, with the use of the probe."""
+    """Experts that each task added at each site, the highest layer first, with the use of probes.
+
+    Where all sites grew alike there is one line for all.
+    """
     most = max((num for sites in results.growth.values() for num in sites.values()), default=1)
     rows = []
     for site, label in reversed(list(zip(results.sites, site_labels(results.sites), strict=True))):
@@ -165,8 +168,10 @@ def growth_grid(results: Results, probe_use: Mapping[str, Mapping[str, float]]) 
             below = "" if use is None else f"{100 * use:.1f} %"
             cells.append(Cell(f"+{num}" if num else "0", below, _step(60 * num / most) if num else None))
         rows.append((label, tuple(cells)))
+    if len({cells for _, cells in rows}) == 1:
+        rows = [(f"every site ({len(rows)})", rows[0][1])]
     text = "Experts added by each task (column) at each site (line)"
-    text += "; below, the share of a token's slots that the probe got there." if any(probe_use.values()) else "."
+    text += "; below, the share of a token's slots that a probe got there." if any(probe_use.values()) else "."
     return Grid("growth", "Where experts grew", ("site", *results.tasks), tuple(rows), text)
 
 

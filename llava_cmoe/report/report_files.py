@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from llava_cmoe.evaluation.log import Results
@@ -54,15 +55,15 @@ def write_report(runs: Sequence[Reported], folder: Path, root: Path | None = Non
 
 def _figures(runs: Sequence[Reported], found: Comparison | None) -> Iterator[tuple[str, Draw]]:
     results = [run.results for run in runs]
-    yield "matrix", lambda path: draw_matrices(results, path)
-    yield "forgetting", lambda path: draw_forgetting(results, path)
+    yield "matrix", partial(draw_matrices, results)
+    yield "forgetting", partial(draw_forgetting, results)
     if found is not None:
-        yield "comparison", lambda path: draw_comparison(found, path)
+        yield "comparison", partial(draw_comparison, found)
     for one, name in zip(results, _suffixes(results), strict=True):
         if one.locator is not None:
-            yield f"confusion{name}", lambda path, one=one: draw_confusion(one, path)  # type: ignore[misc]
+            yield f"confusion{name}", partial(draw_confusion, one)
         if any(one.growth.values()):
-            yield f"growth{name}", lambda path, one=one: draw_growth(one, path)  # type: ignore[misc]
+            yield f"growth{name}", partial(draw_growth, one)
 
 
 def _suffixes(results: Sequence[Results]) -> list[str]:
