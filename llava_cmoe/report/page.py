@@ -29,6 +29,12 @@ from llava_cmoe.report.tables import METRIC_HEADINGS, metric_rows
 LARGEST = 2_000_000
 """Bytes of a page, at most."""
 
+INTERVALS = "In brackets, where 95 % of bootstrap draws of the questions lie."
+TESTS = (
+    "Both runs are drawn the same questions; p is that of one test, and of many tests some find a difference where "
+    "there is none. They speak of these models on other questions, not of other seeds."
+)
+
 HERE = Path(__file__).parent
 
 
@@ -108,8 +114,9 @@ def _own_part(run: Reported) -> Mapping[str, Any]:
 def _compared(runs: Sequence[Reported], comparison: Comparison | None) -> list[Grid]:
     named = [run.results.model_copy(update={"run": run.name}) for run in runs]
     grids = [plain_grid("metrics", "Metrics of every route (percent)", METRIC_HEADINGS, metric_rows(named))]
-    for number, (title, headings, rows) in enumerate(compared_rows(comparison, " ") if comparison else ()):
-        grids.append(plain_grid(f"comparison-{number}", title[0].upper() + title[1:], headings, rows))
+    texts = (INTERVALS, f"{INTERVALS} {TESTS}")
+    for text, (title, headings, rows) in zip(texts, compared_rows(comparison, " ") if comparison else (), strict=False):
+        grids.append(plain_grid("comparison", title[0].upper() + title[1:], headings, rows, text))
     return grids
 
 

@@ -82,9 +82,9 @@ def _facts(results: Results) -> dict[str, str]:
     }
 
 
-def plain_grid(key: str, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Grid:
+def plain_grid(key: str, title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], text: str = "") -> Grid:
     """A table that is text already."""
-    return Grid(key, title, tuple(headings), tuple((name, tuple(map(Cell, cells))) for name, *cells in rows))
+    return Grid(key, title, tuple(headings), tuple((name, tuple(map(Cell, cells))) for name, *cells in rows), text)
 
 
 def run_grids(run: Reported) -> Iterator[Grid]:

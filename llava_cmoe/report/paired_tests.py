@@ -126,12 +126,14 @@ def _untestable(first: Results, other: Results) -> str | None:
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, or their paths where two have one name.
+    """The folders' own names, with as many of those above them as tell all apart.
 
     Raises:
         RegistryError: a folder is given twice.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise RegistryError("a run is given twice; a run does not differ from itself")
-    short = [folder.resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else [folder.as_posix() for folder in folders]
+    parts, num = [folder.resolve().parts for folder in folders], 1
+    while len({one[-num:] for one in parts}) < len(parts):
+        num += 1
+    return ["/".join(one[-num:]) for one in parts]
