@@ -140,7 +140,7 @@ def confusion_grid(results: Results) -> Grid:
     assert results.locator is not None, "asked before"
     rows = []
     for task, counts in zip(results.tasks, results.locator.confusion, strict=False):
-        asked = sum(counts)
+        asked = max(1, sum(counts))
         cells = (
             Cell(str(count), f"{100 * count / asked:.0f} %", _step(100 * count / asked)) if count else Cell("0")
             for count in counts
@@ -159,7 +159,7 @@ def growth_grid(results: Results, probe_use: Mapping[str, Mapping[str, float]]) 
 
     Where all sites grew alike there is one line for all.
     """
-    most = max((num for sites in results.growth.values() for num in sites.values()), default=1)
+    most = max(1, *(num for sites in results.growth.values() for num in sites.values()))
     rows = []
     for site, label in reversed(list(zip(results.sites, site_labels(results.sites), strict=True))):
         cells = []
@@ -234,7 +234,7 @@ def _around(interval: Interval | None) -> str:
 
 
 def _step(percent: float) -> int:
-    return max(0, min(STEPS, round(percent * STEPS / 100)))
+    return round(max(0.0, min(100.0, percent)) * STEPS / 100)
 
 
 def _whole(value: int | None) -> str:

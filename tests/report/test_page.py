@@ -36,9 +36,10 @@ from llava_cmoe.evaluation.log import (
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
 from llava_cmoe.evaluation.rescoring import open_examined
 from llava_cmoe.registry.schema import recipe_facts
+from llava_cmoe.registry.store import Registry
 from llava_cmoe.report import page, page_examples
 from llava_cmoe.report.page import STEPS, contrast, luminance, page_of
-from llava_cmoe.report.paired_tests import compare
+from llava_cmoe.report.paired_tests import compare, final_scores
 from llava_cmoe.report.reported import Reported, open_reported
 from llava_cmoe.report.tables import number
 
@@ -235,6 +236,21 @@ def test_verdicts_mean_what_the_accuracy_means(whole: Parsed, runs: list[Reporte
     for index, task in enumerate(tiny.TASKS):
         right = [one.verdicts[-1] == "right" for one in whole.examples if one.task == task]
         assert 100 * np.mean(right) == pytest.approx(runs[0].results.headline.matrix[-1][index])
+
+
+def test_a_scorer_that_asks_others_is_not_run(runs: list[Reported], folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page_examples, "NOT_RUN", ("gqa",))
+    drawn = page_examples.examples_of(runs)
+    assert drawn and not any(given.last.verdict or given.outcome for one in drawn for given in one.given)
+    assert final_scores(folder, without=("gqa",)) == {} != final_scores(folder)
+
+
+@pytest.mark.parametrize("growth", ["x", {"frequencies": ["x"]}, {"frequencies": {"x": []}}, {"frequencies": {"x": 1}}])
+def test_facts_of_another_shape_are_a_note(folder: Path, growth: object, monkeypatch: pytest.MonkeyPatch):
+    records = [one.model_copy(update={"facts": {"growth": growth}}) for one in Registry(folder).records()]
+    monkeypatch.setattr(Registry, "records", lambda _: records)
+    [run] = open_reported([folder])
+    assert run.probe_use == {} and "no use of probes" in run.notes[0]
 
 
 def test_without_its_data_a_run_has_no_pictures_and_says_so_in_one_line(folder: Path, tmp_path: Path):
