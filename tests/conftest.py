@@ -41,7 +41,7 @@ TESTS = Path(__file__).parent
 QUICK = {"settings", "provenance", "locators", "experts", "evaluation", "registry", "report"}
 """Rooms whose tests `make quick` runs, beside those of the architecture; the others learn whole runs, start processes
 or read all that ships."""
-SLOW = {"test_store", "test_runner", "test_results_page"}
+SLOW = {"test_store", "test_runner", "test_results_page", "test_page"}
 """Files of these rooms that do so, too."""
 
 

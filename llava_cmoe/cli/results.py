@@ -80,28 +80,22 @@ def compare(
 @user_errors()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs to put side by side.", metavar="RUN...")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the figures; the first RUN if absent.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for what is written; the first RUN if absent.")] = None,
+    root: Root = None,
 ) -> None:
-    """Show accuracy matrices and metrics of finished runs, and draw them.
+    """Show accuracy matrices and metrics of finished runs, and write all that is known of them into report.html.
 
-    Writes matrix.png (accuracy), and for methods that have it confusion.png (locator) and growth.png (experts added).
+    Beside it, every figure as PNG and SVG (matrix, forgetting, and for methods that have it confusion and growth), and
+    the tables as Markdown and LaTeX. No model is loaded. Without the data, pictures and verdicts are left out.
     """
-    from llava_cmoe.evaluation.rescoring import results_of
-    from llava_cmoe.report.figures import draw_confusion, draw_growth, draw_matrices
+    from llava_cmoe.report.report_files import write_report
+    from llava_cmoe.report.reported import open_reported
 
-    found = [results_of(run) for run in runs]
-    folder, console = out or runs[0], Console()
-    show(console, found)
-    draw_matrices(found, folder / "matrix.png")
-    written = ["matrix.png"]
-    for results in found:
-        name = f"_{results.run}" if len(found) > 1 else ""
-        if results.locator is not None:
-            draw_confusion(results, folder / f"confusion{name}.png")
-            written.append(f"confusion{name}.png")
-        if any(results.growth.values()):
-            draw_growth(results, folder / f"growth{name}.png")
-            written.append(f"growth{name}.png")
+    found, folder, console = open_reported(runs, root), out or runs[0], Console()
+    show(console, [run.results for run in found])
+    written = write_report(found, folder, root)
+    for note in (note for run in found for note in run.notes):
+        say(console, "note:", note, "yellow")
     console.print(f"In {folder}: {', '.join(written)}", highlight=False, soft_wrap=True)
 
 

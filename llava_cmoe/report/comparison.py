@@ -142,7 +142,7 @@ def _counted(samples: dict[str, int]) -> str:
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """For the terminal: all columns, then the differences."""
     tables = []
-    for title, headings, rows in _tables(comparison, "\n"):
+    for title, headings, rows in compared_rows(comparison, "\n"):
         table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for index, heading in enumerate(headings):
             table.add_column(heading, justify="right" if index else "left", no_wrap=not index)
@@ -154,13 +154,14 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 def comparison_markdown(comparison: Comparison) -> str:
     """The same as Markdown, followed by the source and the warnings."""
-    parts = [markdown(headings, rows, num_text_columns=1) for _, headings, rows in _tables(comparison, " ")]
+    parts = [markdown(headings, rows, num_text_columns=1) for _, headings, rows in compared_rows(comparison, " ")]
     parts += [f"Published: {comparison.source}."] if comparison.source else []
     parts += ["\n".join(f"- {warning}" for warning in comparison.warnings)] if comparison.warnings else []
     return "\n\n".join(parts)
 
 
-def _tables(comparison: Comparison, joint: str) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+def compared_rows(comparison: Comparison, joint: str) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Title, headings and lines of each table; `joint` stands between a number and its interval."""
     columns = (*comparison.runs, *comparison.published)
     headings = ["percent", *(f"{column.name}:{joint}{column.label}" for column in columns)]
     rows = [

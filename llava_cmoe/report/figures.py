@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from llava_cmoe.evaluation.log import Results
@@ -91,11 +92,42 @@ def draw_growth(results: Results, path: Path) -> None:
     figure = _figure(added.shape[1] * CELL + 1.5, added.shape[0] * CELL + 1.6)
     axes = figure.subplots()
     _heat_map(axes, np.where(added > 0, added, np.nan), top=max(added.max(), 1.0))
-    _label(axes, rows=[site_label(site) for site in reversed(results.sites)], columns=results.tasks)
+    _label(axes, rows=site_labels(results.sites)[::-1], columns=results.tasks)
     axes.set_title(f"{results.method}: experts added", fontsize=11.5, fontweight="bold", color=INK, pad=10)
     share = 100 * np.count_nonzero(added) / added.size
     summary = f"{int(added.sum())} experts; {share:.0f} % of (layer, task) pairs grew"
     axes.set_xlabel(summary, fontsize=10, color=INK, labelpad=8)
+    _save(figure, path)
+
+
+def draw_forgetting(runs: Sequence[Results], path: Path) -> None:
+    """Accuracy on each task (a panel each) after it and every later task, by the headline route; a line per run."""
+    tasks = list(dict.fromkeys(task for results in runs for task in results.tasks))
+    across = min(len(tasks), 4)
+    down = -(-len(tasks) // across)
+    figure = _figure(2.2 * across + 0.8, 1.6 * down + 0.9)
+    panels = figure.subplots(down, across, squeeze=False, sharey=True).flat
+    colours = colormaps["viridis"](np.linspace(0, 0.88, len(runs)))
+    for axes, task in zip(panels, tasks, strict=False):
+        for place, (results, colour) in enumerate(zip(runs, colours, strict=True)):
+            if task in results.tasks:
+                index = results.tasks.index(task)
+                values = np.array([row[index] for row in results.headline.matrix[index:]], dtype=float)
+                look: dict[str, Any] = {"color": colour, "marker": MARKS[place % len(MARKS)], "markersize": 4}
+                axes.plot(
+                    np.arange(len(values)) + index + 1, values, label=results.run if task == tasks[0] else "", **look
+                )
+        axes.set_title(task, fontsize=9.5, color=INK)
+        axes.set_xlim(0.5, len(tasks) + 0.5)
+        axes.set_ylim(-3, 103)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=FAINT, alpha=0.25, linewidth=0.8)
+    for axes in list(figure.axes)[len(tasks) :]:
+        axes.set_visible(False)
+    figure.supxlabel("tasks learned", fontsize=10, color=INK)
+    figure.supylabel("accuracy (%)", fontsize=10, color=INK)
+    if len(runs) > 1:
+        figure.legend(loc="outside upper right", fontsize=8.5, frameon=False, ncols=len(runs))
     _save(figure, path)
 
 
@@ -183,6 +215,15 @@ def site_label(site: str) -> str:
     return f"{'vision' if 'vision' in site else 'layer'} {match[1]}" if match else site
 
 
+def site_labels(sites: Sequence[str]) -> list[str]:
+    """The same of all sites of a run, with the last part of the name where two of them would read alike."""
+    short = [site_label(site) for site in sites]
+    return [
+        label if short.count(label) == 1 else f"{label} {site.rsplit('.', 1)[-1]}"
+        for site, label in zip(sites, short, strict=True)
+    ]
+
+
 def _heat_map(axes: Axes, values: NDArray[np.float64], top: float) -> None:
     """Coloured cells with their rounded number; cells that are not a number stay blank."""
     axes.imshow(np.ma.masked_invalid(values), cmap=COLOURS, vmin=0.0, vmax=top, aspect="equal")
@@ -214,6 +255,11 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
+    """A PNG or an SVG, as the path ends; text in an SVG is drawn as paths, so that it needs no font."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # No software version in the file: the same numbers give the same bytes.
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.12, metadata={"Software": None})
+    # No version, date or random id in the file: the same numbers give the same bytes.
+    metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name with two dollar signs is a name
+    with rc_context({"svg.hashsalt": "llava_cmoe", "svg.fonttype": "path"}):
+        figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.12, metadata=metadata)

@@ -6,7 +6,7 @@ question hard for both cancels. It speaks of these two models on other questions
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,25 +23,31 @@ Scores = Mapping[str, Mapping[str, float]]
 """Task to question id to score, after the last task."""
 
 
-def compare(folders: Sequence[Path], published_name: str | None = None, root: Path | None = None) -> Comparison:
+def compare(
+    folders: Sequence[Path],
+    published_name: str | None = None,
+    root: Path | None = None,
+    without: Collection[str] = (),
+) -> Comparison:
     """Put runs side by side, and test each against the first.
 
     Args:
         folders: with `results.json`; those that also have their answers, and their data, are tested.
         published_name: a table of `published_results.yaml`.
         root: the data root, where it is not the one that the results name.
+        without: scorers whose tasks are not tested.
 
     Raises:
         RegistryError: a folder without results.
         RecipeError: an unknown published table.
     """
     table = None if published_name is None else published(published_name)
-    runs = list(zip(_names(folders), map(results_of, folders), strict=True))
+    runs = list(zip(run_names(folders), map(results_of, folders), strict=True))
     warnings = list(warnings_of(runs, table))
     scores: dict[str, Scores] = {}
     for (name, _), folder in zip(runs, folders, strict=True) if len(runs) > 1 else ():
         try:
-            scores[name] = final_scores(folder, root)
+            scores[name] = final_scores(folder, root, without)
         except (RegistryError, ValueError) as error:
             warnings.append(f"{name} is not tested: {error}")
     differences: list[Difference] = []
@@ -65,14 +71,15 @@ def compare(folders: Sequence[Path], published_name: str | None = None, root: Pa
     )
 
 
-def final_scores(folder: Path, root: Path | None = None) -> Scores:
+def final_scores(folder: Path, root: Path | None = None, without: Collection[str] = ()) -> Scores:
     """Score of every question of the headline route's last row; of tasks whose accuracy is the mean of these alone."""
     examined = open_examined(folder, root)
     eval_spec, last = examined.eval_spec, examined.rows[-1]
     route = eval_spec.settings.routes[0]
     scores = {}
     for task, name in enumerate(eval_spec.sequence.names):
-        if examined.results.headline.matrix[last][task] is not None:
+        is_asked = eval_spec.sequence.tasks[task].scorer not in without
+        if is_asked and examined.results.headline.matrix[last][task] is not None:
             cell = score_cell(eval_spec, last, task, route)
             if cell.is_mean:
                 scores[name] = dict(zip(eval_spec.rows[name]["id"], cell.scores, strict=True))
@@ -118,13 +125,15 @@ def _untestable(first: Results, other: Results) -> str | None:
     return None
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, or their paths where two have one name.
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as many of those above them as tell all apart.
 
     Raises:
         RegistryError: a folder is given twice.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise RegistryError("a run is given twice; a run does not differ from itself")
-    short = [folder.resolve().name for folder in folders]
-    return short if len(set(short)) == len(short) else [folder.as_posix() for folder in folders]
+    parts, num = [folder.resolve().parts for folder in folders], 1
+    while len({one[-num:] for one in parts}) < len(parts):
+        num += 1
+    return ["/".join(one[-num:]) for one in parts]

@@ -39,9 +39,7 @@ def matrix_table(results: Results, route: str | None = None) -> Table:
         table.add_column(task, justify="right")
     for j, row in enumerate(measured.matrix):
         cells = [f"[bold]{number(value)}[/bold]" if i == j else number(value) for i, value in enumerate(row)]
-        cells = [
-            above(cell, around, digits=0) for cell, around in zip(cells, _intervals(measured, j, row), strict=True)
-        ]
+        cells = [above(cell, around, digits=0) for cell, around in zip(cells, intervals_of(measured, j), strict=True)]
         table.add_row(results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells)))
     table.caption = "\n".join((metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
     table.caption_justify = "left"
@@ -84,17 +82,28 @@ def matrix_markdown(results: Results, route: str | None = None) -> str:
     """The same matrix as a Markdown table, followed by its metrics."""
     name = route or next(iter(results.routes))
     measured = results.routes[name]
-    rows = []
-    for j, row in enumerate(measured.matrix):
-        cells = map(_beside, map(number, row), _intervals(measured, j, row))
-        rows.append([results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells))])
-    table = markdown(["after \\ on", *results.tasks], rows, num_text_columns=1)
+    headings, *rows = matrix_rows(results, name)
+    table = markdown(headings, rows, num_text_columns=1)
     return "\n\n".join((table, metrics_line(measured.metrics, measured.metric_intervals), *notes(results, name)))
+
+
+def matrix_rows(results: Results, route: str) -> list[list[str]]:
+    """The matrix as text: the headings, then a line per learned task, each cell with its interval in brackets."""
+    measured, rows = results.routes[route], [["after \\ on", *results.tasks]]
+    for j, row in enumerate(measured.matrix):
+        cells = map(_beside, map(number, row), intervals_of(measured, j))
+        rows.append([results.tasks[j], *("" if i > j and row[i] is None else cell for i, cell in enumerate(cells))])
+    return rows
 
 
 def metrics_markdown(runs: Sequence[Results]) -> str:
     """Several runs side by side as a Markdown table."""
-    return markdown(list(METRIC_HEADINGS), _metric_rows(runs, _beside), num_text_columns=len(TEXT_HEADINGS))
+    return markdown(METRIC_HEADINGS, metric_rows(runs), num_text_columns=len(TEXT_HEADINGS))
+
+
+def metric_rows(runs: Sequence[Results]) -> list[list[str]]:
+    """The lines of that table, in the order of `METRIC_HEADINGS`."""
+    return _metric_rows(runs, _beside)
 
 
 def run_label(results: Results, route: str) -> str:
@@ -156,9 +165,9 @@ def above(cell: str, interval: Interval | None, digits: int) -> str:
     return cell if interval is None else f"{cell}\n[dim]{span(interval, digits)}[/dim]"
 
 
-def _intervals(measured: RouteResults, j: int, row: Sequence[float | None]) -> Sequence[Interval | None]:
+def intervals_of(measured: RouteResults, j: int) -> Sequence[Interval | None]:
     """Row j of the intervals; none in results that were written before there were any."""
-    return measured.intervals[j] if measured.intervals else [None] * len(row)
+    return measured.intervals[j] if measured.intervals else [None] * len(measured.matrix[j])
 
 
 def _part(results: Results) -> str:

@@ -346,12 +346,21 @@ def test_a_report_draws_what_a_run_has(lesson, lesson_of, tmp_path):
     plain = lesson_of("sequential_lora")
     result = type_in("report", lesson.recipe.run, "--out", tmp_path / "one")
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["confusion.png", "growth.png", "matrix.png"]
+    assert names_in(tmp_path / "one") == files_of_report("confusion", "growth")
     assert type_in("report", plain.recipe.run, "--out", tmp_path / "two").exit_code == 0
-    assert [path.name for path in (tmp_path / "two").iterdir()] == ["matrix.png"]
+    assert names_in(tmp_path / "two") == files_of_report()
     both = type_in("report", plain.recipe.run, lesson.recipe.run, "--out", tmp_path / "both")
     assert "sequential_lora" in both.output and "cmoe" in both.output
-    assert len(list((tmp_path / "both").iterdir())) == 3
+    assert names_in(tmp_path / "both") == files_of_report("comparison", "confusion_run_2", "growth_run_2")
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def files_of_report(*figures: str) -> set[str]:
+    drawn = {f"{name}.{kind}" for name in ("matrix", "forgetting", *figures) for kind in ("png", "svg")}
+    return {"report.html", "tables.md", "tables.tex", *drawn}
 
 
 def test_a_report_of_nothing_says_how_to_get_results(run):

@@ -7,7 +7,14 @@ import pytest
 
 from llava_cmoe.evaluation.log import LocatorResults, Results, RouteResults
 from llava_cmoe.evaluation.metrics import DEFINITIONS, all_metrics
-from llava_cmoe.report.figures import draw_confusion, draw_growth, draw_matrices, site_label
+from llava_cmoe.report.figures import (
+    draw_confusion,
+    draw_forgetting,
+    draw_growth,
+    draw_matrices,
+    site_label,
+    site_labels,
+)
 
 TASKS = ("ScienceQA", "TextVQA", "ImageNet")
 
@@ -52,6 +59,32 @@ def test_the_same_numbers_give_the_same_bytes(tmp_path: Path) -> None:
         draw(make_results(), tmp_path / "b.png")
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
         assert min(size_of(tmp_path / "a.png")) > 100
+
+
+def test_an_svg_is_the_same_each_time_and_needs_no_font(tmp_path: Path) -> None:
+    for name in ("a.svg", "b.svg"):
+        draw_confusion(make_results(), tmp_path / name)
+    text = (tmp_path / "a.svg").read_text()
+    assert text == (tmp_path / "b.svg").read_text() and "<path" in text and "<text" not in text
+
+
+def test_how_tasks_are_remembered_is_a_panel_per_task_and_a_line_per_run(tmp_path: Path) -> None:
+    shorter = make_results(num_learned=1)
+    for num, runs in enumerate(([make_results()], [make_results(), shorter])):
+        draw_forgetting(runs, tmp_path / f"{num}.png")
+        assert min(size_of(tmp_path / f"{num}.png")) > 100
+    assert (tmp_path / "0.png").read_bytes() != (tmp_path / "1.png").read_bytes()
+
+
+def test_a_name_with_dollar_signs_is_a_name(tmp_path: Path) -> None:
+    tasks = (r"$\frac$", "a$b", "c")
+    draw_forgetting([make_results().model_copy(update={"tasks": tasks})], tmp_path / "dollars.png")
+    assert min(size_of(tmp_path / "dollars.png")) > 100
+
+
+def test_sites_that_would_read_alike_keep_the_end_of_their_names() -> None:
+    sites = ["layers.0.self_attn", "layers.0.mlp", "layers.1.mlp"]
+    assert site_labels(sites) == ["layer 0 self_attn", "layer 0 mlp", "layer 1"]
 
 
 def test_a_run_without_verdicts_or_sites_is_refused_by_name(tmp_path: Path) -> None:

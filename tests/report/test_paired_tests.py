@@ -118,4 +118,4 @@ def test_mistakes_are_told_before_anything_is_read(runs: list[Path], tmp_path: P
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(runs: list[Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(runs[0], tmp_path / "other" / "cmoe"))
-    assert [column.name for column in compare([runs[1], other]).runs] == [str(runs[1]), str(other)]
+    assert [column.name for column in compare([runs[1], other]).runs] == [f"{tmp_path.name}/cmoe", "other/cmoe"]
