@@ -222,15 +222,6 @@ def test_what_an_engine_cannot_hold_is_refused_before_the_backbone_is_loaded(
             sequence.learn(make(method, *overrides))
 
 
-def test_eight_stages_leave_no_engine_and_no_memory_behind(tiny_backbone: Path):
-    for engine in ("zero2", "zero3"):
-        told = started(engine, [str(TESTS / "eight_stages.py"), str(tiny_backbone)], num_processes=1)
-        assert told.returncode == 0, told.stderr[-4000:]
-        left = json.loads(told.stdout.splitlines()[-1])
-        assert [stage["engines"] for stage in left] == [0] * 8
-        assert len({stage["bytes"] for stage in left}) == 1
-
-
 def test_the_configurations_differ_in_what_their_names_say():
     configs = {path.stem: yaml.safe_load(path.read_text()) for path in shipped("zero_configs").glob("*.yaml")}
     assert {*ENGINES, "single", "cpu_debug", "two_nodes"} == set(configs)

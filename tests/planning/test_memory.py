@@ -1,7 +1,9 @@
 """Bytes by part: what real steps hold, alone and under DeepSpeed, what bitsandbytes packs, and the formulas."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -154,29 +156,54 @@ SEVERAL: dict[str, tuple[tuple[dict[str, Any], str, str, str], ...]] = {
 """Method, precision of the frozen weights, of arithmetic, and optimizer, by engine."""
 
 
-@pytest.mark.parametrize(("engine", "strategy"), [("zero2", "ZeRO-2"), ("zero3", "ZeRO-3")])
-def test_a_real_engine_holds_what_is_computed(engine: str, strategy: str, tiny_backbone: Path):
-    recipes = [
+def recipes_under(engine: str, backbone: Path) -> list[Recipe]:
+    return [
         Recipe.model_validate(
             {
                 "run": "runs/x",
-                "backbone": {"path": str(tiny_backbone), "dtype": dtype},
+                "backbone": {"path": str(backbone), "dtype": dtype},
                 "method": method,
                 "training": {"batch_size": 2, "precision": precision, "optimizer": optimizer},
             }
         )
         for method, dtype, precision, optimizer in SEVERAL[engine]
     ]
-    script = str(Path(__file__).with_name("engine_bytes.py"))
-    finished = started(engine, [script, *(recipe.model_dump_json() for recipe in recipes)], num_processes=1)
-    assert finished.returncode == 0, finished.stderr[-4000:]
-    for recipe, held in zip(recipes, json.loads(finished.stdout.splitlines()[-1]), strict=True):
+
+
+@pytest.fixture(scope="module")
+def seen_under(tiny_backbone: Path) -> Callable[[str], dict[str, Any]]:
+    """What a process trained under an engine sees, each engine once."""
+
+    @cache
+    def seen(engine: str) -> dict[str, Any]:
+        script = str(Path(__file__).with_name("engine_bytes.py"))
+        recipes = [recipe.model_dump_json() for recipe in recipes_under(engine, tiny_backbone)]
+        finished = started(engine, [script, *recipes], num_processes=1)
+        assert finished.returncode == 0, finished.stderr[-4000:]
+        found: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+        return found
+
+    return seen
+
+
+@pytest.mark.parametrize(("engine", "strategy"), [("zero2", "ZeRO-2"), ("zero3", "ZeRO-3")])
+def test_a_real_engine_holds_what_is_computed(
+    engine: str, strategy: str, tiny_backbone: Path, seen_under: Callable[[str], dict[str, Any]]
+):
+    for recipe, held in zip(recipes_under(engine, tiny_backbone), seen_under(engine)["held"], strict=True):
         planned = on_paper(recipe)
         next(fit for fit in fits_on_paper(planned, 2) if (fit.stage, fit.label) == (1, "training"))
         memory = memory_of(states_of(recipe, planned), STRATEGY[strategy], num_gpus=1)
         assert held["frozen"] == (memory.backbone["none"] or 0) + memory.pool
         assert (held["trained"], held["gradients"], held["widths"]) == (memory.trained, memory.gradients, [4])
         assert held["optimizer"] == memory.optimizer
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_eight_stages_leave_no_engine_and_no_memory_behind(engine: str, seen_under: Callable[[str], dict[str, Any]]):
+    left = seen_under(engine)["left"]
+    assert [stage["engines"] for stage in left] == [0] * 8
+    assert len({stage["bytes"] for stage in left}) == 1
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2, 8])
