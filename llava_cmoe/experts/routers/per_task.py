@@ -96,14 +96,16 @@ class TaskRouters(Router):
             delattr(self, f"task_{len(self)}")
 
     def state_of(self, task: int) -> dict[str, Tensor]:
-        """The task's weight as `router`, and `router_ids` where these are not the experts from 0 on.
+        """The task's weight as `router`, and `router_ids` where these are not all experts that there were.
 
-        Nothing for a router that knows no expert.
+        Whoever adds experts knows them, so what there was is what is known up to this task. Nothing for a router that
+        knows no expert.
         """
         weight_ED, ids = self.weight(task), self.known[task]
         if weight_ED is None:
             return {}
-        named = {} if ids == tuple(range(len(ids))) else {"router_ids": torch.tensor(ids)}
+        num_experts = 1 + max(max(known, default=-1) for known in self.known[: task + 1])
+        named = {} if ids == tuple(range(num_experts)) else {"router_ids": torch.tensor(ids)}
         return {"router": weight_ED.detach().to("cpu", copy=True), **named}
 
     def shapes_of_next(self, num_experts: int, given: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
