@@ -12,11 +12,21 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.sites import image_token_of, llm_layers
 
-Feature = Literal["last", "mean", "vision", "text"]
+Feature = Literal["last", "mean", "vision", "text", "both"]
+
+
+BOTH: tuple[Feature, Feature] = ("vision", "text")
+
+
+def feature_width(model: PreTrainedModel, feature: Feature) -> int:
+    """D of a feature."""
+    width = int(model.config.get_text_config().hidden_size)  # type: ignore[no-untyped-call]
+    return len(BOTH) * width if feature == "both" else width
 
 
 class _LayerReached(Exception):
@@ -40,10 +50,11 @@ def prompt_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: i
         layer: index into transformers' `hidden_states`: 0 is the embedding output with the image features in place,
             k the output of the k-th LLM layer, and -1 the last layer's output *after* the final norm.
         feature: the last token's state, or the mean state of all tokens, of the image's (`vision`; zeros for a prompt
-            without one), or of the others (`text`; above layer 0 they have seen the image).
+            without one), or of the others (`text`; above layer 0 they have seen the image). `both` has those two side by
+            side, each normalised, so that neither's scale drowns the other.
 
     Returns:
-        feature_BD in float32, without gradient.
+        feature_BD in float32, without gradient; twice as wide as the model for `both`.
 
     Raises:
         ValueError: no such layer, an empty prompt, or a batch with `labels` (its last token would be the answer's); the
@@ -117,6 +128,9 @@ def _pooled(model: PreTrainedModel, prompts: Mapping[str, Tensor], hidden_BTD: T
         place_T = torch.arange(mask_BT.shape[1], device=hidden_BTD.device)
         last_B = (mask_BT.bool() * place_T).argmax(dim=1)
         return hidden_BTD[torch.arange(len(last_B), device=hidden_BTD.device), last_B].float()
+    if feature == "both":
+        parts = (_pooled(model, prompts, hidden_BTD, part) for part in BOTH)
+        return torch.cat([layer_norm(part_BD, part_BD.shape[-1:]) for part_BD in parts], dim=1)
     return _mean(hidden_BTD, _averaged(model, prompts, feature).to(hidden_BTD.device))
 
 

@@ -133,10 +133,10 @@ class Locator(ABC):
         # Identical prompts have identical errors; eps keeps their score finite.
         std = error_S.std().clamp_min(torch.finfo(torch.float32).eps)
         threshold = torch.quantile((error_S - mean) / std, UNSEEN_QUANTILE).clamp_min(UNSEEN_FLOOR)
-        if self._settings.score == "raw":
-            threshold = mean + threshold * std
         if self._settings.unseen_threshold is not None:
             threshold = torch.full_like(threshold, self._settings.unseen_threshold)
+        if self._settings.score == "raw":
+            threshold = mean + threshold * std
         return dict(zip(STATISTICS, (mean, std, threshold), strict=True))
 
 

@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from llava_cmoe.backbones.features import feature_in_passing
+from llava_cmoe.backbones.features import feature_in_passing, feature_width
 from llava_cmoe.backbones.sites import image_token_of
 from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import Processor
@@ -41,9 +41,9 @@ class TaskLocating:
         Raises:
             RecipeError: features of pictures are wanted from a model that reads text alone.
         """
-        if settings.feature == "vision" and image_token_of(model) is None:
+        if settings.feature in ("vision", "both") and image_token_of(model) is None:
             raise RecipeError(
-                f"method.locator.feature is vision, but a {model.config.model_type} reads text alone; set it to last, "
+                f"method.locator.feature is {settings.feature}, but a {model.config.model_type} reads text alone; set it to last, "
                 "mean or text"
             )
         self._settings, self._model, self._context = settings, model, context
@@ -53,7 +53,7 @@ class TaskLocating:
     def planned_size(self) -> Size:
         """What a task's locator will take, by fitting three features: the fewest that can be fitted."""
         locator = LOCATORS[self._settings.kind](self._settings.model_copy(update={"epochs": 1}))
-        width = int(self._model.config.get_text_config().hidden_size)
+        width = feature_width(self._model, self._settings.feature)
         with torch.device("cpu"):  # also where the model has no weights
             return ledger.size_of(locator.fit(torch.randn(3, width), seed=0).values())
 

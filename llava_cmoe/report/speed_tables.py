@@ -1,11 +1,10 @@
-"""The sections of docs/results.md about speed: costs of a step by variant and by the number of tasks, free locating."""
+"""The sections of docs/results.md about speed: costs of a step by variant and by the number of tasks, of locating."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from llava_cmoe.report.headline import Headline, headline_markdown
-from llava_cmoe.report.page_parts import Document, missing, named, pictures, read_document, source
+from llava_cmoe.report.page_parts import Document, missing, named, pictures, read_document
 from llava_cmoe.report.tables import markdown
 
 
@@ -83,7 +82,8 @@ def locating_section(results: Path) -> str:
         return missing("Locating and batches", path)
     found = read_document(path)
     text = (
-        "A prefill that is told the task (`oracle`) and one that finds it first, and answers of four tokens: "
+        "A prefill that is told the task (`oracle`), one that finds it on its way (`free`) and one after a pass that "
+        "does (`twice`, or `located` where nothing else is possible); and answers of four tokens: "
         f"{found['answers_a_second']['batch']:.1f} a second in batches of {found['batch'][0]} prompts of all tasks, "
         f"{found['answers_a_second']['single']:.1f} one by one, {found['batch_to_single']:.1f} times as many."
     )
@@ -114,25 +114,3 @@ def _facts(found: Document) -> str:
         f"turns, {found['device']}, {found['threads']} thread(s), torch {found['versions']['torch']}"
     )
 
-
-def free_section(results: Path) -> str:
-    """What locating inside the prefill saves in time and costs in accuracy."""
-    speed, headline = results / "speed.json", results / "pocket_free.json"
-    if not (speed.exists() and headline.exists()):
-        return missing("Free locating", headline if speed.exists() else speed)
-    text = (
-        "With `method.locator.free` no expert lives below the layer that the locator reads, so the task is located "
-        "inside the prefill that answers. `oracle` is given the task, `free` locates inside the prefill, `twice` in a "
-        "forward pass before it."
-    )
-    timed, free = read_document(speed), Headline.model_validate_json(headline.read_bytes())
-    parts = (
-        "## Free locating",
-        text,
-        _routes(timed),
-        named(speed, _run_facts(timed)),
-        "Layers without experts cost accuracy; compare with `cmoe` of the [headline](#headline):",
-        headline_markdown(free),
-        source(headline, free),
-    )
-    return "\n\n".join(parts)

@@ -12,11 +12,11 @@ from llava_cmoe.settings.base import Settings
 class LocatorSettings(Settings):
     """Probabilistic task locator: a model per task of a frozen feature of the prompt."""
 
-    kind: Literal["vae", "autoencoder", "gaussian", "prototype"] = "vae"
+    kind: Literal["vae", "autoencoder", "ppca", "gaussian", "prototype"] = "vae"
     """What a task is modelled by, and hence what an error is: of reconstruction, a density, a distance to the mean."""
-    feature: Literal["last", "mean", "vision", "text"] = "last"
-    """State of the last prompt token, or mean state of all prompt tokens, of the image's, or of all others; `vision`
-    of a prompt without a picture is zeros."""
+    feature: Literal["last", "mean", "vision", "text", "both"] = "last"
+    """State of the last prompt token, or mean state of all prompt tokens, of the image's, of all others, or the last
+    two side by side, each normalised; `vision` of a prompt without a picture is zeros."""
     layer: int = -1
     """LLM layer whose states are the feature: 0 is the embedding, -1 the last layer."""
     free: bool = False
@@ -25,7 +25,7 @@ class LocatorSettings(Settings):
     hidden: int = Field(512, gt=0)
     """Width of the hidden layers of VAE and auto-encoder."""
     latent: int = Field(64, gt=0)
-    """Width of their latent."""
+    """Width of their latent; directions of a task's own in probabilistic PCA (`ppca`)."""
     beta: float = Field(1e-3, ge=0)
     """Weight of the VAE's KL term."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -43,8 +43,8 @@ class LocatorSettings(Settings):
     score: Literal["z", "raw"] = "z"
     """What tasks are compared by: errors in units of the task's own held-out mean and std, or errors as they are."""
     unseen_threshold: float | None = None
-    """Lowest score above which no task fits and the base model answers; calibrated per task when absent
-    (99th percentile of its own held-out scores, at least 3 std above their mean)."""
+    """How many std above the mean of a task's own held-out errors an error no longer fits, so that the base model
+    answers; calibrated per task when absent (their 99th percentile, at least 3)."""
     selection: Literal["hard", "soft"] = "hard"
     """The closest task's routers answer alone, or those of the closest few, weighted by softmax(-score / T)."""
     temperature: float = Field(1.0, gt=0)

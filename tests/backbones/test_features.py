@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_cmoe.backbones.features import feature_in_passing, prompt_feature
+from llava_cmoe.backbones.features import feature_in_passing, feature_width, prompt_feature
 
 last_token_feature = partial(prompt_feature, feature="last")
 
@@ -146,7 +146,7 @@ def test_all_tokens_are_the_images_and_the_others(tiny_llava, tiny_processor):
     torch.testing.assert_close(together_BD, mean_BD, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("feature", MEANS)
+@pytest.mark.parametrize("feature", (*MEANS, "both"))
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_mean_has_the_same_bits_whatever_the_padding(tiny_llava, tiny_processor, layer, feature):
     right = collate(tiny_processor, TEXTS)
@@ -161,7 +161,7 @@ def test_a_mean_has_the_same_bits_whatever_the_padding(tiny_llava, tiny_processo
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("feature", MEANS)
+@pytest.mark.parametrize("feature", (*MEANS, "both"))
 def test_batch_mates_do_not_matter_for_a_mean(tiny_llava, tiny_processor, layer, feature):
     together_BD = prompt_feature(tiny_llava, collate(tiny_processor, TEXTS, "left"), layer, feature)
     alone_BD = torch.cat(
@@ -182,7 +182,7 @@ def test_only_states_that_can_see_the_picture_depend_on_it(tiny_llava, tiny_proc
     batch = collate(tiny_processor, TEXTS)
     repainted = batch | {"pixel_values": -batch["pixel_values"]}
     for layer in LAYERS:
-        for feature in MEANS:
+        for feature in (*MEANS, "both"):
             before_BD, after_BD = (prompt_feature(tiny_llava, inputs, layer, feature) for inputs in (batch, repainted))
             assert torch.equal(before_BD, after_BD) == (layer == 0 and feature == "text")
 
@@ -204,13 +204,27 @@ def test_vision_of_a_prompt_without_a_picture_is_zeros(tiny_llava, tiny_processo
     assert with_picture_D.any() and not without_D.any()
 
 
+@pytest.mark.parametrize("layer", LAYERS)
+def test_both_has_picture_and_words_side_by_side_each_at_the_same_scale(tiny_llava, tiny_processor, layer):
+    texts, image = [*TEXTS[:2], "Yes or no?"], Image.new("RGB", (24, 24), (9, 90, 200))
+    mixed = dict(tiny_processor(text=texts, images=[image, image], padding=True, return_tensors="pt"))
+    both_BD = prompt_feature(tiny_llava, mixed, layer, "both")
+    assert both_BD.shape == (3, feature_width(tiny_llava, "both")) and both_BD.dtype == torch.float32
+    for half_BD, feature in zip(both_BD.chunk(2, dim=1), ("vision", "text"), strict=True):
+        part_BD = prompt_feature(tiny_llava, mixed, layer, feature)
+        expected_BD = torch.nn.functional.layer_norm(part_BD, (feature_width(tiny_llava, feature),))
+        assert torch.equal(half_BD, expected_BD)
+    assert not both_BD[2].chunk(2)[0].any()  # a prompt without a picture
+
+
 def test_a_model_of_text_alone_has_words_and_no_picture(tiny_llava, tiny_processor):
     batch = dict(tiny_processor(text=["Yes or no?"], return_tensors="pt"))
     language_model = tiny_llava.model.language_model
     words_BD, all_BD = (prompt_feature(language_model, batch, 1, feature) for feature in ("text", "mean"))
     assert torch.equal(words_BD, all_BD)
-    with pytest.raises(ValueError, match="a llama reads no pictures; set locator.feature to last, mean or text"):
-        prompt_feature(language_model, batch, 1, "vision")
+    for feature in ("vision", "both"):
+        with pytest.raises(ValueError, match="a llama reads no pictures; set locator.feature to last, mean or text"):
+            prompt_feature(language_model, batch, 1, feature)
 
 
 # Read in passing.
@@ -226,7 +240,7 @@ def passing(model, batch, layer, feature):
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("feature", ["last", "mean", "vision", "text"])
+@pytest.mark.parametrize("feature", ["last", "mean", "vision", "text", "both"])
 def test_without_padding_to_move_the_feature_in_passing_has_the_same_bits(tiny_llava, tiny_processor, layer, feature):
     batch = collate(tiny_processor, TEXTS)
     (feature_BD,), logits_BTV = passing(tiny_llava, batch, layer, feature)
@@ -235,7 +249,7 @@ def test_without_padding_to_move_the_feature_in_passing_has_the_same_bits(tiny_l
         assert torch.equal(logits_BTV, tiny_llava(**batch).logits)
 
 
-@pytest.mark.parametrize("feature", ["last", "mean", "vision", "text"])
+@pytest.mark.parametrize("feature", ["last", "mean", "vision", "text", "both"])
 def test_padding_on_the_left_moves_the_feature_in_passing_by_rounding_only(tiny_llava, tiny_processor, feature):
     batch = collate(tiny_processor, TEXTS, "left")
     (feature_BD,), _ = passing(tiny_llava, batch, 1, feature)

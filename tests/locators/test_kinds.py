@@ -65,7 +65,7 @@ def kind(request):
 def test_the_table_and_the_settings_know_the_same_kinds():
     for name in LOCATORS:
         assert LocatorSettings(kind=name).kind == name
-    with pytest.raises(RecipeError, match="kind: .*'vae', 'autoencoder', 'gaussian' or 'prototype'"):
+    with pytest.raises(RecipeError, match="kind: .*'vae', 'autoencoder', 'ppca', 'gaussian' or 'prototype'"):
         parse_settings(LocatorSettings, {"kind": "oracle"}, source="recipe")
 
 
@@ -171,6 +171,14 @@ def test_a_task_alone_rejects_the_same_prompts_by_raw_error_as_by_z_score(kind):
     assert torch.equal(*verdicts) and 10 < int((verdicts[0] == -1).sum()) < 290
 
 
+@pytest.mark.parametrize("score", ["z", "raw"])
+def test_a_threshold_that_is_set_counts_in_std_of_the_tasks_own_errors_by_either_score(fits, score):
+    settings = settings_of("prototype", score=score, unseen_threshold=2.5)
+    model = LOCATORS["prototype"](settings).fit(prompts(0, 200, seed=0), seed=7)
+    expected = model["error_mean"] + 2.5 * model["error_std"] if score == "raw" else torch.tensor(2.5)
+    torch.testing.assert_close(model["threshold"], expected)
+
+
 def test_a_raw_score_is_the_error_itself(fits):
     locator = locator_of(settings_of("prototype", score="raw"), fits["prototype", "reconstruction"])
     feature_BD = prompts(0, 5, seed=61)
@@ -242,6 +250,43 @@ def test_a_fully_shrunk_gaussian_scores_as_the_prototype_does(fits):
     score_BN = locator_of(round_settings, fit_all(round_settings)).locate(feature_BD).score_BN
     expected_BN = locator_of(settings_of("prototype"), fits["prototype", "reconstruction"]).locate(feature_BD).score_BN
     torch.testing.assert_close(score_BN, expected_BN, rtol=1e-3, atol=1e-3)
+
+
+# Probabilistic PCA.
+
+
+def ppca_of(latent, feature_SD):
+    locator = LOCATORS["ppca"](settings_of("ppca", latent=latent, score="raw"))
+    locator.add(locator.fit(feature_SD, seed=7))
+    return locator
+
+
+@pytest.mark.parametrize("num", [8, 20, 200])  # fewer features than directions, than entries, and many
+@pytest.mark.parametrize("latent", [1, 6, WIDTH])
+def test_the_ppcas_error_is_the_negative_log_likelihood_of_its_own_directions_and_one_variance(num, latent):
+    locator, asked_BD = ppca_of(latent, prompts(0, num, seed=0)), prompts(0, 7, seed=1)
+    model = {name: tensor.double() for name, tensor in locator.tensors_of(0).items()}
+    directions_DK, residual = model["directions"], model["residual"]
+    assert directions_DK.shape == (WIDTH, latent)
+    wider_K = model["variances"] - residual
+    covariance_DD = directions_DK * wider_K @ directions_DK.T + residual * torch.eye(WIDTH)
+    normal = torch.distributions.MultivariateNormal(model["mean"], covariance_DD)
+    expected_B = -normal.log_prob(normalised(asked_BD).double()) / WIDTH
+    torch.testing.assert_close(locator.locate(asked_BD).score_BN[:, 0].double(), expected_B, rtol=1e-3, atol=1e-3)
+
+
+def test_no_ppca_of_as_many_directions_makes_the_features_likelier():
+    """Its closed form is the maximum: turned a little, or with any variance changed, it fits less."""
+    feature_SD = prompts(0, 200, seed=0)
+    locator = LOCATORS["ppca"](settings_of("ppca", latent=3))
+    x_SD = normalised(feature_SD)
+    best = locator.model(x_SD, x_SD[:0], torch.Generator())
+    turn_DD = torch.matrix_exp(0.05 * (lambda draw: draw - draw.T)(torch.randn(WIDTH, WIDTH)))
+    others = {"directions": turn_DD @ best["directions"], "residual": 1.2 * best["residual"]}
+    others |= {"variances": best["variances"] * 0.8, "mean": best["mean"] + 0.05}
+    least = locator.error(best, x_SD).mean()
+    for name, tensor in others.items():
+        assert locator.error(best | {name: tensor}, x_SD).mean() > least, name
 
 
 # Selection.

@@ -21,6 +21,7 @@ SMALL = ("data.train_rows=12", "data.eval_rows=4", "evaluation.routes=[located]"
 LESSONS = {
     "vae": ("error=elbo", "feature=text", "layer=1"),
     "autoencoder": ("feature=mean", "selection=soft", "temperature=2.0"),
+    "ppca": ("feature=both", "layer=0", "free=true", "score=raw", "latent=3"),
     "gaussian": ("feature=vision", "score=raw"),
     "prototype": ("score=raw", "selection=soft", "num_mixed=3", "unseen_threshold=1000.0"),
 }

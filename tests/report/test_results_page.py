@@ -20,7 +20,6 @@ SOURCES = {
     "Cost of a step": "speed_steps.json",
     "Cost against the number of tasks": "speed_tasks.json",
     "Locating and batches": "speed_locating.json",
-    "Free locating": "speed.json",
 }
 
 
