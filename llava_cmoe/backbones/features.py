@@ -50,8 +50,8 @@ def prompt_feature(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: i
         layer: index into transformers' `hidden_states`: 0 is the embedding output with the image features in place,
             k the output of the k-th LLM layer, and -1 the last layer's output *after* the final norm.
         feature: the last token's state, or the mean state of all tokens, of the image's (`vision`; zeros for a prompt
-            without one), or of the others (`text`; above layer 0 they have seen the image). `both` has those two side by
-            side, each normalised, so that neither's scale drowns the other.
+            without one), or of the others (`text`; above layer 0 they have seen the image). `both` has those two side
+            by side, each normalised, so that neither's scale drowns the other.
 
     Returns:
         feature_BD in float32, without gradient; twice as wide as the model for `both`.

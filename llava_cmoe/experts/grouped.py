@@ -3,8 +3,8 @@
     tokens, once per slot, sorted by expert --- A_e: I -> R --- times share --- B_e: R -> O --- summed per token
 
 `stack.py` computes all experts of a block for all tokens: E * R columns, the fewer kernels. This way computes R columns
-per slot, whatever E is, and pays for it by sorting tokens and copying them. Nothing is read back from the device: a slot
-whose expert is not among these is computed, too, by the first of them and with a share of zero.
+per slot, whatever E is, and pays for it by sorting tokens and copying them. Nothing is read back from the device: a
+slot whose expert is not among these is computed, too, by the first of them and with a share of zero.
 Shape letters: B batch, T tokens, C slots of a token, N slots in all, E experts, R rank, I and O widths of the linear.
 """
 

@@ -21,7 +21,7 @@ VARIANCE_FLOOR = 1e-6
 
 
 class PpcaLocator(Locator):
-    """A density per task: `mean` (D), `directions` (D, K) with `variances` (K), and the `residual` variance elsewhere."""
+    """A density per task: `mean` (D), `directions` (D, K) with `variances` (K), `residual` variance elsewhere."""
 
     names = ("mean", "directions", "variances", "residual")
 

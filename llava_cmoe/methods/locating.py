@@ -43,8 +43,8 @@ class TaskLocating:
         """
         if settings.feature in ("vision", "both") and image_token_of(model) is None:
             raise RecipeError(
-                f"method.locator.feature is {settings.feature}, but a {model.config.model_type} reads text alone; set it to last, "
-                "mean or text"
+                f"method.locator.feature is {settings.feature}, but a {model.config.model_type} reads text alone; set "
+                "it to last, mean or text"
             )
         self._settings, self._model, self._context = settings, model, context
         self.features = FrozenFeatures(model, processor, context, settings.layer, settings.feature)

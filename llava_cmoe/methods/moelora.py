@@ -18,7 +18,7 @@ from llava_cmoe.data.batches import Batch
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.experts import ledger
 from llava_cmoe.experts.plan import RoutePlan
-from llava_cmoe.experts.routers.per_task import TaskRouters
+from llava_cmoe.experts.routers.dense import DenseRouter
 from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import Costs, DeferredLocation, ExtraLoss, Method, StageData, Tensors, no_extra_loss
@@ -41,15 +41,15 @@ class MoeLora(Method):
         """Put all experts beside every linear of the LLM's attention and FFNs."""
         self.model, self.processor = model, processor
         rank = settings.rank // settings.num_experts
-        # Every token uses every expert (top-k over all of them is a dense softmax); the scale stays alpha / total rank.
+        # The scale stays alpha / total rank.
         self.host = install(
             model,
             linear_sites(model),
-            lambda width: TaskRouters(width, top_k=settings.num_experts),
+            DenseRouter,
             rank=rank,
             alpha=settings.alpha * rank / settings.rank,
         )
-        generator, routers = torch.Generator().manual_seed(seed), self.host.routers(TaskRouters)
+        generator, routers = torch.Generator().manual_seed(seed), self.host.routers(DenseRouter)
         for site, bank in self.host.banks.items():
             bank.grow(settings.num_experts, generator=generator)
             routers[site].add_task(bank.ids, bank.anchor.device, generator)
