@@ -3,8 +3,8 @@
     task t   probe     temporary experts learn a tenth of the task; where are they used?     `probing.py`, Eq. 2
              grow      new experts in those layers, copies of the most used old one          Eq. 3
              train     new experts and a new router in every layer; everything older is frozen
-             locate    a VAE learns what the task's prompts look like to the frozen model    `locating.py`
-    prompt   route     the VAE that finds the prompt most familiar names the task t*; for the whole answer, every
+             locate    a model (a VAE) of what the task's prompts look like to the frozen backbone    `locating.py`
+    prompt   route     the task whose model finds the prompt most familiar is t*; for the whole answer, every
                        layer's router of t* picks its top k experts per token                hierarchical routing
 
     p(e | h, x) = sum_t 1[t = t*(x)] softmax(R_l^(t) h)_e
@@ -12,8 +12,9 @@
 A new router starts at random, with a head start for the task's own experts at its mean token: tokens that begin spread
 over the whole pool mostly choose experts that cannot learn any more, and the later a task comes the less it learns.
 
-Where no expert lives below LLM layer m (`experts.first_layer`), the state that enters layer m is the frozen model's
-own. With `locator.free` it is read inside the very pass that answers: layers below m, location, plan, layers from m on.
+Where no expert lives below LLM layer m (`experts.first_layer`, 0 where all layers may), the state that enters layer m is
+the frozen model's own. With `locator.free` it is read inside the very pass that answers: layers below m, location, plan,
+layers from m on.
 
 What differs from the paper is a setting whose default `docs/methods.md` explains: experts on attention, too, or before
 the LLM; a task that begins as the nearest learned one. The mixture itself is `experts/bank.py`.

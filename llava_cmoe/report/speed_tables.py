@@ -113,4 +113,3 @@ def _facts(found: Document) -> str:
         f"{found['dtype']}, {load['batch_size']} rows of {load['row_tokens']} tokens, medians of {load['turns']} "
         f"turns, {found['device']}, {found['threads']} thread(s), torch {found['versions']['torch']}"
     )
-
