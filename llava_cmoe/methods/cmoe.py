@@ -12,9 +12,9 @@
 A new router starts at random, with a head start for the task's own experts at its mean token: tokens that begin spread
 over the whole pool mostly choose experts that cannot learn any more, and the later a task comes the less it learns.
 
-Where no expert lives below LLM layer m (`experts.first_layer`, 0 where all layers may), the state that enters layer m is
-the frozen model's own. With `locator.free` it is read inside the very pass that answers: layers below m, location, plan,
-layers from m on.
+Where no expert lives below LLM layer m (`experts.first_layer`; m = 0 where all layers may), the state that enters layer
+m is the frozen model's own. With `locator.free` it is read inside the very pass that answers: layers below m, location,
+plan, layers from m on.
 
 What differs from the paper is a setting whose default `docs/methods.md` explains: experts on attention, too, or before
 the LLM; a task that begins as the nearest learned one. The mixture itself is `experts/bank.py`.
