@@ -50,11 +50,10 @@ class StudyText:
 
 STUDIES = {
     "growth": StudyText(
-        "Where experts grow, and what that costs; one seed, so no difference is claimed. `everywhere` and `nowhere`"
-        " are the bounds; `need` grows the more the less a learned task knows of the new one; `global_A` and "
-        "`layer_A` grow where probes are used more than the threshold of Eq. 2; `random_A` grows in as many layers,"
-        " drawn at random: the control of the choice of layers.",
-,
+        "Where experts grow, and what that costs; one seed, so no difference is claimed. `everywhere` and `nowhere` "
+        "are the bounds; `need` grows the more the less a learned task knows of the new one; `global_A` and "
+        "`layer_A` grow where probes are used more than the threshold of Eq. 2; `random_A` grows in as many layers, "
+        "drawn at random: the control of the choice of layers.",
         (),
     ),
     "design": StudyText(
@@ -71,7 +70,6 @@ STUDIES = {
         "What tells tasks apart, on validation rows; one seed, so no difference is claimed. `default` is the "
         "headline's locator: probabilistic PCA of words and picture as they enter the LLM. `paper` is a VAE of the "
         "last token of the last layer. All variants answer with the same experts.",
-,
         (),
     ),
     "sites": StudyText(
