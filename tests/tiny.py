@@ -50,6 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_per_task": {**LORA, "locator": LOCATOR},
     "hide": LORA,  # one layer sums, one mixes
     "moelora": {"rank": 8, "alpha": 16, "num_experts": 4},
+    "inc_moelora": LORA,
+    "dymoe": LORA,
     "moe_adapters": {**LORA, "num_experts": 6, "locator": {**LOCATOR, "kind": "autoencoder"}},
     "care": {**LORA, "num_classes": 3},
     "patch_routing": {**LORA, "condition_rank": 2, "locator": LOCATOR},

@@ -25,7 +25,7 @@ BOTH: tuple[Feature, Feature] = ("vision", "text")
 
 def feature_width(model: PreTrainedModel, feature: Feature) -> int:
     """D of a feature."""
-    width = int(model.config.get_text_config().hidden_size)  # type: ignore[no-untyped-call]
+    width = int(model.config.get_text_config().hidden_size)
     return len(BOTH) * width if feature == "both" else width
 
 

@@ -3,8 +3,10 @@
 from llava_cmoe.methods.base import Method
 from llava_cmoe.methods.care import Care
 from llava_cmoe.methods.cmoe import Cmoe
+from llava_cmoe.methods.dymoe import DyMoe
 from llava_cmoe.methods.ewc import Ewc
 from llava_cmoe.methods.hide import Hide
+from llava_cmoe.methods.inc_moelora import IncMoeLora
 from llava_cmoe.methods.joint import Joint
 from llava_cmoe.methods.lora_per_task import LoraPerTask
 from llava_cmoe.methods.lwf import Lwf
@@ -34,6 +36,8 @@ METHODS: dict[str, type[Method]] = {
     "lora_per_task": LoraPerTask,
     "hide": Hide,
     "moelora": MoeLora,
+    "inc_moelora": IncMoeLora,
+    "dymoe": DyMoe,
     "moe_adapters": MoeAdapters,
     "care": Care,
     "patch_routing": PatchRouting,

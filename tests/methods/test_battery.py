@@ -38,6 +38,8 @@ TRAINS: dict[str, list[str]] = {
     "lora_per_task": [LINEAR + OF_LINEARS],
     "hide": [LINEAR + OF_LINEARS],
     "moelora": [LINEAR + OF_LINEARS, LINEAR + r"router\.task_0"],
+    "inc_moelora": [BANK + OF_FFNS, BANK + r"router\.newest"],
+    "dymoe": [BANK + OF_FFNS, BANK + r"router\.newest"],
     "moe_adapters": [BANK + OF_FFNS, BANK + r"router\.(weight|noise)"],
     "care": [BANK + OF_FFNS, BANK + r"router\.(perceptron|router)_{stage}"],
     "patch_routing": [BANK + OF_FFNS, BANK + r"router\.(keys|into|out_of)_{stage}"],
@@ -84,6 +86,11 @@ def of_moelora(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, 
     return trained, trained
 
 
+def of_inc_moelora(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
+    trained = settings.num_new * (settings.rank * widths.ffn + widths.hidden) * widths.layers
+    return trained, trained
+
+
 def of_moe_adapters(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int]:
     trained = settings.num_experts - settings.num_frozen * record.index  # of two tasks
     found = (
@@ -125,6 +132,8 @@ def of_cmoe(widths: Widths, settings: Any, record: TaskRecord) -> tuple[int, int
 
 FORMULAS: dict[str, Formula] = dict.fromkeys(TRAINS, of_adapter) | {
     "moelora": of_moelora,
+    "inc_moelora": of_inc_moelora,
+    "dymoe": of_inc_moelora,
     "moe_adapters": of_moe_adapters,
     "care": of_care,
     "patch_routing": of_patch_routing,

@@ -32,6 +32,8 @@ FREEZES = {
     "reg_lora",
     "lora_per_task",
     "hide",
+    "inc_moelora",
+    "dymoe",
     "moe_adapters",
     "care",
     "patch_routing",

@@ -8,8 +8,10 @@ from pydantic import Field
 
 from llava_cmoe.settings.methods.care import CareSettings
 from llava_cmoe.settings.methods.cmoe import CmoeSettings
+from llava_cmoe.settings.methods.dymoe import DyMoeSettings
 from llava_cmoe.settings.methods.ewc import EwcSettings
 from llava_cmoe.settings.methods.hide import HideSettings
+from llava_cmoe.settings.methods.inc_moelora import IncMoeLoraSettings
 from llava_cmoe.settings.methods.joint import JointSettings
 from llava_cmoe.settings.methods.lora_per_task import LoraPerTaskSettings
 from llava_cmoe.settings.methods.lwf import LwfSettings
@@ -38,6 +40,8 @@ MethodSettings = Annotated[
     | LoraPerTaskSettings
     | HideSettings
     | MoeLoraSettings
+    | IncMoeLoraSettings
+    | DyMoeSettings
     | MoeAdaptersSettings
     | CareSettings
     | PatchRoutingSettings
