@@ -98,7 +98,7 @@ def published_columns(found: PublishedSet, tasks: Sequence[str]) -> tuple[Column
             protocol=found.protocol,
             data=found.title,
             num_samples=found.samples,
-            last=dict(zip(names, row.matrix()[-1], strict=True)) if names else {},
+            last=dict(zip(names, row.matrix()[-1], strict=True)) if row.matrix() else {},
             intervals={},
             metrics=row.all_metrics(),
             metric_intervals={},
@@ -132,6 +132,7 @@ def warnings_of(runs: Sequence[tuple[str, Results]], published: PublishedSet | N
             f"data: published is {published.title} on {_counted(published.samples)}; "
             f"the runs learned {', '.join(sequences)} and were asked {_counted(first.num_samples)}"
         )
+        yield from (f"published {method}: {row.note}" for method, row in published.rows.items() if row.note)
 
 
 def _counted(samples: dict[str, int]) -> str:

@@ -28,6 +28,8 @@ class PublishedRow(Settings):
     """Per task: after its own stage, then after each later one."""
     metrics: dict[str, float] = Field(default_factory=dict)
     """Metrics as published, by their names in `metrics.py`."""
+    note: str = ""
+    """What the row must not be read without."""
 
     @model_validator(mode="after")
     def _known_metrics(self) -> PublishedRow:
