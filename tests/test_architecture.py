@@ -32,6 +32,7 @@ ORDER = (
         "analyses",
         "chat",
         "serve",
+        "export",
         "studies",
     ),
     "cli",
