@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,11 +32,9 @@ from llava_cmoe.export.lora import on_bare_backbone
 from llava_cmoe.methods import method_of
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
+from llava_cmoe.runs.run import Progress
 from llava_cmoe.settings.base import RecipeError, shown
 from llava_cmoe.settings.run import Recipe
-
-Progress = Callable[[str, str, int, int], None]
-"""As `runs/run.py`'s."""
 
 
 def export(
@@ -168,4 +166,3 @@ def _write(
         to.rmdir()  # empty
     os.rename(partial_folder, to)
     return Exported(exported.task, exported.merged, exported.agreement, tuple(sorted(os.listdir(to))))
-
