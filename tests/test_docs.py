@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import type_in
+from hub import reached_hub
 from official_files import write_answers
 from original import write_parts
 from pydantic import BaseModel
@@ -232,6 +233,11 @@ def attempt(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> in
         case ["pip", "install", "-e", extra]:
             extras = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             return 0 if extra.removeprefix(".[").removesuffix("]") in extras else 1
+        case ["llava-cmoe", "push" | "pull" as verb, *others]:
+            with reached_hub(monkeypatch, token="hf_of_tests"):
+                if verb == "pull":
+                    start(main, ["llava-cmoe", "push", "runs/pocket_cmoe", others[0]], monkeypatch)
+                return start(main, words, monkeypatch)
         case ["llava-cmoe", "export", *_]:
             return start(main, [word if word != "VizWiz" else "colours" for word in words], monkeypatch)
         case ["llava-cmoe", "probe", run, *_]:

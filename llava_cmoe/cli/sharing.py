@@ -49,3 +49,49 @@ def export(
         written = write(run, to, task, merged=merged, approximate=approximate, rows=rows, progress=line)
     console.print(exactness(written.agreement), highlight=False, soft_wrap=True)
     console.print(f"In {to}: {', '.join(written.files)}", highlight=False, soft_wrap=True)
+
+
+RepoId = Annotated[str, typer.Argument(help="Repository of the hub: USER/NAME.", metavar="REPO_ID")]
+
+
+@app.command()
+@user_errors()
+def push(
+    run: RunFolder,
+    repo_id: RepoId,
+    public: Annotated[
+        bool, typer.Option("--public", help="Everybody can see a repository that is made; else only its owner.")
+    ] = False,
+) -> None:
+    """Put a run on the hub, with a card that shows its accuracies: tensors, records, results and answers.
+
+    Everything is verified first. Logs, checkpoints and reports stay here. Log in by HF_TOKEN or the hub's command.
+
+    Example: llava-cmoe push runs/pocket_cmoe USER/pocket_cmoe
+    """
+    from llava_cmoe.export.hub import push as upload
+
+    Console().print(f"At {upload(run, repo_id, public=public)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+@user_errors()
+def pull(
+    repo_id: RepoId,
+    to: Annotated[Path, typer.Option(help="Folder to make.", metavar="DIR")],
+    backbone: Annotated[
+        str | None,
+        typer.Option(help="Model folder or name that the run is opened on; needed unless its backbone is pocket."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; the newest if absent.")] = None,
+) -> None:
+    """Fetch a run from the hub into a folder, whole or not at all: only parts of a run, every hash verified.
+
+    Example: llava-cmoe pull USER/pocket_cmoe --to runs/theirs
+    """
+    from llava_cmoe.export.hub import pull as fetch
+
+    parts = fetch(repo_id, to, backbone=backbone, revision=revision)
+    console = Console()
+    console.print(f"In {to}: {len(parts)} files, verified", highlight=False, soft_wrap=True)
+    console.print(f"llava-cmoe chat {to} talks to it", highlight=False, soft_wrap=True)

@@ -33,10 +33,12 @@ REPOSITORY = Path(__file__).parents[2]
 COMMANDS = {
     "": [
         *("demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"),
-        *("rescore", "reproduce", "compare", "answers", "serve", "export"),
+        *("rescore", "reproduce", "compare", "answers", "serve", "export", "push", "pull"),
     ],
     "serve": ["RUN", "--host", "--port", "--api-key", "LLAVA_CMOE_API_KEY", "--max-queue", "--time-limit"],
     "export": ["RUN", "--task", "--as", "--to", "--merged", "--approximate", "--rows", "Example:"],
+    "push": ["RUN", "REPO_ID", "--public", "Example:"],
+    "pull": ["REPO_ID", "--to", "--backbone", "--revision", "Example:"],
     "demo": ["--run"],
     "data": ["make-pocket", "check", "fetch"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
