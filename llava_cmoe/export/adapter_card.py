@@ -38,7 +38,7 @@ class Exported:
     task: str | None
     merged: bool
     agreement: Agreement | None
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
 
 def hub_name(path: str) -> str | None:
@@ -82,7 +82,7 @@ def adapter_card(
         "learned last": record.name,
         "record": record.sha256,
         "backbone (sha256)": record.backbone_fingerprint,
-        **{package: version for package, version in versions().items()},
+        **versions(),
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     kind = "merged into its backbone" if exported.merged else "as a LoRA adapter"

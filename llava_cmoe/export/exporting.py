@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,7 @@ def export(
     data = _data_of(recipe, registry) if approximate else None
     learned = open_learned(run)
     found, measured = _adapted(learned, recipe, index, data, rows, progress)
-    exported = Exported(task, merged, measured, ())
-    return _write(exported, found, learned, recipe, registry, to)
+    return _write(Exported(task, merged, measured), found, learned, recipe, registry, to)
 
 
 def _index_of(task: str | None, recipe: Recipe, registry: Registry, approximate: bool) -> int:
@@ -165,4 +165,4 @@ def _write(
     if to.exists():
         to.rmdir()  # empty
     os.rename(partial_folder, to)
-    return Exported(exported.task, exported.merged, exported.agreement, tuple(sorted(os.listdir(to))))
+    return replace(exported, files=tuple(sorted(os.listdir(to))))

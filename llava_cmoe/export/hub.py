@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 
 from llava_cmoe.evaluation.log import Results, check_answers, read_results
 from llava_cmoe.export.run_card import run_card
+from llava_cmoe.merging.store import MergeRecord
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.registry.contents import parts_among, parts_of, verify
 from llava_cmoe.registry.schema import RegistryError, RunRecord
@@ -51,7 +52,7 @@ def push(run: Path, repo_id: str, *, public: bool = False, endpoint: str | None 
         LogError: the results or answers are not what was written.
         HubError: the hub refuses.
     """
-    records, recipe, results = verify(run), Registry(run).recipe(), _results(run)
+    records, results, recipe = verify(run), _verified_results(run), Registry(run).recipe()
     parts, api = parts_of(run), _api(endpoint)
     card = run_card(repo_id, recipe, records[-1], results)
     additions = [CommitOperationAdd(part, str(run / part)) for part in parts]
@@ -104,7 +105,7 @@ def pull(
             api.snapshot_download(repo_id, revision=commit, local_dir=partial, allow_patterns=parts)
         shutil.rmtree(partial / ".cache", ignore_errors=True)  # the client's
         verify(partial)
-        _results(partial)
+        _verified_results(partial)
         _name_backbone(partial / "run.json", backbone)
         os.rename(partial, to)
     finally:
@@ -112,8 +113,10 @@ def pull(
     return parts
 
 
-def _results(run: Path) -> Results | None:
-    """What was measured, verified with its answers, those of subsets, too; None if nothing was."""
+def _verified_results(run: Path) -> Results | None:
+    """What was measured, None if nothing was; verified with its answers, as are subsets and merges."""
+    for path in run.glob("merges/*/merge.json"):
+        MergeRecord.read(path)
     found = {
         folder: read_results(folder / RESULTS)
         for folder in (run, *run.glob("subsets/*"))
