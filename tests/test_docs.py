@@ -22,11 +22,13 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import type_in
+from hub import reached_hub
 from official_files import write_answers
 from original import write_parts
 from pydantic import BaseModel
 from tiny import Lesson
 
+from llava_cmoe import api
 from llava_cmoe.cli import main
 from llava_cmoe.evaluation.log import read_results
 from llava_cmoe.evaluation.scorers import PROTOCOLS
@@ -231,6 +233,13 @@ def attempt(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> in
         case ["pip", "install", "-e", extra]:
             extras = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             return 0 if extra.removeprefix(".[").removesuffix("]") in extras else 1
+        case ["llava-cmoe", "push" | "pull" as verb, *others]:
+            with reached_hub(monkeypatch, token="hf_of_tests"):
+                if verb == "pull":
+                    start(main, ["llava-cmoe", "push", "runs/pocket_cmoe", others[0]], monkeypatch)
+                return start(main, words, monkeypatch)
+        case ["llava-cmoe", "export", *_]:
+            return start(main, [word if word != "VizWiz" else "colours" for word in words], monkeypatch)
         case ["llava-cmoe", "probe", run, *_]:
             return start(main, ["llava-cmoe", "probe", run], monkeypatch)  # the tiny run has learned fewer tasks
         case ["llava-cmoe", "data", "fetch", *_]:
@@ -255,6 +264,18 @@ def test_a_command_runs_as_it_stands(command: str, checkout: Path, monkeypatch: 
         assert (checkout / page.relative_to(REPOSITORY)).read_text(encoding="utf-8") == TEXT[page]
 
 
+@pytest.mark.parametrize(
+    "block", [block for text in WRITTEN.values() for kind, block in FENCE.findall(text) if kind == "python"]
+)
+def test_python_runs_as_it_stands(
+    block: str, checkout: Path, lesson_of: Callable[..., Lesson], monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.setattr(api, "make_pocket_root", lambda *args, **named: None)
+    monkeypatch.setattr(api, "learn_recipe", lambda *args: lesson_of("cmoe").results)
+    exec(compile(block, "block", "exec"), {})
+    assert capsys.readouterr().out
+
+
 def test_a_command_that_no_test_knows_fails(checkout: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(pytest.fail.Exception, match="no test knows how to run"):
         attempt("llava-cmoe forget everything", checkout, monkeypatch)
@@ -275,9 +296,9 @@ def test_the_readme_is_short():
 @page_names(WRITTEN)
 def test_blocks_are_commands_yaml_or_listings(page: Path):
     found = FENCE.findall(WRITTEN[page])
-    assert {language for language, _ in found} <= {"", "bash", "yaml"}
+    assert {language for language, _ in found} <= {"", "bash", "yaml", "python"}
     assert all(yaml.safe_load(block) for language, block in found if language == "yaml")
-    lines = [line for language, block in found if language != "bash" for line in block.splitlines()]
+    lines = [line for language, block in found if language in ("", "yaml") for line in block.splitlines()]
     assert [line for line in lines if set(PROGRAMS).intersection(line.split()[:1])] == []
 
 

@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from llava_cmoe.cli import data, learning, methods, results, runs, serving
+from llava_cmoe.cli import data, learning, methods, results, runs, serving, sharing
 
 app = typer.Typer(
     help="Teach a vision-language LLM one task after another without forgetting the earlier ones. Start with `demo`.",
@@ -23,6 +23,7 @@ app.add_typer(methods.app)
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app)
 app.add_typer(serving.app)
+app.add_typer(sharing.app)
 app.add_typer(results.app)
 
 

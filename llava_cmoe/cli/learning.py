@@ -80,25 +80,20 @@ def train(
 
     On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
     """
-    from llava_cmoe.analyses.refit_locator import refit_locator
+    from llava_cmoe import api
     from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.data.task_data import lacks_pocket
-    from llava_cmoe.pocket.root import make_pocket_root
-    from llava_cmoe.sequence import learn
     from llava_cmoe.training.processes import processes
 
     settings = load_recipe(recipe, overrides or ())
-    launched = processes()
-    console = Console(quiet=not launched.is_main_process)
+    console = Console(quiet=not processes().is_main_process)
     if dry_run:
         _show_dry_run(console, settings)
         return
     with ProgressLine(console) as line:
-        if launched.is_main_process and lacks_pocket(settings.data):
+        if lacks_pocket(settings.data):
             console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
-            make_pocket_root(settings.data.root, partial(line, "rendering"), seed=settings.data.pocket_seed or 0)
-        launched.wait_for_everyone()
-        results = learn(settings, line, force) if experts is None else refit_locator(settings, experts, line, force)
+        results = api.learn(settings, experts=experts, force=force, progress=line)
     show(console, [results])
     console.print(f"In {settings.run}: results.json", highlight=False, soft_wrap=True)
 

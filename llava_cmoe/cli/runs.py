@@ -10,8 +10,6 @@ import typer
 
 from llava_cmoe.cli.console import Console, show, user_errors
 from llava_cmoe.cli.numbers import decimal, whole
-from llava_cmoe.settings.evaluation import EvaluationSettings
-from llava_cmoe.settings.recipes import parse_settings
 
 app = typer.Typer()
 
@@ -43,28 +41,19 @@ def evaluate(
 
     Routes: located, the run finds out which task a question belongs to; oracle, it is told; random, any learned task.
     """
+    from llava_cmoe import api
     from llava_cmoe.cli.progress import ProgressLine
-    from llava_cmoe.registry.run_lock import writing
-    from llava_cmoe.registry.store import Registry
     from llava_cmoe.runs.run import subset_folder
-    from llava_cmoe.sequence import evaluate_run
     from llava_cmoe.training.processes import processes
 
-    recipe = Registry(run).recipe()
-    own = recipe.evaluation
-    wanted = {"routes": [*dict.fromkeys((*own.routes, *(routes.split(",") if routes else ())))]}
-    options = {"batch_size": batch_size, "limit": limit, "subset_seed": subset_seed}
-    given = {key: value for key, value in options.items() if value is not None}
-    evaluation = parse_settings(
-        EvaluationSettings, own.model_dump() | wanted | given, source="llava-cmoe eval", recorded=True
-    )
-    is_main = processes().is_main_process
-    console = Console(quiet=not is_main)
-    with writing(run, is_main), ProgressLine(console) as line:
-        asked = recipe.model_copy(update={"evaluation": evaluation})
-        results = evaluate_run(asked, line)
+    console, named = Console(quiet=not processes().is_main_process), routes.split(",") if routes else ()
+    with ProgressLine(console) as line:
+        results = api.evaluate(
+            run, routes=named, batch_size=batch_size, limit=limit, subset_seed=subset_seed, progress=line
+        )
     show(console, [results])
-    console.print(f"In {subset_folder(asked)}: results.json", highlight=False, soft_wrap=True)
+    folder = subset_folder(api.evaluation_of(run, limit=limit, subset_seed=subset_seed))
+    console.print(f"In {folder}: results.json", highlight=False, soft_wrap=True)
 
 
 @app.command()

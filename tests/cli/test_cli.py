@@ -19,7 +19,7 @@ from commands import refused, type_in
 from tiny import Lesson, files_of
 from transformers import PreTrainedModel
 
-from llava_cmoe import sequence
+from llava_cmoe import api
 from llava_cmoe.chat import opening
 from llava_cmoe.cli import main
 from llava_cmoe.evaluation.log import comparable, read_results
@@ -33,9 +33,12 @@ REPOSITORY = Path(__file__).parents[2]
 COMMANDS = {
     "": [
         *("demo", "data", "train", "plan", "convert", "eval", "probe", "merge", "unseen", "report", "study", "chat"),
-        *("rescore", "reproduce", "compare", "answers", "serve"),
+        *("rescore", "reproduce", "compare", "answers", "serve", "export", "push", "pull"),
     ],
     "serve": ["RUN", "--host", "--port", "--api-key", "LLAVA_CMOE_API_KEY", "--max-queue", "--time-limit"],
+    "export": ["RUN", "--task", "--as", "--to", "--merged", "--approximate", "--rows", "Example:"],
+    "push": ["RUN", "REPO_ID", "--public", "Example:"],
+    "pull": ["REPO_ID", "--to", "--backbone", "--revision", "Example:"],
     "demo": ["--run"],
     "data": ["make-pocket", "check", "fetch"],
     "data make-pocket": ["--seed", "--train-rows", "--test-rows"],
@@ -180,8 +183,8 @@ def test_training_a_finished_run_again_changes_nothing(lesson, run, written):
 
 def test_training_renders_a_pocket_sequence_that_is_missing(lesson, written, tmp_path, monkeypatch):
     rendered: list[Path] = []
-    monkeypatch.setattr(pocket_root, "make_pocket_root", lambda root, progress, seed: rendered.append(root))
-    monkeypatch.setattr(sequence, "learn", lambda recipe, progress, force: lesson.results)
+    monkeypatch.setattr(api, "make_pocket_root", lambda root, progress, seed: rendered.append(root))
+    monkeypatch.setattr(api, "learn_recipe", lambda recipe, progress, force: lesson.results)
     path, root = written(lesson.recipe), tmp_path / "pocket"
     assert type_in("train", path, "data.sequence=pocket", f"data.root={root}").exit_code == 0
     assert rendered == [root]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import METHODS, Lesson, backbone_weights
+from tiny import METHODS, TASKS, Lesson, backbone_weights
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.experts import ledger
@@ -48,6 +48,8 @@ TRAINS: dict[str, list[str]] = {
     "cmoe": [BANK + OF_FFNS, BANK + r"router\.task_{stage}"],
 }
 """Method to the names of the only parameters that its optimizer may hold, and must hold at least one of each."""
+FIXED = {"o_lora", "reg_lora", "merging", "lora_per_task", "hide", "pmoe"}
+"""Methods that answer a given task with fixed weights of their experts."""
 FIRST = {"pmoe": [SHALLOW + OF_LINEARS]}
 """The same of what only the first task trains."""
 
@@ -252,3 +254,18 @@ def tensor_bytes(file: Path) -> int:
     """Of the tensors in a file, without the header that names them."""
     with safe_open(file, framework="pt") as tensors:
         return ledger.size_of(tensors.get_tensor(name) for name in tensors.keys()).bytes  # noqa: SIM118
+
+
+def test_a_gate_that_says_it_is_fixed_is_the_same_for_every_token_and_prompt(lesson: Lesson):
+    name, host, seen = lesson.recipe.method.name, lesson.run.method.host, list[Any]()
+    if host is None:
+        assert name not in FIXED
+        return
+    hooks = [bank.router.register_forward_hook(lambda *call: seen.append(call[-1])) for bank in host.banks.values()]
+    for task in range(len(TASKS)):
+        lesson.logits_of(lesson.run.method, task)
+    for hook in hooks:
+        hook.remove()
+    fixed = [gate.gate_BTE for gate in seen if gate is not None and gate.fixed]
+    assert all(torch.equal(gate_BTE, gate_BTE[:1, :1].expand_as(gate_BTE)) for gate_BTE in fixed)
+    assert bool(fixed) == (name in FIXED)

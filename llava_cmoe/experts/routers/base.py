@@ -31,8 +31,9 @@ class Gate(NamedTuple):
         top_BTKC: experts in the top-k slots.
         known_SKE: which experts each mixed task's router knows; none for task -1.
         weights_SK: weight of each mixed task.
+        fixed: whether the plan alone decides it, so that no token and no prompt changes it.
 
-    The last five are given by routers that choose a top k; balance loss and counts are derived from them.
+    The five before the last are given by routers that choose a top k; balance loss and counts are derived from them.
     """
 
     gate_BTE: Tensor
@@ -43,6 +44,7 @@ class Gate(NamedTuple):
     top_BTKC: Tensor | None = None
     known_SKE: Tensor | None = None
     weights_SK: Tensor | None = None
+    fixed: bool = False
 
     @property
     def counted(self) -> Sequence[int] | None:

@@ -53,7 +53,8 @@ class EveryExpert(ConstantRouter):
 
     def forward(self, h_BTD: Tensor, forward_pass: ForwardPass) -> Gate | None:
         """Ones (1, 1, E)."""
-        return Gate(h_BTD.new_ones(1, 1, self.num_tasks, dtype=torch.float32)) if self.num_tasks else None
+        ones_11E = h_BTD.new_ones(1, 1, self.num_tasks, dtype=torch.float32)
+        return Gate(ones_11E, fixed=True) if self.num_tasks else None
 
 
 class OwnExpert(ConstantRouter):
@@ -68,9 +69,9 @@ class OwnExpert(ConstantRouter):
             raise ValueError(f"the route plan names task {plan.max_task}, but {self.num_tasks} tasks have experts here")
         tasks_SK, weights_SK = forward_pass.rows()
         if tasks_SK.numel() == 1:
-            return Gate(weights_SK.unsqueeze(1), ids=(plan.max_task,))
+            return Gate(weights_SK.unsqueeze(1), ids=(plan.max_task,), fixed=True)
         gate_SE = weights_SK.new_zeros(len(tasks_SK), plan.max_task + 1)
-        return Gate(gate_SE.scatter_add(1, tasks_SK.clamp_min(0), weights_SK).unsqueeze(1))
+        return Gate(gate_SE.scatter_add(1, tasks_SK.clamp_min(0), weights_SK).unsqueeze(1), fixed=True)
 
 
 class EveryLearned(OwnExpert):
@@ -82,4 +83,4 @@ class EveryLearned(OwnExpert):
             return super().forward(h_BTD, forward_pass)
         tasks_SK, weights_SK = forward_pass.rows()
         known_S1 = weights_SK.masked_fill(tasks_SK < 0, 0).sum(dim=1, keepdim=True)
-        return Gate(known_S1.unsqueeze(1).expand(-1, 1, self.num_tasks))
+        return Gate(known_S1.unsqueeze(1).expand(-1, 1, self.num_tasks), fixed=True)

@@ -24,7 +24,7 @@ class SharedGate(Router):
 
     def forward(self, h_BTD: Tensor, forward_pass: ForwardPass) -> Gate | None:
         """The gate of each sample (B, 1, N)."""
-        return Gate(decided(forward_pass).unsqueeze(1))
+        return Gate(decided(forward_pass).unsqueeze(1), fixed=GIVEN in forward_pass.plan.decided)
 
     def state_of(self, task: int) -> dict[str, Tensor]:
         """Nothing."""

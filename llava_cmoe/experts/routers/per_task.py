@@ -158,7 +158,8 @@ class TaskRouters(Router):
             gate_BTKE = torch.zeros_like(logits_BTKE).scatter(-1, top_BTKC, share_BTKC) * known_SKE.unsqueeze(1)
             gate_BTE = (gate_BTKE * weights_SK[:, None, :, None]).sum(dim=2)
         slots_BTC = top_BTKC[:, :, 0] if top_BTKC.shape[2] == 1 else None
-        return Gate(gate_BTE, ids, slots_BTC, ids, logits_BTKE, top_BTKC, known_SKE, weights_SK)
+        alone = len(ids) == 1  # a softmax over one expert is 1
+        return Gate(gate_BTE, ids, slots_BTC, ids, logits_BTKE, top_BTKC, known_SKE, weights_SK, fixed=alone)
 
     def _known_to(self, plan: RoutePlan) -> tuple[int, ...]:
         """The experts that any router in the plan knows, ascending; worked out once per plan.

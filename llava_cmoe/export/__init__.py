@@ -1,0 +1,1 @@
+"""What leaves a run for others: a PEFT adapter, a plain checkpoint, a model whose `generate` locates, the hub."""
