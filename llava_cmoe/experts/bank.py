@@ -109,7 +109,8 @@ class ExpertBank(nn.Module):
         if gate is None:
             return None
         if self.context.observation is not None:
-            counts_E, probability_E = gate.counts(running.mask_BT), gate.probability(running.mask_BT)
+            each = gate._replace(gate_BTE=gate.gate_BTE.expand(*h_BTD.shape[:2], -1))  # where tokens share one
+            counts_E, probability_E = each.counts(running.mask_BT), each.probability(running.mask_BT)
             self.context.observation.add(self.site.name, counts_E, probability_E, gate.counted)
         return gate._replace(gate_BTE=gate.gate_BTE * (self.alpha / self.rank)) if gate.gate_BTE.shape[-1] else None
 

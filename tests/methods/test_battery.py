@@ -201,6 +201,24 @@ def test_every_state_comes_back_from_the_registry_bit_for_bit(learned: Lesson):
             assert torch.equal(learned.logits_of(method, task), expected)
 
 
+WITH_EXPERTS = [name for name, kind in KNOWN.items() if TRAINS.get(name, ADAPTER) != ADAPTER]
+
+
+@pytest.mark.parametrize("method", WITH_EXPERTS)
+def test_experts_are_counted_for_every_token_also_where_tokens_share_a_gate(
+    method: str, lesson_of: Callable[[str], Lesson]
+):
+    lesson = lesson_of(method)
+    live, prompts = lesson.run.method, lesson.prompts()
+    assert live.host is not None
+    with torch.no_grad(), live.answering(prompts), live.host.context.observe() as seen:
+        live.model(**prompts)
+    num_tokens = int(prompts["attention_mask"].sum())
+    assert seen.counts and all(counts_E.max() <= num_tokens for counts_E in seen.counts.values())
+    most = max(int(counts_E.max()) for counts_E in seen.counts.values())
+    assert most > (0 if method == "patch_routing" else len(prompts["input_ids"]))  # there an expert chooses its tokens
+
+
 def test_the_backbone_is_never_touched(lesson: Lesson):
     fresh = load_backbone(lesson.recipe.backbone).model
     kept = backbone_weights(lesson.run.method.model)
