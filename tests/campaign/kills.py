@@ -33,7 +33,7 @@ def run(folder: Path, rng: random.Random, budget: Budget, tally: Tally) -> None:
     length = time.monotonic() - began
     tally.facts |= {"file_operations": len(operations), "stages": 3}
 
-    crashes = [(number, how) for number in range(1, len(operations) + 1) for how in ("killed", "power")]
+    crashes = [(number, rng.choice(("killed", "power"))) for number in range(1, len(operations) + 1)]
     rng.shuffle(crashes)
     errors = [(number, error) for number in range(1, len(operations) + 1) for error in ERRORS]
     rng.shuffle(errors)
@@ -51,7 +51,7 @@ def run(folder: Path, rng: random.Random, budget: Budget, tally: Tally) -> None:
             number, how = crashes.pop()
             seen.add(number)
             crashed(world, tally, number, how, rng.random(), index, operations[number - 1])
-    tally.facts["file_operations_crashed_at"] = len(seen)
+    tally.facts["crashed_at"] = sorted(seen)
 
 
 def count_operations(world: World) -> list[str]:

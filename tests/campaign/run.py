@@ -50,7 +50,7 @@ def run_part(name: str, seed: int, minutes: float, figures: Path) -> int:
     tally, began = Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="campaign_") as folder:
         import_module(f"campaign.{name}").run(Path(folder), random.Random(f"{name}/{seed}"), Budget(minutes), tally)
-    write_part(figures, name, {"seed": seed, "seconds": round(time.monotonic() - began), **tally.as_json()})
+    write_part(figures, name, seed, {"seconds": round(time.monotonic() - began), **tally.as_json()})
     for kind, outcomes in sorted(tally.counts.items()):
         typer.echo(f"{kind}: {', '.join(f'{number} {outcome}' for outcome, number in sorted(outcomes.items()))}")
     typer.echo(f"{name}: {len(tally.broken)} promises broken; in {figures}")

@@ -51,9 +51,9 @@ class Budget:
         return time.monotonic() - self._began < share * self._seconds
 
 
-def write_part(path: Path, part: str, figures: dict[str, Any]) -> None:
-    """Put one part's figures into the file of all parts."""
+def write_part(path: Path, part: str, seed: int, figures: dict[str, Any]) -> None:
+    """Put one part's figures into the file of all parts, beside those of other seeds: what one misses another finds."""
     document = json.loads(path.read_text()) if path.exists() else {}
-    document[part] = figures
+    document.setdefault(part, {})[str(seed)] = figures
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(sorted(document.items())), indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
