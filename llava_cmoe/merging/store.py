@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from llava_cmoe.merging.merge_map import MergeMap
 from llava_cmoe.merging.merged_bank import merge
@@ -55,7 +55,7 @@ class MergeRecord(Sealed):
     """Bytes of all experts in memory; routers and locators are as before."""
     versions: dict[str, str]
     """Python and the packages that had a hand in the numbers."""
-    answers: dict[str, str] = {}
+    answers: dict[str, str] = Field(default_factory=dict)
     """sha256 of each answers file that `accuracy` was made from, by its path in the entry; empty in older entries."""
 
     @model_validator(mode="after")
@@ -100,7 +100,7 @@ class Merges:
         return self._partial
 
     def commit(self, record: MergeRecord) -> tuple[MergeRecord, Path]:
-        """Make the prepared folder an entry; returns the record as it is written, sealed, and where the entry is now."""
+        """Make the prepared folder an entry; returns the record, sealed, and where the entry is now."""
         answers = fingerprint_each(sorted(self._partial.glob("answers/*/*.jsonl")), self._partial)
         record = record.model_copy(update={"answers": answers}).sealed()
         write_atomically(self._partial / FILE, record.to_json().encode())

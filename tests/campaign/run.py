@@ -18,8 +18,8 @@ from typing import Annotated
 sys.path[0] = str(Path(__file__).parents[1])
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
 
-import typer
-from campaign.tally import Budget, Tally, write_part
+import typer  # noqa: E402
+from campaign.tally import Budget, Tally, write_part  # noqa: E402
 
 PARTS = ("kills", "corruption", "inputs", "security", "mistakes")
 ROOT = Path(__file__).parents[2]

@@ -59,7 +59,7 @@ class World:
 
 
 def make_world(folder: Path) -> World:
-    """Fill a folder, and import here whatever a run and the commands on it do: all that in children, to fork cheaply."""
+    """Fill a folder, and import here whatever a run and the commands on it import: all in children, to fork cheaply."""
     world = World(folder)
 
     def made() -> list[str]:

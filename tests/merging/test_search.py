@@ -130,7 +130,9 @@ def test_answers_of_a_merge_that_was_killed_do_not_count_for_the_next(recipe: Re
         assert (recipe.run / "merges/02/answers" / path.relative_to(answers)).read_text() == path.read_text()
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes() + b" "), lambda path: path.unlink()])
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(path.read_bytes() + b" "), lambda path: path.unlink()]
+)
 def test_answers_of_a_merge_that_were_changed_are_named(recipe: Recipe, damage: Callable[[Path], None]):
     merge_run(recipe, bound=1e9, num_rows=4)
     registry = Registry(recipe.run)
