@@ -6,7 +6,6 @@ is not asked again. How a task is learned is its method's (`methods/cmoe.py`); o
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +23,7 @@ from llava_cmoe.provenance.invocations import Call, append_invocation, forget_mi
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.runs.facts import call_of, facts_of_run
 from llava_cmoe.runs.run import Progress, Run, begin, done_stages, open_run, subset_folder
-from llava_cmoe.runs.stage import At, checkpoint_dir, fit_fn, stage_data
+from llava_cmoe.runs.stage import At, discard_checkpoints, fit_fn, stage_data
 from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.trackers import trackers_of
 
@@ -49,6 +48,8 @@ def learn(recipe: Recipe, progress: Progress = lambda *_: None, force: bool = Fa
     trackers_of(recipe.training)  # raises for one that is not installed
     run = open_run(recipe, writer=True, force=force)
     begin(run, force)
+    if run.processes.is_main_process:
+        discard_checkpoints(run)
     return run_stages(run, run.stages, progress)
 
 
@@ -120,7 +121,7 @@ def learn_stage(run: Run, index: int, stage: Stage, at: At) -> None:
             backbone_fingerprint=run.backbone.fingerprint,
             seconds={**learned.seconds, "total": time.monotonic() - began},
         )
-        shutil.rmtree(checkpoint_dir(run, index, stage.name), ignore_errors=True)
+        discard_checkpoints(run)
     run.processes.wait_for_everyone()
 
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from tiny_model import make_backbone, make_processor
 
 from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.evaluation.log import read_results
@@ -111,13 +112,9 @@ def test_a_recorded_run_loads_and_answers_as_the_one_learned_now(
 
 def record() -> None:
     """Write `recorded/` anew."""
-    from conftest import _llava, tiny_processor
-
-    processor = tiny_processor.__wrapped__()
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        _llava(processor).save_pretrained(place / "tiny")
-        processor.save_pretrained(place / "tiny")
+        make_backbone(place / "tiny", make_processor())
         for method in METHODS:
             run = learn_beside(place, place / "tiny", method)
             shutil.rmtree(RECORDED / method, ignore_errors=True)

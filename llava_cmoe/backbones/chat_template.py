@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_cmoe.backbones.trial import ends
 from llava_cmoe.data.conversation import ChatTemplateError, Processor, encode_sample, split, tokenizer_of
 from llava_cmoe.data.rows import MARKER, Turn
 from llava_cmoe.settings.base import in_one_line
@@ -18,12 +19,21 @@ QUESTION, ANSWER = "What is shown here?", "a cat"
 SIDE = 64
 """Of the grey square that is shown, in pixels."""
 UNLIMITED = 10**9
+SECONDS, MEMORY = 20, 2 * 2**30
+"""That a question, an answer and the grey square may take; of sound files they take milliseconds."""
 HOLDERS = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
 """Files that may hold a chat template, in the order in which they are looked at."""
 
 
 def check_chat_template(processor: Processor) -> None:
-    """Raise a ChatTemplateError unless question, picture and answer come through the template."""
+    """Raise a ChatTemplateError unless question, picture and answer come through the template, and it ends."""
+    if not ends(lambda: _check(processor), SECONDS, MEMORY):
+        limits = f"{SECONDS} seconds and {MEMORY / 2**30:.0f} GB"
+        raise ChatTemplateError(processor, f"does not make tokens of a question and a small picture within {limits}")
+    _check(processor)
+
+
+def _check(processor: Processor) -> None:
     _check_text(processor, QUESTION)
     if tokenizer_of(processor) is processor:
         return
@@ -33,7 +43,7 @@ def check_chat_template(processor: Processor) -> None:
     try:
         grey = Image.new("RGB", (SIDE, SIDE), (127, 127, 127))
         encode_sample(processor, [*_asked(f"{MARKER}\n{QUESTION}"), _answered()], grey, UNLIMITED)
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, ArithmeticError, MemoryError, OSError) as error:
         reason = f"the processor finds no place for a picture in it ({in_one_line(error)})"
         raise ChatTemplateError(processor, reason) from error
 

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from llava_cmoe.backbones.chat_template import check_chat_template, file_of_template
 from llava_cmoe.backbones.model_types import auto_model, empty_model, sees, writes
-from llava_cmoe.backbones.processors import processor_in
+from llava_cmoe.backbones.processors import TokenizersErrors, processor_in
 from llava_cmoe.backbones.quantization import keep_bytes, quantization_of
 from llava_cmoe.backbones.sites import ffn_sites, linear_sites, name_sites
 from llava_cmoe.data.conversation import ChatTemplateError, Processor
@@ -193,7 +193,8 @@ def _load_model(folder: Path, settings: BackboneSettings, config: PretrainedConf
 
 def _load_processor(folder: Path, config: PretrainedConfig) -> Processor:
     try:
-        processor = processor_in(folder, config)
+        with TokenizersErrors():
+            processor = processor_in(folder, config)
     except UNREADABLE as error:
         raise BackboneError(f"{folder}: its processor cannot be used: {in_one_line(error)}") from error
     try:

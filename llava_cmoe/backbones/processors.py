@@ -37,6 +37,18 @@ TEMPLATES = {"paligemma": PALIGEMMA}
 """Chat templates of families that are published without one, by the type of the model."""
 
 
+class TokenizersErrors:
+    """Inside, what the tokenizers library raises for a file of its own, `Exception` itself, is a ValueError."""
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Raise it as a ValueError; any other error passes."""
+        if kind is Exception:
+            raise ValueError(f"tokenizer.json: {error}") from error
+
+
 def processor_in(folder: Path, config: PretrainedConfig) -> Processor:
     """The processor in a model's folder: a tokenizer where the model reads text alone.
 

@@ -22,6 +22,7 @@ from llava_cmoe.data.coin_rows import kind_of, row_id_of, texts_of
 from llava_cmoe.data.problems import DataError, Problem, Unusable
 from llava_cmoe.data.rows import EvalRow
 from llava_cmoe.data.spelling import respell
+from llava_cmoe.settings.base import shown
 
 
 class Annotations(Protocol):
@@ -92,8 +93,8 @@ class ByPicture:
         first_id, first_path = self.given.setdefault(picture.name, (row["id"], path))
         if first_path != path:
             raise Unusable(
-                f"{path} would get the captions of {picture.name} in {self.file}, as {first_path} of row {first_id!r} "
-                "does: write paths that tell both apart as file_name"
+                f"{path} would get the captions of {picture.name} in {self.file}, as {first_path} of row "
+                f"{shown(first_id)} does: write paths that tell both apart as file_name"
             )
         if not picture.captions:
             raise Unusable(f"no caption for this picture ({picture.name}) in {self.file}")
@@ -138,7 +139,7 @@ def read_annotations(file: Path, document: Any, scorer: str, folder: Path) -> An
     except Unusable as error:
         raise DataError(Problem(file, str(error))) from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(Problem(file, f"not the annotations of {scorer} ({error!r})")) from error
+        raise DataError(Problem(file, f"not the annotations of {scorer} ({shown(error)})")) from error
 
 
 def unique(keys: Iterable[Any], what: str) -> None:
@@ -150,7 +151,7 @@ def unique(keys: Iterable[Any], what: str) -> None:
     first: dict[Any, int] = {}
     for place, key in enumerate(keys):
         if first.setdefault(key, place) != place:
-            raise Unusable(f"entries {first[key]} and {place} have the same {what} {key!r}; keep one of them")
+            raise Unusable(f"entries {first[key]} and {place} have the same {what} {shown(key)}; keep one of them")
 
 
 def choices_by_id(document: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -159,7 +160,7 @@ def choices_by_id(document: Mapping[str, Any]) -> dict[str, list[str]]:
     Raises:
         Unusable: an entry's choices are no list of texts; names the entry.
     """
-    return {pid: _texts(problem["choices"], "choices", f"problem {pid!r}") for pid, problem in document.items()}
+    return {pid: _texts(problem["choices"], "choices", f"problem {shown(pid)}") for pid, problem in document.items()}
 
 
 def answers_by_id(document: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -172,7 +173,7 @@ def answers_by_id(document: Mapping[str, Any]) -> dict[str, list[str]]:
     ids = [row_id_of({"question_id": entry["question_id"]}) for entry in entries]
     unique(ids, "question_id")
     return {
-        question_id: _texts(entry["answers"], "answers", f"question {question_id!r}")
+        question_id: _texts(entry["answers"], "answers", f"question {shown(question_id)}")
         for question_id, entry in zip(ids, entries, strict=True)
     }
 

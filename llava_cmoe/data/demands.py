@@ -14,6 +14,7 @@ from typing import Protocol
 from llava_cmoe.data.problems import Unusable
 from llava_cmoe.data.rows import EvalRow
 from llava_cmoe.data.spelling import is_blank
+from llava_cmoe.settings.base import shown
 
 BOXED = frozenset({"grounding"})
 """Scorers whose truth is a box, in `answer_bbox`."""
@@ -84,7 +85,7 @@ def letter_of_a_choice(row: Judged) -> None:
         raise Unusable(f"the row has {len(row.choices)} choices, more than there are letters: check the row's choices")
     if len(row.answer) != 1 or row.answer not in letters:
         raise Unusable(
-            f"the answer {row.answer!r} to question {row.id!r} is not the letter of one of the "
+            f"the answer {shown(row.answer)} to question {shown(row.id)} is not the letter of one of the "
             f"{len(row.choices)} choices ({', '.join(letters)}): correct the row's answer, or its choices in "
             "the annotations"
         )

@@ -31,6 +31,7 @@ from llava_cmoe.evaluation.log import Answer, LogError, read_answers, write_answ
 from llava_cmoe.evaluation.parts import Processes, read_parts, remove_parts, share_out
 from llava_cmoe.methods.base import DeferredLocation
 from llava_cmoe.records import Located
+from llava_cmoe.settings.base import shown
 
 logger = logging.getLogger(__name__)
 
@@ -278,4 +279,6 @@ def greedy(model: PreTrainedModel, processor: Any, max_new_tokens: int) -> dict[
 def _refuse_foreign(found: Iterable[str], questions: EvalSet, path: Path) -> None:
     foreign = sorted(set(found).difference(questions.ids))
     if foreign:
-        raise LogError(f"{path}: holds an answer to {foreign[0]!r}, which is not asked; delete it to generate again")
+        raise LogError(
+            f"{path}: holds an answer to {shown(foreign[0])}, which is not asked; delete it to generate again"
+        )

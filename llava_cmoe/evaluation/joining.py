@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from llava_cmoe.evaluation.log import LogError
 from llava_cmoe.evaluation.scorers.base import Reference, Scorer, TaskScore
+from llava_cmoe.settings.base import shown
 
 
 def score_by_id(
@@ -31,7 +32,7 @@ def score_by_id(
     missing = sorted(known.keys() - set(ids))
     for problem, found in (("doubled", doubled), ("unknown", unknown), ("missing", missing)):
         if found:
-            raise LogError(f"{source}: {problem} id {found[0]!r} ({len(found)} in all); {fix}")
+            raise LogError(f"{source}: {problem} id {shown(found[0])} ({len(found)} in all); {fix}")
     texts = dict(answers)
     try:
         return scorer([texts[question_id] for question_id in known], list(known.values()))
@@ -44,5 +45,5 @@ def _by_id(references: Iterable[Reference]) -> dict[str, Reference]:
     for place, reference in enumerate(references):
         if known.setdefault(reference.id, reference) is not reference:
             first = list(known).index(reference.id)
-            raise LogError(f"rows {first} and {place} that are scored have the same id {reference.id!r}; keep one")
+            raise LogError(f"rows {first} and {place} that are scored have the same id {shown(reference.id)}; keep one")
     return known

@@ -91,8 +91,8 @@ def merge_run(
         accuracy=_pairs(accuracy_before, accuracy_after),
         expert_bytes=BeforeAfter(before=bytes_before, after=bytes_after),
         versions=versions(),
-    ).sealed()
-    return record, merges.commit(record)
+    )
+    return merges.commit(record)
 
 
 def open_subject(recipe: Recipe, num_rows: int) -> Subject:

@@ -14,11 +14,13 @@ import shutil
 from pathlib import Path
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from llava_cmoe.merging.merge_map import MergeMap
 from llava_cmoe.merging.merged_bank import merge
 from llava_cmoe.methods.base import Method
+from llava_cmoe.provenance.files import sync, write_atomically
+from llava_cmoe.provenance.fingerprints import fingerprint_each, fingerprint_file
 from llava_cmoe.registry.schema import Manifest, RegistryError, Sealed
 from llava_cmoe.registry.store import Registry
 
@@ -53,6 +55,8 @@ class MergeRecord(Sealed):
     """Bytes of all experts in memory; routers and locators are as before."""
     versions: dict[str, str]
     """Python and the packages that had a hand in the numbers."""
+    answers: dict[str, str] = Field(default_factory=dict)
+    """sha256 of each answers file that `accuracy` was made from, by its path in the entry; empty in older entries."""
 
     @model_validator(mode="after")
     def _is_a_merge(self) -> Self:
@@ -95,18 +99,22 @@ class Merges:
         self._partial.mkdir(parents=True)
         return self._partial
 
-    def commit(self, record: MergeRecord) -> Path:
-        """Make the prepared folder an entry; returns where it is now."""
-        (self._partial / FILE).write_text(record.to_json())
+    def commit(self, record: MergeRecord) -> tuple[MergeRecord, Path]:
+        """Make the prepared folder an entry; returns the record, sealed, and where the entry is now."""
+        answers = fingerprint_each(sorted(self._partial.glob("answers/*/*.jsonl")), self._partial)
+        record = record.model_copy(update={"answers": answers}).sealed()
+        write_atomically(self._partial / FILE, record.to_json().encode())
+        sync(self._partial)
         final = self._folder / f"{self._next:02d}"
         os.rename(self._partial, final)
-        return final
+        sync(self._folder)
+        return record, final
 
     def load(self, number: int) -> MergeRecord:
         """An entry that fits the run as it is.
 
         Raises:
-            RegistryError: no such entry, or the run has learned or lost tasks since.
+            RegistryError: no such entry, it or its answers were changed, or the run has learned or lost tasks since.
         """
         path = self._folder / f"{number:02d}" / FILE
         if not path.is_file():
@@ -115,6 +123,13 @@ class Merges:
         record, learned = MergeRecord.read(path), self._registry.records()
         if not learned or record.parent != learned[-1].sha256:
             raise RegistryError(f"{path}: was found for other learned tasks than the run holds now; merge it again")
+        for name, written in record.answers.items():
+            answers = path.parent / name
+            if not answers.is_file() or fingerprint_file(answers) != written:
+                raise RegistryError(
+                    f"{answers}: is not what was answered; bring it back from a copy, or delete {path.parent} and "
+                    "merge again"
+                )
         return record
 
     def last(self) -> MergeRecord:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 UNFINISHED = re.compile(r"\..+\.([1-9][0-9]*)\.unfinished")
 """What a writer names a file until it is whole: the file's name and the writer's process."""
@@ -50,6 +55,25 @@ def _lives(process: int) -> bool:
     except PermissionError:  # somebody else's
         return True
     return True
+
+
+@contextmanager
+def writing_tensors(place: Path) -> Iterator[None]:
+    """Let what safetensors and torch raise of their own where a file cannot be written be the system's error.
+
+    Raises:
+        OSError: names the place; with the system's number where it is told.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        if (told := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1])), str(place)) from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise OSError(errno.EIO, "cannot be written, as where a disk is full", str(place)) from error
 
 
 def sync(path: Path) -> None:

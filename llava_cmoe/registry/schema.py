@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from llava_cmoe.settings.base import first_problem
+from llava_cmoe.settings.base import first_problem, shown
 from llava_cmoe.settings.names import PlainName
 from llava_cmoe.settings.plain_json import parse_json
 from llava_cmoe.settings.run import Recipe
@@ -139,7 +139,7 @@ class TaskRecord(Manifest):
     @classmethod
     def _are_tensors(cls, files: dict[str, FileRecord]) -> dict[str, FileRecord]:
         if others := [name for name in files if not name.endswith(SUFFIX)]:
-            raise ValueError(f"{others[0]!r} is no {SUFFIX} file")
+            raise ValueError(f"{shown(others[0])} is no {SUFFIX} file")
         return files
 
     def digest(self) -> str:
@@ -183,7 +183,7 @@ def differing_keys(began: Mapping[str, Any], now: Mapping[str, Any], prefix: str
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             yield from differing_keys(before, after, f"{prefix}{key}.")
         elif before != after:
-            yield f"{prefix}{key} (was {before!r}, now {after!r})"
+            yield f"{prefix}{key} (was {shown(before)}, now {shown(after)})"
 
 
 def differ(message: str, force: bool) -> None:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llava_cmoe.provenance.files import sync
+from llava_cmoe.provenance.files import sync, writing_tensors
 from llava_cmoe.provenance.fingerprints import fingerprint_file
 from llava_cmoe.registry.finite import check_finite
 from llava_cmoe.registry.schema import SUFFIX, FileRecord, RegistryError
@@ -22,7 +22,9 @@ def write_tensors(folder: Path, groups: Mapping[str, Mapping[str, Tensor]]) -> d
     for group, tensors in groups.items():
         path = folder / f"{group}{SUFFIX}"
         # A copy of its own for each: safetensors refuses views of one storage, which slices of a stacked bank are.
-        save_file({name: one.detach().cpu().contiguous().clone() for name, one in tensors.items()}, path)
+        copies = {name: one.detach().cpu().contiguous().clone() for name, one in tensors.items()}
+        with writing_tensors(path):
+            save_file(copies, path)
         sync(path)
         written[path.name] = _describe(path)
     return written

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -122,3 +124,12 @@ def config_hash(run: Run) -> str:
 def checkpoint_dir(run: Run, index: int, name: str) -> Path:
     """Folder of a stage's checkpoints, which go when the stage is committed."""
     return run.recipe.run / "trainer" / f"{index + 1:02d}_{name}"
+
+
+def discard_checkpoints(run: Run) -> None:
+    """Delete those of every committed stage, also where a kill came between its commit and this."""
+    for record in run.registry.records():
+        folder = checkpoint_dir(run, record.index, record.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # of another stage, or there was none
+            folder.parent.rmdir()

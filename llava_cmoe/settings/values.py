@@ -13,7 +13,7 @@ from typing import Any, get_args
 from llava_cmoe.settings.names import writable
 
 LARGEST = 2**31 - 1
-"""Of whole numbers: libraries below this one count in 32 bits."""
+"""Of numbers: libraries below this one count in 32 bits, and no rate, share or factor is anywhere near."""
 
 SIZES: Mapping[str, int] = {
     **dict.fromkeys(("rank", "condition_rank", "hidden", "latent"), 65_536),
@@ -54,8 +54,7 @@ def check_made(name: str, value: Any) -> None:
     """
     most = SIZES.get(name, LARGEST)
     for one in _scalars(value):
-        is_counted = isinstance(one, int) or (isinstance(one, float) and name in SIZES)
-        if is_counted and abs(one) > most:
+        if isinstance(one, (int, float)) and abs(one) > most:
             raise ValueError(f"at most {most:,} is possible")
 
 

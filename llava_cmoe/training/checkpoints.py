@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from llava_cmoe.experts.ledger import trained_parameters
-from llava_cmoe.provenance.files import sync, write_atomically
+from llava_cmoe.provenance.files import sync, write_atomically, writing_tensors
 from llava_cmoe.provenance.fingerprints import fingerprint_each
 from llava_cmoe.settings.plain_json import parse_json
 from llava_cmoe.training.safe_loading import foreign_contents, values_alone
@@ -56,6 +56,10 @@ class CheckpointTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in trained_parameters(self.model).items():
                 parameter.copy_(saved[name])
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        with writing_tensors(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(*args)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.is_deepspeed_enabled:

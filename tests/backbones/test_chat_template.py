@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import families
@@ -10,6 +11,7 @@ import tiny
 from commands import refused
 
 from llava_cmoe.backbones.loading import BackboneError, load_processor
+from llava_cmoe.backbones.trial import ends
 
 PART = "{% for p in m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}"
 TURNS = "{% for m in messages %}{{ m['role'] }}: " + PART + "{{ eos_token }}{% endfor %}"
@@ -90,3 +92,36 @@ def test_training_and_the_check_of_data_end_in_one_line(folder: Path, tiny_data:
     ):
         told = refused(*words)
         assert told.count("\n") == 1 and "only for adults" in told and not (tmp_path / "run").exists()
+
+
+ENDLESS = {
+    "loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a power": "{{ 10 ** (10 ** 10) }}",
+    "doubling": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "a long text": "{{ 'a' * 10**12 }}",
+}
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize("before", [True, False])
+def test_a_template_that_does_not_end_is_refused(
+    folder: Path, kind: str, before: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("llava_cmoe.backbones.chat_template.SECONDS", 1)
+    sound = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(ENDLESS[kind] + sound if before else sound + ENDLESS[kind])
+    with pytest.raises(BackboneError, match="its chat template cannot be used") as raised:
+        load_processor(str(folder))
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_a_trial_says_whether_a_call_ends_and_leaves_no_trace():
+    seen = list[int]()
+
+    def failing() -> None:
+        seen.append(1)
+        raise ValueError
+
+    assert ends(failing, 60, 2**30) and not seen
+    assert not ends(lambda: time.sleep(60), 1, 2**30)
+    assert not ends(lambda: bytearray(2**30), 60, 2**28)

@@ -12,10 +12,10 @@ from typing import Any
 import families
 import pytest
 import tiny
-from conftest import VICUNA_TEMPLATE
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_model import VICUNA_TEMPLATE
 
 from llava_cmoe.backbones.loading import load_processor
 from llava_cmoe.data.check import check_sequence

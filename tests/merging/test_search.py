@@ -17,6 +17,7 @@ from llava_cmoe.merging.redundancy import Redundancy
 from llava_cmoe.merging.search import losses, merge_run, merged, open_subject
 from llava_cmoe.merging.store import Merges, restore_merge
 from llava_cmoe.registry.restore import restore_method
+from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.settings.run import Recipe
 
@@ -127,3 +128,16 @@ def test_answers_of_a_merge_that_was_killed_do_not_count_for_the_next(recipe: Re
     assert files_of(recipe.run / "merges/02/answers").keys() == files_of(answers).keys()
     for path in answers.rglob("*.jsonl"):
         assert (recipe.run / "merges/02/answers" / path.relative_to(answers)).read_text() == path.read_text()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(path.read_bytes() + b" "), lambda path: path.unlink()]
+)
+def test_answers_of_a_merge_that_were_changed_are_named(recipe: Recipe, damage: Callable[[Path], None]):
+    merge_run(recipe, bound=1e9, num_rows=4)
+    registry = Registry(recipe.run)
+    answers = sorted((recipe.run / "merges/01/answers").rglob("*.jsonl"))
+    assert {str(path.relative_to(recipe.run / "merges/01")) for path in answers} == {*Merges(registry).load(1).answers}
+    damage(answers[-1])
+    with pytest.raises(RegistryError, match=f"{answers[-1]}: is not what was answered"):
+        Merges(registry).load(1)

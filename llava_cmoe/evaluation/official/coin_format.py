@@ -29,6 +29,7 @@ from llava_cmoe.evaluation.log import Answer, Results, RunFacts, read_answers, w
 from llava_cmoe.evaluation.rescoring import Examined
 from llava_cmoe.provenance.invocations import bind_results
 from llava_cmoe.registry.schema import RegistryError, recipe_facts
+from llava_cmoe.settings.base import shown
 from llava_cmoe.settings.run import Recipe
 
 ANSWERS, RESULT = "merge.jsonl", "Result.text"
@@ -208,10 +209,10 @@ def _read(path: Path, rows: Any, num_tasks: int) -> list[Answer]:
             answer = _answer(line, f"{path}:{number}")
             if answer.id in lines:
                 raise RegistryError(
-                    f"{path}:{number}: doubled id {answer.id!r}, answered before in line {lines[answer.id]}"
+                    f"{path}:{number}: doubled id {shown(answer.id)}, answered before in line {lines[answer.id]}"
                 )
             if answer.id not in prompts:
-                raise RegistryError(f"{path}:{number}: unknown id {answer.id!r}; no such question is asked")
+                raise RegistryError(f"{path}:{number}: unknown id {shown(answer.id)}; no such question is asked")
             if answer.located is not None and not -1 <= answer.located < num_tasks:
                 raise RegistryError(f"{path}:{number}: located at {answer.located}, and tasks are 0 to {num_tasks - 1}")
             lines[answer.id] = number
@@ -220,7 +221,9 @@ def _read(path: Path, rows: Any, num_tasks: int) -> list[Answer]:
             answers[answer.id] = replace(answer, prompt=own) if same else answer
     missing = [sample_id for sample_id in prompts if sample_id not in answers]
     if missing:
-        raise RegistryError(f"{path}: missing id {missing[0]!r} ({len(missing)} of {len(prompts)} are not answered)")
+        raise RegistryError(
+            f"{path}: missing id {shown(missing[0])} ({len(missing)} of {len(prompts)} are not answered)"
+        )
     return [answers[sample_id] for sample_id in prompts]
 
 
@@ -230,7 +233,7 @@ def _answer(line: bytes, where: str) -> Answer:
         raw_id, text, metadata = document["question_id"], document["text"], document.get("metadata") or {}
         prompt, kept = document.get("prompt", ""), {key: metadata.get(key) for key in OWN}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RegistryError(f"{where}: not an answer ({error!r}); expected question_id and text") from error
+        raise RegistryError(f"{where}: not an answer ({shown(error)}); expected question_id and text") from error
     if isinstance(raw_id, bool) or not isinstance(raw_id, (int, str)) or not isinstance(text, str):
         raise RegistryError(f"{where}: question_id must be a number or a string, and text a string")
     answer = Answer(str(raw_id), text, prompt=str(prompt), **kept)  # blanks stay: they decide under `coin`

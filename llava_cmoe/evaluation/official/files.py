@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_cmoe.settings.base import shown
 from llava_cmoe.settings.plain_json import parse_json
 
 ROWS = {
@@ -86,7 +87,7 @@ def task_named(name: str) -> str:
     for task in ROWS:
         if task.lower() == name.lower():
             return task
-    raise ScoringError(f"unknown task {name!r}; it is one of: {', '.join(ROWS)}")
+    raise ScoringError(f"unknown task {shown(name)}; it is one of: {', '.join(ROWS)}")
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -12,6 +12,7 @@ from llava_cmoe.data.demands import DEMANDS
 from llava_cmoe.data.spelling import is_blank
 from llava_cmoe.evaluation.official.files import Annotations, blamed
 from llava_cmoe.evaluation.scorers.base import Reference
+from llava_cmoe.settings.base import shown
 
 FIX = "take the official file"
 
@@ -35,9 +36,9 @@ def references_of(task: str, annotations: Annotations) -> list[Reference]:
         with blamed(f"{place}, row {index}", FIX):
             row_id = row_id_of(row)
             if row_id in references:
-                raise ValueError(f"id {row_id!r} occurs in an earlier row, {list(references).index(row_id)}")
+                raise ValueError(f"id {shown(row_id)} occurs in an earlier row, {list(references).index(row_id)}")
             if further is not None and row_id not in further:
-                raise ValueError(f"no entry for id {row_id!r} in {annotations.read[0]}")
+                raise ValueError(f"no entry for id {shown(row_id)} in {annotations.read[0]}")
             extra = {} if further is None else further[row_id]
             references[row_id] = Reference(id=row_id, **_truth(task, row), **extra)
             DEMANDS[task.lower()](references[row_id])

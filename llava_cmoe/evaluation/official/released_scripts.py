@@ -14,6 +14,7 @@ from typing import Any
 
 from llava_cmoe.evaluation.official.files import Annotations, Line, blamed
 from llava_cmoe.evaluation.scorers.coin import gqa, grounding, imagenet, ocrvqa, one_answer, scienceqa, textvqa
+from llava_cmoe.settings.base import shown
 
 Judged = Iterator[tuple[object, float]]
 """Question id and score, in [0, 1], of everything that the accuracy is a mean over."""
@@ -46,7 +47,7 @@ def judge_scienceqa(annotations: Annotations, lines: Sequence[Line]) -> Judged:
     with blamed(str(annotations.folder / "pid_splits.json"), ROW_FIX):
         pids = dict.fromkeys(splits["test"])
     for pid in pids:
-        with blamed(f"{annotations.folder / 'problems.json'}, problem {pid!r}", ROW_FIX):
+        with blamed(f"{annotations.folder / 'problems.json'}, problem {shown(pid)}", ROW_FIX):
             truth, num_choices = problems[pid]["answer"], len(problems[pid]["choices"])
             _ = scienceqa.OPTIONS[truth]  # its letter is looked up, hence has to exist
         read = None
@@ -67,7 +68,9 @@ def judge_gqa(annotations: Annotations, lines: Sequence[Line]) -> Judged:
     for question_id, (line, prediction) in predictions.items():
         with blamed(line.place, LINE_FIX):
             question = _entry(questions, question_id, "testdev_balanced_questions.json")
-        with blamed(f"{annotations.folder / 'testdev_balanced_questions.json'}, question {question_id!r}", ROW_FIX):
+        with blamed(
+            f"{annotations.folder / 'testdev_balanced_questions.json'}, question {shown(question_id)}", ROW_FIX
+        ):
             right, balanced = prediction == question["answer"], question.get("isBalanced", True)
         if balanced:
             yield question_id, float(right)
@@ -107,7 +110,7 @@ def by_id(
             with blamed(line.place, LINE_FIX):
                 question_id = line.answer["question_id"]
                 row = _entry(rows, key(question_id), name)
-            with blamed(f"{line.place}, question {question_id!r} of {name}", PAIR_FIX):
+            with blamed(f"{line.place}, question {shown(question_id)} of {name}", PAIR_FIX):
                 score = judge(line.answer, row)
             yield question_id, score
 
@@ -118,7 +121,7 @@ def _entry(entries: Any, question_id: Any, name: str) -> Any:
     try:
         return entries[question_id]
     except (KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{name} holds no question {question_id!r}") from error
+        raise ValueError(f"{name} holds no question {shown(question_id)}") from error
 
 
 def _textvqa_rows(annotations: Annotations) -> tuple[str, Any]:

@@ -20,6 +20,7 @@ from llava_cmoe.evaluation.official.released_scripts import RELEASED
 from llava_cmoe.evaluation.scorers import PROTOCOLS, get_scorer
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_file
+from llava_cmoe.settings.base import shown
 from llava_cmoe.settings.evaluation import EvaluationSettings
 
 ProtocolName = Literal["strict", "coin"]
@@ -110,7 +111,7 @@ def _answer(line: Line) -> tuple[str, str]:
     with blamed(line.place, "an answer has a question_id (a string or whole number) and a text; mend the line"):
         question_id, text = line.answer["question_id"], line.answer["text"]
         if isinstance(question_id, bool) or not isinstance(question_id, (str, int)) or not isinstance(text, str):
-            raise ValueError(f"question_id {question_id!r} and text {text!r} do not fit")
+            raise ValueError(f"question_id {shown(question_id)} and text {shown(text)} do not fit")
     return str(question_id), text
 
 

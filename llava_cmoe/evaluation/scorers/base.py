@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava_cmoe.settings.base import shown
 from llava_cmoe.settings.evaluation import EvaluationSettings
 
 LONGEST = 1000
@@ -101,7 +102,7 @@ def _blamed(rule: Rule, text: str, reference: Reference) -> Score:
     try:
         return rule(text, reference)
     except ValueError as error:
-        raise ValueError(f"row {reference.id!r}: {error}") from error
+        raise ValueError(f"row {shown(reference.id)}: {error}") from error
 
 
 def mean(values: Sequence[float]) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from llava_cmoe.data import demands
 from llava_cmoe.data.spelling import respell
 from llava_cmoe.evaluation.scorers.base import Reference, Scorer, TaskScore, mean
-from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.base import RecipeError, shown
 from llava_cmoe.settings.evaluation import EvaluationSettings
 
 
@@ -63,7 +63,7 @@ def _captions(reference: Reference) -> list[dict[str, str]]:
     try:
         demands.captions(reference)
     except ValueError as error:
-        raise ValueError(f"row {reference.id!r}: {error}") from error
+        raise ValueError(f"row {shown(reference.id)}: {error}") from error
     return [_line(caption) for caption in reference.answers or (reference.answer,)]
 
 

@@ -18,7 +18,7 @@ from functools import cache, partial
 
 from llava_cmoe.data.spelling import is_blank
 from llava_cmoe.evaluation.scorers.base import Reference, Score, Scorer, each
-from llava_cmoe.settings.base import RecipeError
+from llava_cmoe.settings.base import RecipeError, shown
 from llava_cmoe.settings.evaluation import EvaluationSettings, JudgeSettings
 from llava_cmoe.settings.recorded import RecordedJudge
 
@@ -72,7 +72,9 @@ def score(judge: JudgeSettings, prediction: str, reference: Reference) -> Score:
     reply = _asker(judge)(asked)
     word = reply.strip().strip(".!\"'").lower()
     if word not in ("yes", "no"):
-        raise ValueError(f"{judge.model} replied {reply!r} where yes or no is asked; name a judge that follows that")
+        raise ValueError(
+            f"{judge.model} replied {shown(reply)} where yes or no is asked; name a judge that follows that"
+        )
     return Score(float(word == "yes"))
 
 
