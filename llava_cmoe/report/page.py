@@ -7,18 +7,16 @@ no script and no style run but the two whose hashes it names, and loads nothing 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.comparison import Comparison, compared_rows
 from llava_cmoe.report.page_examples import PER_TASK, Example, examples_of, without_pictures
 from llava_cmoe.report.page_grids import Grid, curves, facts_grid, plain_grid, run_grids, settings_text
-from llava_cmoe.report.page_style import policy_of, style_of
+from llava_cmoe.report.pages import policy_of, style_of, template_of
 from llava_cmoe.report.reported import Reported
 from llava_cmoe.report.tables import METRIC_HEADINGS, metric_rows
 
@@ -73,7 +71,7 @@ def _render(
     style = Markup(style_of(HERE / "page.css"))
     script = Markup((HERE / "page.js").read_text(encoding="utf-8"))
     several = len(runs) > 1
-    return _template().render(
+    return template_of(HERE / "page.html.j2").render(
         title=f"{runs[0].name}: {runs[0].results.method}" if not several else f"{len(runs)} runs side by side",
         policy=policy_of(style, script),
         style=style,
@@ -88,12 +86,6 @@ def _render(
         example_tasks=list(dict.fromkeys(one.task for one in examples)),
         per_task=PER_TASK,
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("page.html.j2")
 
 
 def _own_part(run: Reported) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastapi import FastAPI, Response
 
-from llava_cmoe.report.page_style import style_of
+from llava_cmoe.report.pages import style_of
 
 HERE = Path(__file__).parent
 PATHS = frozenset({"/", "/page.css", "/page.js"})

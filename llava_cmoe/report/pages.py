@@ -1,23 +1,33 @@
-"""How all pages look, and what their policies let run: one base of colours and tables, shades for any eye."""
+"""What all pages share: colours and tables, shades for any eye, the policy of a page that is one file, templates."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+from functools import cache
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
 from llava_cmoe.report.figures import COLOURS
 from llava_cmoe.report.page_grids import STEPS
 
-BASE = Path(__file__).with_name("base.css")
+HERE = Path(__file__).parent
 
 
+@cache
+def template_of(file: Path) -> Template:
+    """A template that escapes whatever it is given; it may use those of this folder."""
+    environment = Environment(loader=FileSystemLoader([file.parent, HERE]), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template(file.name)
+
+
+@cache
 def style_of(*files: Path) -> str:
     """The base that all pages share, what these files add, and a class for each shade."""
-    return "".join(path.read_text(encoding="utf-8") for path in (BASE, *files)) + _shades()
+    return "".join(path.read_text(encoding="utf-8") for path in (HERE / "base.css", *files)) + _shades()
 
 
 def policy_of(style: str, script: str | None = None) -> str:
