@@ -22,6 +22,7 @@ from llava_cmoe.methods.base import Stage
 from llava_cmoe.provenance.invocations import Call, append_invocation, forget_missing_answers, read_invocations
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.runs.facts import call_of, facts_of_run
+from llava_cmoe.runs.progress import place
 from llava_cmoe.runs.run import Progress, Run, begin, done_stages, open_run, subset_folder
 from llava_cmoe.runs.stage import At, discard_checkpoints, fit_fn, stage_data
 from llava_cmoe.settings.run import Recipe
@@ -76,7 +77,7 @@ def run_stages(run: Run, stages: tuple[Stage, ...], progress: Progress) -> Resul
     done = Done(read_invocations(run.eval_spec.folder.parent))
     settle_answers(run, stages, len(records))
     for index, stage in enumerate(stages):
-        at = partial(progress, f"{index + 1}/{len(stages)} {stage.name}")
+        at = partial(progress, place(index, [stage.name for stage in stages]))
         if index < len(records):
             restore_stage(run.method, run.registry, records[index], run.backbone)
         elif stage.learns:

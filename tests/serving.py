@@ -4,7 +4,7 @@ import base64
 import io
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import Lesson
 
 from llava_cmoe.chat.opening import LearnedRun
-from llava_cmoe.serve.engine import Answered, Engine, Event
+from llava_cmoe.serve.engine import Answered, Engines, Event
 from llava_cmoe.serve.gate import LOCAL, Guard
 from llava_cmoe.serve.limits import Limits
 from llava_cmoe.serve.prompts import Prompt
@@ -26,11 +26,11 @@ SMALL = Limits(batch=4, queue=8, seconds=60, body_bytes=200_000, pixels=10_000, 
 PATH = "/v1/chat/completions"
 
 
-class Held(Engine):
-    """An engine that notes its batches, and answers none while `opened` is cleared."""
+class Held(Engines):
+    """Notes its batches, and answers none while `opened` is cleared."""
 
-    def __init__(self, learned: LearnedRun) -> None:
-        super().__init__(learned)
+    def __init__(self, runs: Mapping[str, LearnedRun]) -> None:
+        super().__init__(runs)
         self.batches: list[list[Any]] = []
         self.began, self.opened = threading.Event(), threading.Event()
         self.opened.set()
@@ -46,7 +46,7 @@ class Running:
     """A server that runs: its address, its engine, and ways to ask it."""
 
     def __init__(self, server: Server, port: int, key: str | None) -> None:
-        self.server, self.engine, self.key = server, server._engine, key
+        self.server, self.engine, self.key = server, server._engines, key
         self.port, self.address = port, f"http://127.0.0.1:{port}"
 
     def client(self, **options: Any) -> OpenAI:
@@ -65,21 +65,26 @@ class Running:
 
 @contextmanager
 def serving(
-    learned: LearnedRun, run: Path, limits: Limits = SMALL, key: str | None = None, held: bool = False
+    runs: LearnedRun | Mapping[str, LearnedRun],
+    limits: Limits = SMALL,
+    key: str | None = None,
+    held: bool = False,
+    with_page: bool = False,
 ) -> Iterator[Running]:
-    """Serve while open; afterwards the server has to have ended by itself."""
+    """Serve one run as `run`, or several, while open; afterwards the server has to have ended by itself."""
+    runs = {"run": runs} if isinstance(runs, LearnedRun) else runs
     listening, ready = listen("127.0.0.1", 0), threading.Event()
-    server = Server(run, learned, listening, Guard(key, LOCAL if key is None else None), limits)
+    server = Server(runs, listening, Guard(key, LOCAL if key is None else None), limits, with_page)
     if held:
-        server._engine = Held(learned)
+        server._engines = Held(runs)
     thread = threading.Thread(target=server.run, args=(ready.set,))
     thread.start()
     assert ready.wait(60)
     try:
         yield Running(server, listening.getsockname()[1], key)
     finally:
-        if isinstance(server._engine, Held):
-            server._engine.opened.set()
+        if isinstance(server._engines, Held):
+            server._engines.opened.set()
         server.stop()
         thread.join(60)
         assert not thread.is_alive()

@@ -226,7 +226,8 @@ def attempt(command: str, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> in
         case ["llava-cmoe", "chat", *_]:
             monkeypatch.setattr(sys, "stdin", io.StringIO("Which colour is it?\nexit\n"))
             return start(main, words, monkeypatch)
-        case ["llava-cmoe", "serve", *_]:
+        case ["llava-cmoe", "serve" | "web", *_]:
+            words = ["runs/spare" if word == "runs/pocket_sequential_lora" else word for word in words]
             serve = Server.run
             monkeypatch.setattr(Server, "run", lambda server, ready: serve(server, server.stop))
             return start(main, [*words, "--port", "0"], monkeypatch)

@@ -18,6 +18,7 @@ from llava_cmoe.records import Learned
 from llava_cmoe.registry.restore import restore_stage
 from llava_cmoe.registry.schema import RegistryError, TaskRecord, differing_keys, recipe_facts
 from llava_cmoe.registry.store import Registry
+from llava_cmoe.runs.progress import place
 from llava_cmoe.runs.run import Progress, Run, begin, open_run
 from llava_cmoe.runs.stage import stage_data
 from llava_cmoe.sequence import learn
@@ -91,7 +92,7 @@ def take_over(run: Run, source: Registry, progress: Progress, force: bool = Fals
         if index < len(taken):
             restore_stage(run.method, run.registry, taken[index], run.backbone)
         else:
-            _take(run, source, record, partial(progress, f"{index + 1}/{len(run.stages)} {record.name}"))
+            _take(run, source, record, partial(progress, place(index, [stage.name for stage in run.stages])))
 
 
 def _take(run: Run, source: Registry, record: TaskRecord, at: Callable[[str, int, int], None]) -> None:

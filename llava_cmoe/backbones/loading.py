@@ -6,7 +6,9 @@ making is for `pocket.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -90,6 +92,15 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         fingerprint=fingerprint_files(files, root=folder),
         quantization=settings.quantization,
     )
+
+
+def sharing_weights(backbone: Backbone) -> Backbone:
+    """The same backbone in a module tree of its own, for one more method: its tensors are the very same objects.
+
+    To be called before a method edits the first one's tree.
+    """
+    tensors = chain(backbone.model.parameters(), backbone.model.buffers())
+    return replace(backbone, model=deepcopy(backbone.model, {id(tensor): tensor for tensor in tensors}))
 
 
 def load_processor(path: str) -> Processor:

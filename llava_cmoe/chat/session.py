@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from llava_cmoe.backbones.sites import image_token_of
 from llava_cmoe.chat.location import NO_WAY, Verdict, agreeing_way, tasks_and_scores, verdict_of
 from llava_cmoe.chat.opening import LearnedRun, open_learned
+from llava_cmoe.chat.usage import experts_used
 from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
-from llava_cmoe.data.conversation import IGNORED, encode_prompt, end_mark, tokenizer_of
+from llava_cmoe.data.conversation import encode_prompt, end_mark, tokenizer_of
 from llava_cmoe.data.encoding import Encoding, open_square
 from llava_cmoe.data.images import open_image, side_of_square
 from llava_cmoe.data.problems import DataError, Problem
@@ -186,25 +186,8 @@ class ChatSession:
             tokens.append(model.generate(**prompt, streamer=streamer, stopping_criteria=criteria, **greedily))
 
     def _used(self, prompt: Batch, tokens: Sequence[Tensor], task: int | None) -> Mapping[str, Mapping[int, float]]:
-        return self._worker.submit(self._observed, prompt, tokens[0], task).result()
-
-    @torch.no_grad()
-    def _observed(self, prompt: Batch, tokens_1T: Tensor, task: int | None) -> Mapping[str, Mapping[int, float]]:
-        host, num_asked = self._method.host, prompt["input_ids"].shape[1]
-        if host is None:
-            return {}
-        said_1T, image_token = tokens_1T[:, num_asked:], image_token_of(self._method.model)
-        if image_token is not None:  # as an answer it stands for no picture that is there
-            said_1T = said_1T[:, said_1T[0] != image_token]
-        tokens_1T = torch.cat([prompt["input_ids"], said_1T], dim=1)
-        whole = {**prompt, "input_ids": tokens_1T, "attention_mask": torch.ones_like(tokens_1T)}
-        labels_1T = tokens_1T.clone()
-        labels_1T[:, :num_asked] = IGNORED  # a router that pools the prompt ends where the answer begins
-        answering = self._method.answering({**whole, "labels": labels_1T}, _task_B(task))
-        with answering, host.context.observe() as seen:
-            self._method.model.base_model(**whole, use_cache=False)
-        shares = {site: (counts_E / counts_E.sum().clamp(min=1)).tolist() for site, counts_E in seen.counts.items()}
-        return {site: dict(zip(seen.ids[site], share_E, strict=True)) for site, share_E in shares.items()}
+        said_T = tokens[0][0, prompt["input_ids"].shape[1] :]
+        return self._worker.submit(experts_used, self._method, prompt, said_T, task).result()
 
     @property
     def _tokenizer(self) -> Any:

@@ -76,22 +76,32 @@ def train(
 
     A run that was stopped goes on with the same command. The pocket sequence is rendered first where it is missing.
 
+    In a terminal, one line shows stage, phase, loss and what is left; progress.html in the run folder shows a browser.
+
     To try another locator on experts that are learned: --experts RUN method.locator.kind=gaussian run=OTHER
 
     On several processes: accelerate launch --config_file zero_configs/zero2.yaml train/continual.py RECIPE
+
+    Example: llava-cmoe train train/recipes/pocket_cmoe.yaml
     """
     from llava_cmoe import api
-    from llava_cmoe.cli.progress import ProgressLine
-    from llava_cmoe.data.task_data import lacks_pocket
+    from llava_cmoe.cli.progress import RunLine
+    from llava_cmoe.data.task_data import lacks_pocket, sequence_of
+    from llava_cmoe.methods import method_of
+    from llava_cmoe.runs.progress import RunProgress
+    from llava_cmoe.runs.progress_page import ProgressPage
     from llava_cmoe.training.processes import processes
 
     settings = load_recipe(recipe, overrides or ())
-    console = Console(quiet=not processes().is_main_process)
+    launched = processes()
+    console = Console(quiet=not launched.is_main_process)
     if dry_run:
         _show_dry_run(console, settings)
         return
-    with ProgressLine(console) as line:
-        if lacks_pocket(settings.data):
+    stages = method_of(settings.method).stages(sequence_of(settings.data).names)
+    progress = RunProgress(settings.run, [stage.name for stage in stages])
+    with RunLine(console, progress, ProgressPage(progress) if launched.is_main_process else None) as line:
+        if launched.is_main_process and lacks_pocket(settings.data):
             console.print(f"{settings.data.root} is missing: rendering the pocket sequence there", soft_wrap=True)
         results = api.learn(settings, experts=experts, force=force, progress=line)
     show(console, [results])

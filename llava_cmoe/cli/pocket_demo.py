@@ -6,7 +6,7 @@ goes on where it was; a finished one is only read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,12 +17,12 @@ from llava_cmoe.evaluation.log import Results
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.report.figures import draw_matrices
+from llava_cmoe.runs.run import Progress
 from llava_cmoe.sequence import learn
 from llava_cmoe.settings.evaluation import EvaluationSettings
 from llava_cmoe.settings.recipes import load_recipe, shipped
 from llava_cmoe.settings.run import Recipe
 
-Progress = Callable[[str, str, int, int], None]
 ALL = TypeAdapter(dict[str, Results])
 """What the demo's `results.json` holds: results by the name of the run."""
 
@@ -82,4 +82,7 @@ def demo_recipe(name: str, folder: Path, size: DemoSize, overrides: Iterable[str
 
 
 def _named(progress: Progress, run: str) -> Progress:
-    return lambda where, what, done, total: progress(f"{run} {where}", what, done, total)
+    def named(where: str, what: str, done: int, total: int, loss: float | None = None, /) -> None:
+        progress(f"{run} {where}", what, done, total, loss)
+
+    return named

@@ -1,7 +1,7 @@
 """How far a run is: one live line in a terminal, one line per finished part anywhere else.
 
-Knows nothing of runs: it only answers the calls that long work makes on its way, `(where, what, done, total)` for one
-run, `moved` and `ended` for many.
+Answers the calls that long work makes on its way: `(where, what, done, total)` for one run, and the loss where there is
+one; `moved` and `ended` for many.
 """
 
 from __future__ import annotations
@@ -10,29 +10,32 @@ import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-COLUMNS = (
-    TextColumn("[bold]{task.fields[where]}"),
-    TextColumn("{task.description}"),
-    BarColumn(),
-    TimeElapsedColumn(),
-    TextColumn("left"),
-    TimeRemainingColumn(),
-)
+from llava_cmoe.runs.progress import RunProgress, clock
+
+if TYPE_CHECKING:
+    from llava_cmoe.runs.progress_page import ProgressPage
+
+COLUMNS = (TextColumn("[bold]{task.fields[where]}"), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+REMAINING = (TextColumn("left"), TimeRemainingColumn())
+RUN_REMAINING = (TextColumn("{task.fields[left]}"),)
 
 
 class _LiveLine:
     """A live line while it is entered, in a terminal only, and lines that stay above it."""
 
+    remaining: ClassVar[Sequence[ProgressColumn]] = REMAINING
+
     def __init__(self, console: Console, speed_estimate_period: float = 30.0) -> None:
         self._console = console
         self._live = Progress(
             *COLUMNS,
+            *self.remaining,
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -64,7 +67,7 @@ class ProgressLine(_LiveLine):
     def __init__(self, console: Console) -> None:
         """Print to `console`; nothing is shown before the first call."""
         super().__init__(console)
-        self._bar = self._live.add_task("", total=None, visible=False, where="")
+        self._bar = self._live.add_task("", total=None, visible=False, where="", left="")
         self._where, self._what = "", ""
         # The first call comes when a part of it is done already, so a part begins where the one before ended.
         self._where_began = self._what_began = self._last = time.monotonic()
@@ -77,15 +80,19 @@ class ProgressLine(_LiveLine):
         if kind is None:
             self._end_where()
 
-    def __call__(self, where: str, what: str, done: int, total: int) -> None:
-        """Move on; `done` equal to `total` ends a part."""
+    def __call__(self, where: str, what: str, done: int, total: int, loss: float | None = None, /) -> None:
+        """Move on; `done` equal to `total` ends a part. A loss is shown until the next one, or the part's end."""
         now = time.monotonic()
         if where != self._where:
             self._end_where()
             self._where, self._where_began, self._what = where, self._last, ""
         if what != self._what:
             self._what, self._what_began = what, self._last
-            self._live.reset(self._bar, total=total, visible=True, description=escape(what), where=escape(where))
+            self._live.reset(
+                self._bar, total=total, visible=True, description=escape(what), where=escape(where), left=""
+            )
+        if loss is not None:
+            self._live.update(self._bar, description=escape(f"{what}, loss {loss:.3f}"))
         self._live.update(self._bar, completed=done, total=total)
         self._last = now
         if done == total and not self._console.is_terminal:
@@ -94,6 +101,36 @@ class ProgressLine(_LiveLine):
     def _end_where(self) -> None:
         if self._where and self._console.is_terminal:
             self._say(f"{self._where}: done in {clock(self._last - self._where_began)}")
+
+
+class RunLine(ProgressLine):
+    """The line of a run that learns: with what is left of the stage and of the sequence; keeps the run's page."""
+
+    remaining = RUN_REMAINING
+
+    def __init__(self, console: Console, progress: RunProgress, page: ProgressPage | None) -> None:
+        """Follow a run; `page` is kept by one process of a launch."""
+        super().__init__(console)
+        self._progress, self._page = progress, page
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """As any line; the page says how it ended."""
+        super().__exit__(kind, error, trace)
+        if self._page is not None:
+            self._page.ended(kind is None)
+
+    def __call__(self, where: str, what: str, done: int, total: int, loss: float | None = None, /) -> None:
+        """Move on."""
+        super().__call__(where, what, done, total, loss)
+        self._progress(where, what, done, total, loss)
+        left = self._progress.left
+        told = {"phase": left.phase} if left.stage is None else {"stage": left.stage, "all": left.sequence}
+        known = ", ".join(f"{name} {clock(seconds)}" for name, seconds in told.items() if seconds is not None)
+        self._live.update(self._bar, left=f"left: {known}" if known else "")
+        if self._page is not None:
+            self._page.moved()
 
 
 class StudyLine(_LiveLine):
@@ -117,10 +154,3 @@ class StudyLine(_LiveLine):
         self._say(f"{name}: {became} after {clock(seconds)}")
         if failure:
             self._say(failure)
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds as `1:07`; hours before them where there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

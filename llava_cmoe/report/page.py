@@ -6,23 +6,17 @@ no script and no style run but the two whose hashes it names, and loads nothing 
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.comparison import Comparison, compared_rows
-from llava_cmoe.report.figures import COLOURS
 from llava_cmoe.report.page_examples import PER_TASK, Example, examples_of, without_pictures
-from llava_cmoe.report.page_grids import STEPS, Grid, curves, facts_grid, plain_grid, run_grids, settings_text
+from llava_cmoe.report.page_grids import Grid, curves, facts_grid, plain_grid, run_grids, settings_text
+from llava_cmoe.report.pages import policy_of, style_of, template_of
 from llava_cmoe.report.reported import Reported
 from llava_cmoe.report.tables import METRIC_HEADINGS, metric_rows
 
@@ -74,12 +68,12 @@ def _render(
     note: str,
 ) -> str:
     """The page with the own tables of the runs that are `shown`."""
-    style, script = (Markup((HERE / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js"))
-    style += Markup(_shades())
+    style = Markup(style_of(HERE / "page.css"))
+    script = Markup((HERE / "page.js").read_text(encoding="utf-8"))
     several = len(runs) > 1
-    return _template().render(
+    return template_of(HERE / "page.html.j2").render(
         title=f"{runs[0].name}: {runs[0].results.method}" if not several else f"{len(runs)} runs side by side",
-        policy=_policy(style, script),
+        policy=policy_of(style, script),
         style=style,
         script=script,
         facts=facts_grid(runs),
@@ -92,12 +86,6 @@ def _render(
         example_tasks=list(dict.fromkeys(one.task for one in examples)),
         per_task=PER_TASK,
     )
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("page.html.j2")
 
 
 def _own_part(run: Reported) -> Mapping[str, Any]:
@@ -118,34 +106,3 @@ def _compared(runs: Sequence[Reported], comparison: Comparison | None) -> list[G
     for text, (title, headings, rows) in zip(texts, compared_rows(comparison, " ") if comparison else (), strict=False):
         grids.append(plain_grid("comparison", title[0].upper() + title[1:], headings, rows, text))
     return grids
-
-
-def _policy(style: str, script: str) -> str:
-    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script))
-    style_hash, script_hash = (f"'sha256-{value}'" for value in hashes)
-    return (
-        f"default-src 'none'; img-src data:; style-src {style_hash}; script-src {script_hash}; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _shades() -> str:
-    """A class for each step from pale to dark, with whichever ink is read better on it."""
-    rules = []
-    for step in range(STEPS + 1):
-        red, green, blue, _ = colormaps[COLOURS](step / STEPS)
-        ink = "#ffffff" if contrast(1.0, luminance(red, green, blue)) > 4.5 else "#000000"
-        rules.append(f".s{step} {{ background: {to_hex((red, green, blue))}; color: {ink}; }}")
-    return "\n".join((*rules, ""))
-
-
-def luminance(red: float, green: float, blue: float) -> float:
-    """Relative luminance of an sRGB colour, as WCAG 2 defines it."""
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in (red, green, blue)]
-    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
-
-
-def contrast(one: float, other: float) -> float:
-    """Contrast ratio of two luminances, 1 to 21; 4.5 is what WCAG 2 asks of text."""
-    lighter, darker = max(one, other), min(one, other)
-    return (lighter + 0.05) / (darker + 0.05)

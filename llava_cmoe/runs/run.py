@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from accelerate import PartialState
 
@@ -24,8 +24,13 @@ from llava_cmoe.runs.sizes import check_sizes
 from llava_cmoe.settings.run import Recipe
 from llava_cmoe.training.processes import check_engine_holds, processes
 
-Progress = Callable[[str, str, int, int], None]
-"""Called with where the run is (`3/8 imagenet`), what it does (`training`), how much is done, how much there is."""
+
+class Progress(Protocol):
+    """Called while a run is at work."""
+
+    def __call__(self, where: str, what: str, done: int, total: int, loss: float | None = None, /) -> object:
+        """Where it is (`progress.place`), what it does (`training`), how much is done, of how much; a loss at times."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Protocol
 
 import torch
 from datasets import concatenate_datasets
@@ -27,8 +27,13 @@ from llava_cmoe.registry.schema import recipe_facts
 from llava_cmoe.runs.run import Run
 from llava_cmoe.training.stage import train_stage
 
-At = Callable[[str, int, int], None]
-"""Called with what a stage does (`training`), how much is done, how much there is."""
+
+class At(Protocol):
+    """Called while a stage is at work."""
+
+    def __call__(self, what: str, done: int, total: int, loss: float | None = None, /) -> object:
+        """What it does (`training`), how much is done and there is; at times the loss."""
+        ...
 
 
 def stage_data(run: Run, index: int, stage: Stage) -> StageData:

@@ -1,4 +1,4 @@
-"""A learned run behind an API that speaks OpenAI's chat completions; `app.py` has its routes.
+"""Learned runs behind an API that speaks OpenAI's chat completions, and a page on top; `app.py` has the routes.
 
-Needs the extra `serve`; only the command imports these files.
+Needs the extra `serve`; only the commands import these files.
 """

@@ -1,4 +1,4 @@
-"""The routes: chat completions, models, health. Reads a request within its limits, waits for the answer, sends it.
+"""The routes: chat completions, models, health, maybe the page. Reads a request, waits for the answer, sends it.
 
 Whoever hangs up is noticed while waiting and while streaming; their row ends, and their place is free.
 """
@@ -26,6 +26,8 @@ from llava_cmoe.serve.batching import Ask, Batcher
 from llava_cmoe.serve.engine import Answered, Growing
 from llava_cmoe.serve.gate import COMPLETIONS, Gate, Guard, Places
 from llava_cmoe.serve.limits import Limits, Refused, one_line
+from llava_cmoe.serve.models import Offered
+from llava_cmoe.serve.page import add_page
 from llava_cmoe.serve.prompts import Prepared, PromptReader
 from llava_cmoe.serve.replies import Head, chunks, completion, models
 
@@ -44,11 +46,17 @@ class Service:
     batcher: Batcher
     places: Places
     reader: PromptReader
-    offered: Mapping[str, int | None]
+    offered: Mapping[str, Offered]
 
 
-def create_app(service: Service, guard: Guard, limits: Limits, ready: Callable[[], object] = lambda: None) -> Gate:
-    """The application; `ready` is called when it can answer."""
+def create_app(
+    service: Service,
+    guard: Guard,
+    limits: Limits,
+    ready: Callable[[], object] = lambda: None,
+    with_page: bool = False,
+) -> Gate:
+    """The application, with the page on top if wanted; `ready` is called when it can answer."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -74,12 +82,14 @@ def create_app(service: Service, guard: Guard, limits: Limits, ready: Callable[[
     async def model(name: str) -> dict[str, Any]:
         if name not in service.offered:
             raise Refused(404, "there is no such model", "model", "model_not_found")
-        return models([name], created)[0]
+        return models({name: service.offered[name]}, created)[0]
 
     @app.post(COMPLETIONS)
     async def complete(request: Request) -> Response:
         return await _complete(request, service, limits)
 
+    if with_page:
+        add_page(app)
     for kind, handler in _HANDLERS.items():
         app.add_exception_handler(kind, handler)
     return Gate(app, guard, service.places)

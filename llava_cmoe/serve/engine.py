@@ -1,6 +1,6 @@
 """Answers a batch of prompts at once, whatever their tasks, and reports each answer while it grows.
 
-The only place of this room that calls the model; one thread does. Who waits for the answers is not known here.
+The only place of this room that calls the models; one thread does. Who waits for the answers is not known here.
 Shape letters: B batch, T tokens.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from llava_cmoe.chat.location import NO_WAY, Verdict, agreeing_way, tasks_and_scores, verdict_of
 from llava_cmoe.chat.opening import LearnedRun
+from llava_cmoe.chat.usage import experts_used
 from llava_cmoe.data.batches import on_device
 from llava_cmoe.data.collator import Collator
 from llava_cmoe.data.conversation import tokenizer_of
@@ -25,9 +26,6 @@ from llava_cmoe.evaluation.answer_end import AnswerReader
 from llava_cmoe.evaluation.generate import greedy
 from llava_cmoe.serve.limits import Refused
 from llava_cmoe.serve.prompts import Prompt
-
-BASE = "base"
-"""Behind the run's name: its model without experts."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Answered:
         task: name of the task whose routers answered; None for the base model, and where no task makes a difference.
         located: whether a locator found that out; a given task has no scores.
         scores: every known task's score, the closest task (the lowest score) first; empty where nobody located.
+        experts: share of each expert's slots, by site in order of depth; None where nobody asked for them.
     """
 
     text: str
@@ -58,6 +57,7 @@ class Answered:
     task: str | None
     located: bool
     scores: Mapping[str, float]
+    experts: Mapping[str, Mapping[int, float]] | None = None
 
 
 Event = Growing | Answered | Refused
@@ -86,14 +86,17 @@ class Asking(Protocol):
         ...
 
 
-def offered_models(name: str, learned: LearnedRun) -> dict[str, int | None]:
-    """Names that a request may give, to the task that answers: None where the run locates it, -1 for the base model.
+class Engines:
+    """Runs that answer, one after another: each its own part of the prompts that wait together."""
 
-    Without a locator a task makes no difference, so only the run is offered.
-    """
-    tasks = {f"{name}:{task}": index for index, task in enumerate(learned.names)} if learned.method.locates else {}
-    base = {f"{name}:{BASE}": -1} if learned.method.locates and f"{name}:{BASE}" not in tasks else {}
-    return {name: None, **tasks, **base}
+    def __init__(self, runs: Mapping[str, LearnedRun]) -> None:
+        """By the names that prompts give."""
+        self._engines = {name: Engine(learned) for name, learned in runs.items()}
+
+    def answer(self, asks: Sequence[Asking]) -> None:
+        """Answer prompts that wait together; every ask that stays is put its end."""
+        for name in dict.fromkeys(ask.prompt.run for ask in asks):
+            self._engines[name].answer([ask for ask in asks if ask.prompt.run == name])
 
 
 class Engine:
@@ -150,6 +153,19 @@ class Engine:
             longest = max(ask.prompt.answer_tokens for ask in asks)
             criteria = StoppingCriteriaList([decoding])
             model.generate(**batch, **greedy(model, self._processor, longest), stopping_criteria=criteria)
+        for row, answer in decoding.held.items():
+            used = self._used(rows[asks[row]], decoding.tokens[row], tasks[row], answer)
+            asks[row].put(replace(answer, experts=used))
+
+    def _used(
+        self, row: dict[str, Tensor], tokens: Sequence[int], given: int | None, answer: Answered
+    ) -> Mapping[str, Mapping[int, float]]:
+        """The experts of an answer, by the routers that it was given or located at."""
+        task = given
+        if answer.located:
+            task = -1 if answer.task is None else self._learned.names.index(answer.task)
+        prompt = self._batch([row])
+        return experts_used(self._method, prompt, torch.tensor(tokens, device=prompt["input_ids"].device), task)
 
     def _rows(self, asks: Sequence[Asking]) -> dict[Asking, dict[str, Tensor]]:
         """Each prompt, its picture squared as its task squares pictures; what no way is found for is refused."""
@@ -176,7 +192,12 @@ class Engine:
 
 
 class _Decoding(StoppingCriteria):
-    """Watches a batch being decoded: reports what each row says, and ends rows one by one."""
+    """Watches a batch being decoded: reports what each row says, and ends rows one by one.
+
+    Attributes:
+        tokens: that each row has said.
+        held: by row, answers at their end of which the experts are still to be seen.
+    """
 
     def __init__(
         self,
@@ -187,7 +208,8 @@ class _Decoding(StoppingCriteria):
         verdict: Callable[[int], Verdict | None],
     ) -> None:
         self._asks, self._lengths, self._reader, self._names, self._verdict = asks, lengths, reader, names, verdict
-        self._tokens: list[list[int]] = [[] for _ in asks]
+        self.tokens: list[list[int]] = [[] for _ in asks]
+        self.held: dict[int, Answered] = {}
         self._done = [False] * len(asks)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
@@ -198,7 +220,7 @@ class _Decoding(StoppingCriteria):
 
     def _read(self, row: int, token: int) -> bool:
         """Take a row's next token; returns whether it is its last."""
-        ask, tokens = self._asks[row], self._tokens[row]
+        ask, tokens = self._asks[row], self.tokens[row]
         if ask.left:
             return True
         tokens.append(token)
@@ -209,15 +231,19 @@ class _Decoding(StoppingCriteria):
             return False
         verdict, given = self._verdict(row), ask.prompt.task
         task = verdict.task if verdict is not None else None if given is None or given < 0 else self._names[given]
-        ask.put(
-            Answered(
-                self._reader.text(tokens),
-                "stop" if ended else "length",
-                self._lengths[row],
-                len(tokens),
-                task,
-                verdict is not None,
-                {} if verdict is None else verdict.scores,
-            )
+        answer = Answered(
+            self._reader.text(tokens),
+            "stop" if ended else "length",
+            self._lengths[row],
+            len(tokens),
+            task,
+            verdict is not None,
+            {} if verdict is None else verdict.scores,
         )
+        if ask.prompt.experts:
+            self.held[row] = answer
+            if ask.streams:
+                ask.put(Growing(answer.text))
+        else:
+            ask.put(answer)
         return True

@@ -30,10 +30,12 @@ class Guard:
     Attributes:
         key: to be sent as `Authorization: Bearer KEY`; anybody may ask when None.
         names: by which a request may call the server; any when None.
+        open_paths: that are read without the key.
     """
 
     key: str | None = None
     names: frozenset[str] | None = LOCAL
+    open_paths: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Gate:
             Refused: a wrong key or host, no place, or the server closes.
         """
         headers = dict(scope["headers"])
-        if self._guard.key is not None:
+        if self._guard.key is not None and scope["path"] not in self._guard.open_paths:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self._guard.key}".encode()):
                 raise Refused(401, "the key is missing or wrong", code="invalid_api_key")

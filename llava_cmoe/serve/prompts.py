@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from llava_cmoe.chat.opening import LearnedRun
 from llava_cmoe.data.conversation import encode_prompt
 from llava_cmoe.data.encoding import Encoding, open_square
 from llava_cmoe.data.images import size_of
@@ -25,6 +24,7 @@ from llava_cmoe.data.rows import MARKER, Turn, question
 from llava_cmoe.data.special_tokens import special_texts, why_special
 from llava_cmoe.data.tasks import Geometry
 from llava_cmoe.serve.limits import Limits, Refused
+from llava_cmoe.serve.models import Offered
 from llava_cmoe.serve.requests import ChatRequest, PicturePart, TextPart, read_request
 from llava_cmoe.settings.base import shown
 
@@ -37,14 +37,18 @@ class Prompt:
     """What a model is asked.
 
     Attributes:
+        run: name of the run that is asked.
         ways: the encoded prompt by how its picture is squared; several only where the task decides, and is not known.
         task: index of the task whose routers answer, -1 for the base model; None if it is to be located.
         answer_tokens: longest answer.
+        experts: whether the experts that the answer used are wanted, too.
     """
 
+    run: str
     ways: Mapping[Geometry, dict[str, Tensor]]
     task: int | None
     answer_tokens: int
+    experts: bool = False
 
 
 class Prepared(NamedTuple):
@@ -55,12 +59,12 @@ class Prepared(NamedTuple):
 
 
 class PromptReader:
-    """Makes prompts for one run."""
+    """Makes prompts for runs on one backbone."""
 
-    def __init__(self, learned: LearnedRun, offered: Mapping[str, int | None], limits: Limits) -> None:
-        """For the models that are offered: name to task, as `Prompt.task` has it."""
-        self._processor, self._geometries = deepcopy(learned.backbone.processor), learned.geometries
-        self._max_pixels, self._offered, self._limits = learned.max_pixels, offered, limits
+    def __init__(self, offered: Mapping[str, Offered], limits: Limits) -> None:
+        """For the models that are offered."""
+        self._processor = deepcopy(next(iter(offered.values())).learned.backbone.processor)
+        self._offered, self._limits = offered, limits
         self._special = special_texts(self._processor)
 
     def prepare(self, body: bytes) -> Prepared:
@@ -73,17 +77,13 @@ class PromptReader:
         if asked.model not in self._offered:
             known = ", ".join(self._offered)
             raise Refused(404, f"there is no model {shown(asked.model)}; there is {known}", "model", "model_not_found")
-        task, longest = self._offered[asked.model], asked.answer_tokens(self._limits.answer_tokens)
+        model, longest = self._offered[asked.model], asked.answer_tokens(self._limits.answer_tokens)
         picture, turns = self._picture(asked), self._turns(asked)
-        ways = {way: self._encoded(turns, picture, way) for way in self._ways(task, picture is not None)}
-        return Prepared(asked, Prompt(ways, task, longest))
-
-    def _ways(self, task: int | None, has_picture: bool) -> tuple[Geometry, ...]:
-        """How the picture may have to be squared, as a chat does it."""
-        if task is not None and task >= 0:
-            return (self._geometries[task],)
-        distinct = tuple(dict.fromkeys(self._geometries))
-        return distinct if task is None and has_picture else distinct[:1]
+        encodings = [
+            Encoding(self._processor, way, model.learned.max_pixels) for way in _ways(model, picture is not None)
+        ]
+        ways = {encoding.geometry: self._encoded(turns, picture, encoding) for encoding in encodings}
+        return Prepared(asked, Prompt(model.run, ways, model.task, longest, asked.wants_experts))
 
     def _turns(self, asked: ChatRequest) -> list[Turn]:
         turns: list[Turn] = []
@@ -131,8 +131,7 @@ class PromptReader:
             raise Refused(413, reason, param, "image_too_large")
         return picture
 
-    def _encoded(self, turns: list[Turn], picture: BytesIO | None, way: Geometry) -> dict[str, Tensor]:
-        encoding = Encoding(self._processor, way, self._max_pixels)
+    def _encoded(self, turns: list[Turn], picture: BytesIO | None, encoding: Encoding) -> dict[str, Tensor]:
         try:
             encoded = encode_prompt(self._processor, turns, None if picture is None else open_square(picture, encoding))
         except DataError as error:
@@ -148,6 +147,15 @@ class PromptReader:
     def _too_long(self, length: str) -> Refused:
         reason = f"the prompt has {length}; at most {self._limits.prompt_tokens} are read"
         return Refused(400, reason, "messages", "context_length_exceeded")
+
+
+def _ways(model: Offered, has_picture: bool) -> tuple[Geometry, ...]:
+    """How the picture may have to be squared, as a chat does it."""
+    geometries, task = model.learned.geometries, model.task
+    if task is not None and task >= 0:
+        return (geometries[task],)
+    distinct = tuple(dict.fromkeys(geometries))
+    return distinct if task is None and has_picture else distinct[:1]
 
 
 def _bytes_of(url: str, param: str) -> BytesIO:

@@ -1,6 +1,7 @@
 """Answers as OpenAI writes them: whole, or as the chunks of a stream; and the list of models.
 
-Beside OpenAI's fields stands `llava_cmoe`: the task whose routers answered, and the locator's scores.
+Beside OpenAI's fields stands `llava_cmoe`: of an answer the task whose routers answered, the locator's scores and the
+experts; of a model what it stands for.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import json
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llava_cmoe.report.figures import site_labels
 from llava_cmoe.serve.engine import Answered, Growing
+from llava_cmoe.serve.models import Offered
 
 OWNER = "llava_cmoe"
 
@@ -31,9 +34,10 @@ class Head:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, **fields}
 
 
-def models(names: Iterable[str], created: int) -> list[dict[str, Any]]:
-    """The models that are offered."""
-    return [{"id": name, "object": "model", "created": created, "owned_by": OWNER} for name in names]
+def models(offered: Mapping[str, Offered], created: int) -> list[dict[str, Any]]:
+    """The models that are offered, each with what it stands for."""
+    fields = {"object": "model", "created": created, "owned_by": OWNER}
+    return [{"id": name, **fields, "llava_cmoe": model.facts} for name, model in offered.items()]
 
 
 def completion(head: Head, answer: Answered) -> dict[str, Any]:
@@ -55,10 +59,16 @@ def usage(answer: Answered) -> dict[str, int]:
 def verdict(answer: Answered) -> dict[str, Any]:
     """The task whose routers answered, null for the base model; the scores, null where nothing was located.
 
-    A score that is no finite number is null, as JSON has no other word for it.
+    A score that is no finite number is null, as JSON has no other word for it. The experts stand there if they were
+    asked for: a list of sites in order of depth.
     """
     scores = {name: score if math.isfinite(score) else None for name, score in answer.scores.items()}
-    return {"task": answer.task, "located": answer.located, "scores": scores if answer.located else None}
+    said = {"task": answer.task, "located": answer.located, "scores": scores if answer.located else None}
+    if answer.experts is None:
+        return said
+    labels = site_labels(list(answer.experts))
+    sites = zip(answer.experts.items(), labels, strict=True)
+    return {**said, "experts": [{"site": site, "label": label, "shares": shares} for (site, shares), label in sites]}
 
 
 async def chunks(head: Head, events: AsyncIterator[Growing | Answered], with_usage: bool) -> AsyncIterator[str]:

@@ -91,6 +91,12 @@ class StreamOptions(_Record):
     include_usage: bool = False
 
 
+class Extras(_Record):
+    """What is asked beside OpenAI's fields."""
+
+    experts: bool = False
+
+
 class ChatRequest(_Record):
     """A request that can be honoured.
 
@@ -102,6 +108,7 @@ class ChatRequest(_Record):
         max_tokens: longest answer.
         max_completion_tokens: the same under its newer name.
         seed: without effect, since nothing is drawn.
+        llava_cmoe: what else is wanted, no field of OpenAI's; `experts` costs a forward pass.
     """
 
     model: str
@@ -111,6 +118,7 @@ class ChatRequest(_Record):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     seed: int | None = None
+    llava_cmoe: Extras | None = None
 
     def answer_tokens(self, most: int) -> int:
         """The longest answer that is wanted, `most` where nothing is said.
@@ -134,6 +142,11 @@ class ChatRequest(_Record):
     def wants_usage(self) -> bool:
         """Whether a stream ends with the numbers of its tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def wants_experts(self) -> bool:
+        """Whether the experts that the answer used are wanted."""
+        return self.llava_cmoe is not None and self.llava_cmoe.experts
 
 
 def read_request(body: bytes) -> ChatRequest:

@@ -1,4 +1,4 @@
-"""A run behind a socket: loads it, answers until it is told to stop, finishes what it has begun.
+"""Runs behind a socket: answers until it is told to stop, finishes what it has begun.
 
 The first SIGINT or SIGTERM lets what runs and waits be answered and takes nothing new; a second one ends all at once.
 """
@@ -9,19 +9,20 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import uvicorn
 
 from llava_cmoe.chat.opening import LearnedRun
 from llava_cmoe.serve.app import Service, create_app
 from llava_cmoe.serve.batching import Batcher
-from llava_cmoe.serve.engine import Engine, offered_models
+from llava_cmoe.serve.engine import Engines
 from llava_cmoe.serve.gate import Guard, Places
 from llava_cmoe.serve.limits import Limits
+from llava_cmoe.serve.models import offered_models
+from llava_cmoe.serve.page import PATHS
 from llava_cmoe.serve.prompts import PromptReader
 from llava_cmoe.settings.base import RecipeError
 
@@ -41,18 +42,28 @@ class _Uvicorn(uvicorn.Server):
 
 
 class Server:
-    """One run and one socket."""
+    """Runs on one backbone, and one socket."""
 
-    def __init__(self, run: Path, learned: LearnedRun, listening: socket.socket, guard: Guard, limits: Limits) -> None:
-        """Prepare to serve a run under its folder's name on a socket that listens.
+    def __init__(
+        self,
+        runs: Mapping[str, LearnedRun],
+        listening: socket.socket,
+        guard: Guard,
+        limits: Limits,
+        with_page: bool = False,
+    ) -> None:
+        """Prepare to serve runs, by the names that they have for clients, on a socket that listens.
+
+        With the page, its files need no key: they are the same for everybody.
 
         Raises:
             RecipeError: answers of this length leave no room for prompts.
         """
-        self._learned, self._listening, self._guard = learned, listening, guard
-        self._limits = _fitting(limits, learned)
-        self._offered = offered_models(run.resolve().name, learned)
-        self._engine = Engine(learned)
+        self._listening, self._with_page = listening, with_page
+        self._guard = replace(guard, open_paths=PATHS) if with_page else guard
+        self._limits = _fitting(limits, next(iter(runs.values())))
+        self._offered = offered_models(runs)
+        self._engines = Engines(runs)
         self._stop: Callable[[], object] = lambda: None
 
     @property
@@ -69,13 +80,13 @@ class Server:
         self._stop()
 
     async def _run(self, ready: Callable[[], object]) -> None:
-        batcher = Batcher(self._engine.answer, self._limits.batch)
-        reader = PromptReader(self._learned, self._offered, self._limits)
+        batcher = Batcher(self._engines.answer, self._limits.batch)
+        reader = PromptReader(self._offered, self._limits)
         places = Places(self._limits.batch + self._limits.queue)
         service = Service(batcher, places, reader, self._offered)
         server = _Uvicorn(
             uvicorn.Config(
-                create_app(service, self._guard, self._limits, ready),
+                create_app(service, self._guard, self._limits, ready, self._with_page),
                 log_config=None,
                 access_log=False,
                 http="h11",

@@ -9,10 +9,10 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,13 @@ from llava_cmoe.training.processes import deepspeed_asked, processes
 from llava_cmoe.training.trackers import tensorboard_callbacks, trackers_of, trainer_integrations
 from llava_cmoe.training.zero import check_engine, configure_deepspeed, teardown_deepspeed
 
-Progress = Callable[[int, int], None]
-"""Called with the optimizer steps done and all steps."""
+
+class Progress(Protocol):
+    """Called after an optimizer step."""
+
+    def __call__(self, done: int, total: int, loss: float | None = None, /) -> object:
+        """Steps done, all steps, and the mean loss since the last one that was logged, at the steps that log one."""
+        ...
 
 
 LOGGED = 5
@@ -126,13 +131,18 @@ def _hide_quantized_flag(model: Any) -> Iterator[None]:
 
 
 class _Report(TrainerCallback):
-    """Reports how far the stage is."""
+    """Reports how far the stage is, and the losses that the Trainer logs: no host sync of its own."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress(state.global_step, state.max_steps)
+        if not control.should_log:
+            self._progress(state.global_step, state.max_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:  # at the end of a training other things are logged
+            self._progress(state.global_step, state.max_steps, logs["loss"])
 
 
 def train_stage(

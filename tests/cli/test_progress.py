@@ -1,8 +1,11 @@
 import io
+from pathlib import Path
 
 from rich.console import Console
 
-from llava_cmoe.cli.progress import ProgressLine, StudyLine, clock
+from llava_cmoe.cli.progress import ProgressLine, RunLine, StudyLine, clock
+from llava_cmoe.runs.progress import RunProgress
+from llava_cmoe.runs.progress_page import ProgressPage
 
 
 def shown(terminal: bool, broken: bool = False) -> str:
@@ -36,6 +39,20 @@ def test_in_a_terminal_a_finished_stage_leaves_one_line():
 
 def test_a_stage_that_broke_off_is_not_called_done():
     assert shown(terminal=True, broken=True).count("done in") == 1
+
+
+def test_a_run_that_learns_shows_its_loss_and_what_is_left_and_leaves_a_page(tmp_path: Path):
+    stream, progress = io.StringIO(), RunProgress(tmp_path, ("gqa", "[b]vqa"))
+    console = Console(file=stream, force_terminal=True, width=120, color_system=None)
+    with RunLine(console, progress, ProgressPage(progress)) as line:
+        for where in ("1/2 gqa", "2/2 [b]vqa"):
+            for step in (1, 2):
+                line(where, "training", step, 2, 0.5 / step)
+                line._live.refresh()
+            line(where, "gqa (located)", 1, 1)
+    said = stream.getvalue()
+    assert "training, loss 0.250" in said and "left: phase 0:00" in said and "left: stage 0:00, all 0:00" in said
+    assert "2/2 [b]vqa: done in 0:00" in said and "finished" in (tmp_path / "progress.html").read_text()
 
 
 def test_brackets_in_names_are_shown_as_they_are():

@@ -38,7 +38,9 @@ from llava_cmoe.evaluation.rescoring import open_examined
 from llava_cmoe.registry.schema import recipe_facts
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.report import page, page_examples
-from llava_cmoe.report.page import STEPS, contrast, luminance, page_of
+from llava_cmoe.report.page import page_of
+from llava_cmoe.report.page_grids import STEPS
+from llava_cmoe.report.pages import contrast, luminance
 from llava_cmoe.report.paired_tests import compare, final_scores
 from llava_cmoe.report.reported import Reported, open_reported
 from llava_cmoe.report.tables import number

@@ -20,12 +20,12 @@ def learned(lesson: Lesson) -> LearnedRun:
 
 @pytest.fixture(scope="module")
 def running(learned: LearnedRun, lesson: Lesson) -> Iterator[Running]:
-    with serving(learned, lesson.recipe.run) as running:
+    with serving(learned) as running:
         yield running
 
 
 @pytest.fixture
 def held(learned: LearnedRun, lesson: Lesson) -> Iterator[Running]:
     """A server that answers nothing until it is let: one at a time, one more may wait."""
-    with serving(learned, lesson.recipe.run, replace(SMALL, batch=1, queue=1), held=True) as running:
+    with serving(learned, replace(SMALL, batch=1, queue=1), held=True) as running:
         yield running

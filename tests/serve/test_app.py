@@ -105,7 +105,7 @@ def test_models_and_health(running: Running):
 
 
 def test_requests_that_wait_together_are_one_batch_and_several_streams_run_at_once(learned, lesson):
-    with serving(learned, lesson.recipe.run, replace(SMALL, batch=8), held=True) as running:
+    with serving(learned, replace(SMALL, batch=8), held=True) as running:
         engine, client, bodies = running.engine, running.client(), mixture(lesson)
         assert isinstance(engine, Held)
         alone = [whole(client, body) for body in bodies]
@@ -188,14 +188,14 @@ def test_a_web_page_reaches_nothing(running: Running):
 
 
 def test_one_key_guards_every_route(learned, lesson):
-    with serving(learned, lesson.recipe.run, key="s\u00e9cret") as running:
+    with serving(learned, key="s\u00e9cret") as running:
         for method, path in (("GET", "/health"), ("GET", "/v1/models"), ("POST", PATH), ("GET", "/other")):
             for given in ({}, {"authorization": "Bearer wrong"}, {"authorization": "s\u00e9cret".encode()}):
                 answer = httpx2.request(method, running.address + path, headers=given)
                 assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
         right = {"authorization": "Bearer s\u00e9cret".encode(), "host": "anywhere.example"}
         assert httpx2.get(f"{running.address}/health", headers=right).status_code == 200
-    with serving(learned, lesson.recipe.run, key="secret") as running:
+    with serving(learned, key="secret") as running:
         assert running.client().chat.completions.create(**QUESTION).choices
         with pytest.raises(openai.AuthenticationError):
             running.client().with_options(api_key="other").models.list()
@@ -232,7 +232,7 @@ def test_a_score_without_an_end_is_null():
 def test_a_run_that_locates_nothing_is_one_model(tiny_data, tiny_backbone, tmp_path):
     words = ("data.train_rows=4", "data.eval_rows=2", "evaluation.routes=[oracle]")
     learn(tiny.recipe(tmp_path / "run", tiny_data, tiny_backbone, "sequential_lora", *words))
-    with serving(open_learned(tmp_path / "run"), tmp_path / "run") as running:
+    with serving(open_learned(tmp_path / "run")) as running:
         assert [model.id for model in running.client().models.list()] == ["run"]
         assert running.post({**QUESTION, "model": "run:sides"}).status_code == 404
         assert running.post(QUESTION).json()["llava_cmoe"] == {"task": None, "located": False, "scores": None}
@@ -265,7 +265,7 @@ def test_who_hangs_up_frees_a_place(held: Running):
 
 
 def test_what_takes_too_long_is_ended(learned, lesson):
-    with serving(learned, lesson.recipe.run, replace(SMALL, seconds=0.5), held=True) as running:
+    with serving(learned, replace(SMALL, seconds=0.5), held=True) as running:
         engine = running.engine
         assert isinstance(engine, Held)
         engine.opened.clear()

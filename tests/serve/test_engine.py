@@ -13,8 +13,9 @@ from serving import SMALL, Listener, asked, data_url, message, mixture
 from llava_cmoe.evaluation.generate import EvalModel, Route, answer_batch
 from llava_cmoe.methods.cmoe import Cmoe
 from llava_cmoe.serve import engine as serve_engine
-from llava_cmoe.serve.engine import Engine, Growing, offered_models
+from llava_cmoe.serve.engine import Engine, Growing
 from llava_cmoe.serve.limits import Refused
+from llava_cmoe.serve.models import offered_models
 from llava_cmoe.serve.prompts import Prompt, PromptReader
 
 
@@ -25,7 +26,7 @@ def engine(learned) -> Engine:
 
 @pytest.fixture(scope="module")
 def prompts(learned, lesson) -> list[Prompt]:
-    reader = PromptReader(learned, offered_models("run", learned), SMALL)
+    reader = PromptReader(offered_models({"run": learned}), SMALL)
     return [reader.prepare(json.dumps(body).encode()).prompt for body in mixture(lesson)]
 
 
@@ -68,7 +69,7 @@ def test_answers_of_a_mixed_batch_are_those_asked_alone(by_task: bool, learned, 
 def test_an_answer_is_the_evaluations(task: str, index: int, engine, learned, lesson):
     questions, place = lesson.questions[task], ("colours", "sides").index(task)
     eval_model = EvalModel(lesson.run.method, lesson.run.method.model, lesson.run.backbone.processor)
-    reader = PromptReader(learned, offered_models("run", learned), SMALL)
+    reader = PromptReader(offered_models({"run": learned}), SMALL)
     for name, model in (("located", "run"), ("oracle", f"run:{task}")):
         route = Route(name, task_index=place, num_known=2, seed=0)  # type: ignore[arg-type]
         [wanted] = answer_batch(eval_model, questions, [index], route)
@@ -121,24 +122,21 @@ def test_a_batch_ends_when_everybody_has_left(engine, prompts, monkeypatch):
 
 
 def test_where_nothing_is_located_only_the_run_is_offered(learned, monkeypatch):
-    assert list(offered_models("run", learned)) == ["run", "run:colours", "run:sides", "run:base"]
+    assert list(offered_models({"run": learned})) == ["run", "run:colours", "run:sides", "run:base"]
     monkeypatch.setattr(Cmoe, "locates", False)
-    assert offered_models("run", learned) == {"run": None}
+    assert {name: model.task for name, model in offered_models({"run": learned}).items()} == {"run": None}
 
 
 def test_a_task_called_base_keeps_its_name(learned):
-    assert offered_models("run", replace(learned, names=("base", "sides"))) == {
-        "run": None,
-        "run:base": 0,
-        "run:sides": 1,
-    }
+    models = offered_models({"run": replace(learned, names=("base", "sides"))})
+    assert {name: model.task for name, model in models.items()} == {"run": None, "run:base": 0, "run:sides": 1}
 
 
 @pytest.mark.parametrize(("at", "way"), [((0, 0), "pad"), ((1, 1), "crop"), ((-1, 0), "pad"), ((1, 0), None)])
 def test_a_picture_is_squared_as_its_task_does_or_refused(at: tuple[int, int], way: str | None, learned, monkeypatch):
     """`at` are the tasks that the picture is located at padded and cropped; the first task pads, the second crops."""
     two = replace(learned, geometries=("pad", "crop"))
-    engine, reader = Engine(two), PromptReader(two, offered_models("run", two), SMALL)
+    engine, reader = Engine(two), PromptReader(offered_models({"run": two}), SMALL)
     body = {"model": "run", "messages": message("Which?", data_url(Image.new("RGB", (60, 24), "red"))), "max_tokens": 2}
     prompt = reader.prepare(json.dumps(body).encode()).prompt
     ways = list(prompt.ways.values())

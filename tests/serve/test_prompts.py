@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from serving import SMALL, asked, data_url, message
 
-from llava_cmoe.serve.engine import offered_models
 from llava_cmoe.serve.limits import Limits, Refused
+from llava_cmoe.serve.models import offered_models
 from llava_cmoe.serve.prompts import Prompt, PromptReader
 
 PICTURE = data_url(Image.new("RGB", (20, 24), "red"))
@@ -20,7 +20,7 @@ PICTURE = data_url(Image.new("RGB", (20, 24), "red"))
 
 def prepare(learned, messages: list[dict[str, Any]], model: str = "run", limits: Limits = SMALL) -> Prompt:
     body = json.dumps({"model": model, "messages": messages}).encode()
-    return PromptReader(learned, offered_models("run", learned), limits).prepare(body).prompt
+    return PromptReader(offered_models({"run": learned}), limits).prepare(body).prompt
 
 
 def refusal(learned, messages: list[dict[str, Any]], **options: Any) -> Refused:
@@ -38,7 +38,7 @@ def test_a_request_is_read_as_the_evaluation_reads_the_row(task: str, index: int
 
 
 def test_models_name_their_task(learned):
-    tasks = {model: prepare(learned, message("Which?"), model).task for model in offered_models("run", learned)}
+    tasks = {model: prepare(learned, message("Which?"), model).task for model in offered_models({"run": learned})}
     assert tasks == {"run": None, "run:colours": 0, "run:sides": 1, "run:base": -1}
     missing = refusal(learned, message("Which?"), model="run:\x1bother")
     assert (missing.status, missing.param, missing.code) == (404, "model", "model_not_found")
@@ -120,7 +120,7 @@ def test_a_conversation_goes_on(learned):
 def test_pictures_are_squared_as_the_task_does_or_both_ways(learned):
     two = replace(learned, geometries=("pad", "crop"))
     picture = message("Which?", PICTURE)
-    ways = {model: tuple(prepare(two, picture, model).ways) for model in offered_models("run", two)}
+    ways = {model: tuple(prepare(two, picture, model).ways) for model in offered_models({"run": two})}
     assert ways == {"run": ("pad", "crop"), "run:colours": ("pad",), "run:sides": ("crop",), "run:base": ("pad",)}
     assert len(prepare(two, message("Which?")).ways) == 1
 

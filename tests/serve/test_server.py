@@ -87,7 +87,7 @@ def reachable(port: int) -> bool:
 
 def test_the_second_call_to_stop_refuses_what_was_taken(learned, lesson):
     bodies = [{**BODY, "max_tokens": 12, "stream": stream} for stream in (True, False, False)]
-    with serving(learned, lesson.recipe.run, replace(SMALL, batch=1, seconds=600), held=True) as running:
+    with serving(learned, replace(SMALL, batch=1, seconds=600), held=True) as running:
         engine = running.engine
         assert isinstance(engine, Held)
         engine.opened.clear()
@@ -106,7 +106,7 @@ def test_answers_leave_room_for_prompts(learned, lesson):
         listen("127.0.0.1", 0) as listening,
         pytest.raises(RecipeError, match="512 positions; set --max-answer-tokens"),
     ):
-        Server(lesson.recipe.run, learned, listening, Guard(), replace(SMALL, answer_tokens=512))
+        Server({"run": learned}, listening, Guard(), replace(SMALL, answer_tokens=512))
 
 
 def malformed(port: int, draw: random.Random) -> None:
@@ -135,7 +135,7 @@ def malformed(port: int, draw: random.Random) -> None:
 
 def test_under_load_every_answer_is_that_asked_alone_and_nothing_crashes(learned, lesson):
     bodies, wrong = mixture(lesson), list[tuple[object, ...]]()
-    with serving(learned, lesson.recipe.run, replace(SMALL, batch=8, queue=16)) as running, running.client() as client:
+    with serving(learned, replace(SMALL, batch=8, queue=16)) as running, running.client() as client:
         alone = [running.post(body).json()["choices"] for body in bodies]
 
         def ask(place: int, kind: str) -> str:

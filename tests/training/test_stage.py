@@ -112,19 +112,23 @@ def test_a_report_counts_steps_and_samples_and_the_loss_falls(student: LlavaForC
     assert report.last_loss < report.first_loss - 0.5 and report.seconds > 0
 
 
-def test_progress_is_told_after_every_step(student: LlavaForConditionalGeneration, tmp_path: Path):
-    told: list[tuple[int, int]] = []
+def test_progress_is_told_after_every_step_and_the_loss_where_one_is_logged(
+    student: LlavaForConditionalGeneration, tmp_path: Path
+):
+    told: list[tuple[Any, ...]] = []
     train_stage(
         student,
         Rows(),
         plain,
-        TrainingSettings(batch_size=4),
+        TrainingSettings(batch_size=4, epochs=4),
         pad_token_id=0,
         seed=0,
         folder=tmp_path,
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda *given: told.append(given),
     )
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert [given[:2] for given in told] == [(step, 12) for step in range(1, 13)]
+    logged = {given[0]: given[2] for given in told if len(given) == 3}
+    assert list(logged) == [1, 5, 10] and logged[1] > logged[5] > logged[10] > 0
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
