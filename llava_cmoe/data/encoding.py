@@ -77,6 +77,25 @@ class EncodedRows(Dataset[dict[str, Tensor]], ABC):
         row_id: str = self.rows[index]["id"]
         return row_id
 
+    def check_pictures(self, file: Path) -> None:
+        """Raise for the first row whose picture is none or cannot be squared; files' headers are read, nothing decoded.
+
+        Args:
+            file: where the rows come from, for the error.
+
+        Raises:
+            DataError: names the file, the row's id, the picture and what is wrong with it.
+        """
+        seen = set[str | None]([None])
+        for row_id, picture in zip(self.rows["id"], self.rows["image"], strict=True):
+            if picture in seen:
+                continue
+            seen.add(picture)
+            try:
+                side_of_square(Path(picture), self.encoding.geometry, self.encoding.max_pixels)
+            except DataError as error:
+                raise DataError(Problem(file, str(error), row_id=row_id)) from error
+
     def _encoded(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
         image = None
