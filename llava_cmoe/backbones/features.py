@@ -169,15 +169,21 @@ def _flush_left(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def check_layer(model: PreTrainedModel, layer: int) -> None:
+    """Raise a ValueError unless the model's LLM has a layer to read features from."""
+    num_layers = len(llm_layers(model))
+    if not -num_layers - 1 <= layer <= num_layers:
+        raise ValueError(f"layer {layer} does not exist: this model has 0 (embedding) to {num_layers}; -1 is the last")
+
+
 def _hidden_state(model: PreTrainedModel, batch: Mapping[str, Tensor], layer: int) -> Tensor:
     """`hidden_states[layer]`, by leaving the stock forward pass where that layer's output is handed to the next one.
 
     Running the model's own code keeps the bits and every architecture's own embedding, mask and position rules.
     Under ZeRO-3 leave the engine's hooks out of it: a forward that stops half-way confuses its prefetching.
     """
+    check_layer(model, layer)
     layers = llm_layers(model)
-    if not -len(layers) - 1 <= layer <= len(layers):
-        raise ValueError(f"layer {layer} does not exist: this model has 0 (embedding) to {len(layers)}; -1 is the last")
 
     def leave(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         raise _LayerReached(_entering(args, kwargs))

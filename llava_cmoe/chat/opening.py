@@ -136,6 +136,17 @@ def _restore(checked: _Checked, backbone: Backbone) -> LearnedRun:
     return LearnedRun(method, backbone, checked.names, checked.geometries, recipe.data.max_pixels)
 
 
+def names_of(run: Path, after: int | None = None) -> Sequence[str]:
+    """The tasks that a question can be told to be of, before a backbone is loaded: none where all are answered alike.
+
+    Raises:
+        RegistryError: no run in this folder.
+    """
+    registry = Registry(run)
+    locates = method_of(registry.recipe().method).locates
+    return [record.name for record in registry.records()[:after]] if locates else []
+
+
 def check_picture(run: Path, image: Path) -> None:
     """Find what is wrong with a picture before a backbone is loaded.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,7 @@ class Talk:
         Raises:
             TalkError: it is none of these, or the run answers alike for all tasks.
         """
-        tasks = self.session.tasks
-        kind, _, name = route.partition(":")
-        if route != LOCATED and not tasks:
-            raise TalkError("this run answers alike for all tasks; there is no other route")
-        if route in (LOCATED, BASE_ROUTE):
-            self._task = None if route == LOCATED else BASE
-        elif kind == ORACLE and name in tasks:
-            self._task = list(tasks).index(name)
-        else:
-            names = ", ".join(f"{ORACLE}:{task}" for task in tasks)
-            raise TalkError(f"no route {shown(route)}; there is {LOCATED}, {BASE_ROUTE}, {names}")
+        self._task = task_of(route, self.session.tasks)
         self.route = route
 
     def reset(self) -> None:
@@ -123,6 +113,29 @@ class Talk:
     def _remember(self, text: str, answer: str, verdict: Verdict | None) -> None:
         self.turns += [{"role": "user", "text": text}, {"role": "assistant", "text": answer}]
         self.said.append(as_json(self.image, text, answer, verdict, self.route))
+
+
+def task_of(route: str, tasks: Sequence[str]) -> int | None:
+    """Index of the task whose routers answer, `BASE`, or None for the one that will be located.
+
+    Args:
+        route: as `Talk.set_route` takes it.
+        tasks: names of the tasks that can be named; none of a run that answers alike for all.
+
+    Raises:
+        TalkError: as there.
+    """
+    kind, _, name = route.partition(":")
+    if route == LOCATED:
+        return None
+    if not tasks:
+        raise TalkError("this run answers alike for all tasks; there is no other route")
+    if route == BASE_ROUTE:
+        return BASE
+    if kind == ORACLE and name in tasks:
+        return list(tasks).index(name)
+    names = ", ".join(f"{ORACLE}:{task}" for task in tasks)
+    raise TalkError(f"no route {shown(route)}; there is {LOCATED}, {BASE_ROUTE}, {names}")
 
 
 def as_json(image: Path | None, text: str, answer: str, verdict: Verdict | None, route: str) -> dict[str, Any]:

@@ -58,13 +58,20 @@ def check(
         int | None,
         whole("--max-pixels", "The recipe's data.max_pixels: larger pictures are shrunk, not refused.", least=1),
     ] = None,
+    max_length: Annotated[
+        int | None,
+        whole("--max-length", "The recipe's training.max_length: longer samples are refused.", least=1),
+    ] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="For evaluation.split validation: training rows are asked, too.")
+    ] = False,
 ) -> None:
     """Find everything that would stop training: every file is read, every picture is opened.
 
     Leaves with status 1 if anything is wrong. What stops nothing is told, too: row counts that are not the published
     ones, questions that are both learned and asked, and how one row of each task looks to the model.
 
-    Samples that are too long are found by `train`, which knows the limit, before it begins.
+    What only a recipe knows is found by `train` before it begins, or here where it is told: --max-length, --validation.
     """
     from llava_cmoe.backbones.loading import load_processor
     from llava_cmoe.cli.progress import ProgressLine
@@ -81,6 +88,8 @@ def check(
             processes=processes or os.cpu_count() or 1,
             max_pixels=max_pixels,
             processor=processor,
+            max_length=max_length,
+            validation=validation,
         )
     report = replace(report, problems=(*scorers, *report.problems))
     show_check(console, report, processor)

@@ -192,10 +192,10 @@ def chat(
     import json
     import sys
 
-    from llava_cmoe.chat.opening import check_picture
+    from llava_cmoe.chat.opening import check_picture, names_of
     from llava_cmoe.chat.questions import Asked, read_questions
     from llava_cmoe.chat.session import open_session
-    from llava_cmoe.chat.talk import Talk, TalkError
+    from llava_cmoe.chat.talk import Talk, TalkError, task_of
     from llava_cmoe.chat.talk import as_json as told
     from llava_cmoe.chat.terminal import converse, history_file, reader, say
 
@@ -208,11 +208,11 @@ def chat(
     asked = [] if questions is None else read_questions(questions)
     for picture in dict.fromkeys(one.image for one in (Asked("", image), *asked) if one.image is not None):
         check_picture(run, picture)
-    console = Console()
     try:
-        talk = Talk(open_session(run, after, merge), image, route, alone or bool(asked))
+        task_of(route, names_of(run, after))  # before a model is loaded
     except TalkError as error:
         raise typer.BadParameter(f"--route: {error}") from error
+    console, talk = Console(), Talk(open_session(run, after, merge), image, route, alone or bool(asked))
     for one in asked or ([Asked(prompt, image)] if as_json and prompt is not None else []):
         talk.image = one.image
         verdict, *pieces = talk.ask(one.question)

@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from llava_cmoe.data.check_report import CheckReport, FileCount
-from llava_cmoe.data.coin import Lost, Parsed, Read, parse_eval, parse_train
+from llava_cmoe.data.coin import Lost, Parsed, Read, parse_eval, parse_train, read_train
+from llava_cmoe.data.encoding import Encoding, SampleRows
 from llava_cmoe.data.fit import Fit
 from llava_cmoe.data.images import find_broken
 from llava_cmoe.data.paths import eval_file, folders_in_use, train_file
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.data.rows import MARKER
 from llava_cmoe.data.tasks import Geometry, Published, RowCount, TaskSequence, TaskSpec
+from llava_cmoe.data.validation import as_questions, split
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and how much there is."""
@@ -40,6 +42,8 @@ def check_sequence(
     processes: int = 1,
     max_pixels: int | None = None,
     processor: Any = None,
+    max_length: int | None = None,
+    validation: bool = False,
 ) -> CheckReport:
     """Read every file of a sequence and open every picture once.
 
@@ -50,6 +54,8 @@ def check_sequence(
         processes: how many open pictures; 1 opens them here.
         max_pixels: largest square picture that the processor will be given; as large as they are when None.
         processor: the backbone's, which has to take every row; without it, rows are looked at for themselves.
+        max_length: most tokens of a training sample, which are counted with the processor; any number when None.
+        validation: whether training rows are to be asked, as of the validation split.
     """
     fit = None if processor is None else Fit(processor)
     scans: list[_Scan] = []
@@ -67,6 +73,10 @@ def check_sequence(
         for scan in (train, evaluate):
             scan.questions.clear()  # the largest of what is kept
             scans.append(scan)
+        if train.rows and not train.problems:
+            train.problems += _of_recipe(
+                root, task, Encoding(processor, task.geometry, max_pixels), max_length, validation
+            )
     problems = [problem for scan in scans for problem in scan.problems]
     padded = {task.name for task in sequence.tasks if task.geometry == "pad"}
     problems += _open_all(scans, padded, max_pixels, progress, processes)
@@ -145,6 +155,22 @@ def _scan(shown: str, task: TaskSpec, published: RowCount | None, parsed: Parsed
                 scan.pictures.setdefault(image, (item.index, row_id))
             scan.questions += [((image, text.replace(MARKER, "").strip()), item.index, row_id) for text in asked]
     return scan
+
+
+def _of_recipe(
+    root: Path, task: TaskSpec, encoding: Encoding, max_length: int | None, validation: bool
+) -> Iterator[Problem]:
+    """What a recipe demands of training rows that are sound for themselves; without demands they are not read again."""
+    if max_length is None and not validation:
+        return
+    rows, file = read_train(root, task), train_file(root, task)
+    if max_length is not None and encoding.processor is not None:
+        yield from SampleRows(rows, encoding, max_length).too_long(file)
+    if validation:
+        try:
+            as_questions(split(rows)[1], task.scorer, file)
+        except DataError as error:
+            yield error.problem
 
 
 def _shown(root: Path, task: TaskSpec, place: Callable[[Path, TaskSpec], Path]) -> str:

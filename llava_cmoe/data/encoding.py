@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -77,6 +78,25 @@ class EncodedRows(Dataset[dict[str, Tensor]], ABC):
         row_id: str = self.rows[index]["id"]
         return row_id
 
+    def check_pictures(self, file: Path) -> None:
+        """Raise for the first row whose picture is none or cannot be squared; files' headers are read, nothing decoded.
+
+        Args:
+            file: where the rows come from, for the error.
+
+        Raises:
+            DataError: names the file, the row's id, the picture and what is wrong with it.
+        """
+        seen = set[str | None]([None])
+        for row_id, picture in zip(self.rows["id"], self.rows["image"], strict=True):
+            if picture in seen:
+                continue
+            seen.add(picture)
+            try:
+                side_of_square(Path(picture), self.encoding.geometry, self.encoding.max_pixels)
+            except DataError as error:
+                raise DataError(Problem(file, str(error), row_id=row_id)) from error
+
     def _encoded(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
         image = None
@@ -115,16 +135,18 @@ class SampleRows(EncodedRows):
         return [(image is not None, length) for image, length in zip(self.rows["image"], texts, strict=True)]
 
     def check_lengths(self, file: Path) -> None:
-        """Raise for the first sample that is too long or too large, before hours of training reach it.
+        """Raise a DataError for the first of `too_long`, before hours of training reach it."""
+        for problem in self.too_long(file):
+            raise DataError(problem)
+
+    def too_long(self, file: Path) -> Iterator[Problem]:
+        """Samples that are too long, or whose picture cannot be squared: the row's id, its length and the limit.
 
         No picture is decoded: a grey square stands for all of its size, or for all where a small and a large one become
         equally many tokens, as LLaVA-1.5's do.
 
         Args:
-            file: where the rows come from, for the error.
-
-        Raises:
-            DataError: names the file, the row's id, its length and the limit; or a picture that cannot be squared.
+            file: where the rows come from.
         """
         tokens, side_of = cache(self._tokens_of_a_square), cache(self._side_of)
         some_pictures = any(path is not None for path in self.rows["image"])
@@ -136,7 +158,7 @@ class SampleRows(EncodedRows):
                 check_length(count_tokens(self.encoding.processor, row["turns"], image_tokens), self.max_length)
             except ValueError as error:
                 # No index: these rows may be a draw of the file's.
-                raise DataError(Problem(file, str(error), row_id=row["id"])) from error
+                yield Problem(file, str(error), row_id=row["id"])
 
     def _side_of(self, picture: str) -> int:
         return side_of_square(Path(picture), self.encoding.geometry, self.encoding.max_pixels)

@@ -17,11 +17,12 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel
 
 from llava_cmoe.backbones.feature_store import FeatureStore
-from llava_cmoe.backbones.features import Feature, prompt_feature
+from llava_cmoe.backbones.features import Feature, check_layer, prompt_feature
 from llava_cmoe.data.batches import Batch, batches
 from llava_cmoe.data.conversation import Processor
 from llava_cmoe.data.encoding import PromptRows
 from llava_cmoe.experts.context import RouteContext
+from llava_cmoe.settings.base import RecipeError
 
 FEATURE_BATCH = 64
 """Prompts per forward pass when a task's features are read."""
@@ -44,6 +45,15 @@ class FrozenFeatures:
     context: RouteContext
     layer: int
     feature: Feature
+
+    def __post_init__(self) -> None:
+        """Raise a RecipeError for a layer that the model has not."""
+        try:
+            check_layer(self.model, self.layer)
+        except ValueError as error:
+            raise RecipeError(
+                f"features are to be read from {error}; set the method's layer, such as locator.layer"
+            ) from error
 
     def of(self, batch: Batch) -> Tensor:
         """Of a batch of prompts (B, D), in a pass of its own that stops at the layer."""

@@ -10,13 +10,14 @@ from accelerate import PartialState
 
 from llava_cmoe.backbones.loading import Backbone, load_backbone, load_processor, reads_images
 from llava_cmoe.data.coin import parse_eval, parse_train
-from llava_cmoe.data.encoding import SampleRows
+from llava_cmoe.data.encoding import PromptRows, SampleRows
 from llava_cmoe.data.fit import Fit, check_fit
-from llava_cmoe.data.paths import train_file
+from llava_cmoe.data.paths import eval_file, train_file
 from llava_cmoe.data.task_data import TaskData, sequence_of
 from llava_cmoe.evaluation.eval_spec import EvalSpec, eval_spec_of
 from llava_cmoe.methods import method_of
 from llava_cmoe.methods.base import Method, Stage
+from llava_cmoe.planning.growth_schedule import on_paper
 from llava_cmoe.registry.restore import build_method, restore_stages
 from llava_cmoe.registry.schema import RegistryError, Sources
 from llava_cmoe.registry.store import Registry
@@ -80,6 +81,7 @@ def open_run(recipe: Recipe, writer: bool = False, force: bool = False) -> Run:
     if writer:
         if not force:
             registry.check_recipe(recipe, launched.num_processes)
+        on_paper(recipe)  # raises for what the method asks of a model and this one has not, without its weights
         check_rows(recipe, data, len(registry.records()))  # before the recipe is on record, so that it can change
         registry.claim()
     backbone = load_backbone(recipe.backbone)
@@ -170,7 +172,9 @@ def check_rows(recipe: Recipe, data: TaskData, num_learned: int) -> None:
         spec = data.sequence.tasks[task]
         check_fit(data.train[spec.name], fit, parse_train, root, spec)
         rows = SampleRows(data.train[spec.name], data.encoding(spec, processor), recipe.training.max_length)
+        rows.check_pictures(train_file(root, spec))
         rows.check_lengths(train_file(root, spec))
-    asks = parse_eval if recipe.evaluation.split == "test" else parse_train
+    asks, file = (parse_eval, eval_file) if recipe.evaluation.split == "test" else (parse_train, train_file)
     for spec in data.sequence.tasks:
         check_fit(data.evaluate[spec.name], fit, asks, root, spec)
+        PromptRows(data.evaluate[spec.name], data.encoding(spec, processor)).check_pictures(file(root, spec))

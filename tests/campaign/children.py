@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-LONGEST = 120.0
+LONGEST = 400.0
 """Seconds after which a case counts as one that hangs."""
 CRASHED = 70
 """Status of a case that raised."""

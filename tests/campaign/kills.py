@@ -181,7 +181,7 @@ def lost_stages(run: Path) -> list[str]:
     noted = run.parent / "committed"
     lines = dict(line.split() for line in noted.read_text().splitlines()) if noted.exists() else {}
     there = {}
-    for path in sorted(run.glob("tasks/*/record.json")):
+    for path in sorted(run.glob("tasks/[0-9]*/record.json")):
         record = json.loads(path.read_text() or "{}")
         there[str(record.get("index"))] = record.get("sha256")
     return [f"stage {index} was committed and is lost" for index, sha in lines.items() if there.get(index) != sha]

@@ -12,8 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from campaign.children import in_child
+from campaign.disk import Disk, die
 from campaign.tally import Tally
 from campaign.world import World, differences, learn, type_in
+
+HALF_WAY = 120
+"""File operations: one stage is learned and evaluated, the second begun."""
 
 
 def run(world: World, tally: Tally) -> None:
@@ -42,6 +46,17 @@ def one_line(world: World, run: Path, case: Callable[[], None], told: str) -> st
     if ended.status != 2 or len(lines) != 1 or told not in lines[0] or "Traceback" in ended.told:
         return f"status {ended.status}: {ended.told[-600:]}"
     return None
+
+
+def killed_half_way(world: World, run: Path) -> None:
+    """Let a run learn a stage and some of the next."""
+    run.mkdir(parents=True, exist_ok=True)
+
+    def dying() -> None:
+        Disk(run, HALF_WAY, lambda *_: die())
+        learn(world, run)
+
+    assert in_child(dying).status == -signal.SIGKILL
 
 
 def train(world: World, run: Path) -> Callable[[], None]:
@@ -77,7 +92,7 @@ def full_disk(world: World, run: Path) -> str | None:
         remount = subprocess.run(["mount", "-o", "remount,size=100m", str(run)], capture_output=True)
         return broken or (None if remount.returncode == 0 else "no room was made") or finished(world, run)
     finally:
-        subprocess.run(["umount", str(run)], check=True)
+        subprocess.run(["umount", "--lazy", str(run)], check=True)
 
 
 def mounted(run: Path, *options: str) -> bool:
@@ -104,18 +119,19 @@ def read_only(world: World, run: Path) -> str | None:
         return None
     try:
         command = train(world, run)
-        in_child(lambda: learn(world, run), sent=(1.5, signal.SIGKILL))
-        subprocess.run(["mount", "-o", "remount,ro", str(run)], check=True)
+        killed_half_way(world, run)
+        while subprocess.run(["mount", "-o", "remount,ro", str(run)], capture_output=True).returncode:
+            time.sleep(0.1)  # a helper of the killed process may still be there
         broken = one_line(world, run, command, "Read-only file system")
         subprocess.run(["mount", "-o", "remount,rw", str(run)], check=True)
         return broken or finished(world, run)
     finally:
-        subprocess.run(["umount", str(run)], check=True)
+        subprocess.run(["umount", "--lazy", str(run)], check=True)
 
 
 def moved(world: World, run: Path) -> str | None:
     """A run whose folder is moved after a kill goes on where it lies now."""
-    in_child(lambda: learn(world, run), sent=(1.5, signal.SIGKILL))
+    killed_half_way(world, run)
     other = run.parent.with_name("moved_to") / "run"
     other.parent.mkdir()
     shutil.move(run, other)
@@ -124,7 +140,7 @@ def moved(world: World, run: Path) -> str | None:
 
 def clock_set_back(world: World, run: Path) -> str | None:
     """A clock that runs a year behind the times of the files: all were made in the future."""
-    in_child(lambda: learn(world, run), sent=(1.5, signal.SIGKILL))
+    killed_half_way(world, run)
     for path in (run, *run.rglob("*")):
         os.utime(path, (time.time() + 3e7,) * 2)
     return finished(world, run)

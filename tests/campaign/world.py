@@ -76,7 +76,7 @@ def make_world(folder: Path) -> World:
                 type_in(*words)()
         return sorted(set(sys.modules) - before)
 
-    ended = in_child(made)
+    ended = in_child(made, seconds=1800)  # of a busy machine
     assert ended.status == 0, ended.told
     for name in ended.value:
         with suppress(ImportError):

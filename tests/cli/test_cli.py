@@ -312,10 +312,13 @@ def test_evaluating_refuses_what_it_cannot_measure(run, tmp_path):
         ("cmoe", ("eval", "--limit", 0), "limit"),
         ("cmoe", ("chat", "--merge", 9), "there is no merge 9; there is none yet"),
         ("cmoe", ("chat", "--after", 99), "2 stages are learned, not 99"),
+        ("cmoe", ("chat", "--route", "oracle:cats", "--prompt", "x"), "oracle:colours"),
+        ("cmoe", ("chat", "--route", "orcle", "--prompt", "x"), "located, base"),
         ("sequential_lora", ("merge",), "no pool of experts"),
         ("sequential_lora", ("probe",), "does not probe"),
         ("sequential_lora", ("unseen",), "does not locate"),
         ("sequential_lora", ("chat", "--merge", 9), "there is no merge 9; there is none yet"),
+        ("sequential_lora", ("chat", "--route", "base", "--prompt", "x"), "answers alike for all tasks"),
         ("sequential_lora", ("chat", "--after", 99), "2 stages are learned, not 99"),
     ],
 )

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from rich.console import Console
 
 from llava_cmoe.data import check
 from llava_cmoe.data.check import check_sequence
 from llava_cmoe.data.check_report import remarks, render
 from llava_cmoe.data.coin import read_eval, read_train
+from llava_cmoe.data.problems import DataError
 from llava_cmoe.data.sequences import load_sequence
+from llava_cmoe.data.task_data import TaskData
 from llava_cmoe.data.tasks import TaskSequence
+from llava_cmoe.runs.run import check_rows
 
 Edit = Callable[[str, Callable[[list[dict[str, Any]]], object]], Path]
 
@@ -173,3 +177,33 @@ def test_the_table_shows_every_file_and_the_totals(root: Path, sequence: TaskSeq
     assert lines["Grounding/train.json"][-2:] == ["1", "│"]
     assert len(lines) == 6
     assert "1 problems, 0 evaluation rows also learned" in text
+
+
+@pytest.mark.parametrize(("scorer", "answer"), [("grounding", "left"), ("scienceqa", "left"), ("gqa", "left")])
+@pytest.mark.parametrize("most", [12, 30, 1_000])
+def test_what_only_a_recipe_knows_is_found_by_both(
+    tiny_processor: Any, tiny_backbone: Path, tmp_path: Path, scorer: str, answer: str, most: int
+):
+    tiny.write_data(tmp_path, ("sides",), pictures=False)
+    file = tmp_path / "Instructions_Original/sides/train.json"
+    rows = json.loads(file.read_text())
+    for number, row in enumerate(rows):
+        row["conversations"] = [{"from": "human", "value": "Which?" + " a" * (number % 20)},
+                                {"from": "gpt", "value": answer}]  # fmt: skip
+    file.write_text(json.dumps(rows))
+    document = json.loads((tmp_path / "sequence.yaml").read_text())
+    document["tasks"][0]["scorer"] = scorer
+    (tmp_path / "sequence.yaml").write_text(json.dumps(document))
+    recipe = tiny.recipe(tmp_path / "run", tmp_path, tiny_backbone, "sequential_lora", "evaluation.split=validation",
+                         f"training.max_length={most}")  # fmt: skip
+    tasks = load_sequence(recipe.data.sequence)
+    found = check_sequence(tmp_path, tasks, processor=tiny_processor, max_length=most, validation=True).problems
+    found = [problem for problem in found if problem.file == file]  # the test split is not asked
+    try:
+        data = TaskData.of(recipe)
+        data.check(reads_images=True)
+        check_rows(recipe, data, 0)
+    except DataError as error:
+        assert error.problem in found
+    else:
+        assert not found

@@ -20,6 +20,7 @@ from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.registry.store import Registry
 from llava_cmoe.runs import run as runs
 from llava_cmoe.runs.run import open_run
+from llava_cmoe.settings.base import RecipeError
 from llava_cmoe.settings.run import Recipe
 
 SMALL = ("data.tasks=[sides, colours]", "data.train_rows=4", "data.eval_rows=1", "evaluation.routes=[oracle]")
@@ -120,3 +121,26 @@ def test_a_run_parses_its_sequence_once_and_reads_and_hashes_each_file_once(
     files = {root / name for name in run.data.files}
     assert len(files) == 4 and {path: opened[path] for path in files} == dict.fromkeys(files, 2)
     assert opened[root / "sequence.yaml"] == 1
+
+
+@pytest.mark.parametrize("layer", [3, 40, -4])
+@pytest.mark.parametrize(
+    "setting", ["cmoe method.locator.layer", "lora_per_task method.locator.layer", "care method.layer"]
+)
+def test_a_layer_that_the_model_has_not_is_found_before_its_weights_are_read(
+    tiny_data: Path, tiny_backbone: Path, tmp_path: Path, monkeypatch, setting: str, layer: int
+):
+    method, key = setting.split()
+    recipe = tiny.recipe(tmp_path / "run", tiny_data, tiny_backbone, method, f"{key}={layer}")
+    refused(monkeypatch, recipe, RecipeError, f"layer {layer} does not exist: this model has 0 .* to 2")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("content", [b"", b"<html>", b"\x89PNG\r\n", b"GIF89a"])
+def test_a_picture_that_is_none_is_found_before_a_backbone_is_loaded(
+    root: Path, make: Make, monkeypatch, split: str, content: bytes
+):
+    picture = root / f"cl_dataset/sides/{split}/4.png"
+    picture.write_bytes(content)
+    recipe = make("data.train_rows=null", "data.eval_rows=null")
+    refused(monkeypatch, recipe, DataError, rf"sides/{split}.json \(id sides-{split}-4\): .*4.png: not an image")
