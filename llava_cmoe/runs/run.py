@@ -28,7 +28,7 @@ from llava_cmoe.training.processes import check_engine_holds, processes
 class Progress(Protocol):
     """Called while a run is at work."""
 
-    def __call__(self, where: str, what: str, done: int, total: int, loss: float | None = None, /) -> object:
+    def __call__(self, where: str, what: str, done: int, total: int, loss: float | None = None, /) -> None:
         """Where it is (`progress.place`), what it does (`training`), how much is done, of how much; a loss at times."""
         ...
 

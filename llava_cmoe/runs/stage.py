@@ -29,7 +29,7 @@ from llava_cmoe.training.stage import train_stage
 class At(Protocol):
     """Called while a stage is at work."""
 
-    def __call__(self, what: str, done: int, total: int, loss: float | None = None, /) -> object:
+    def __call__(self, what: str, done: int, total: int, loss: float | None = None, /) -> None:
         """What it does (`training`), how much is done and there is; at times the loss."""
         ...
 

@@ -37,7 +37,7 @@ from llava_cmoe.training.zero import check_engine, configure_deepspeed, teardown
 class Progress(Protocol):
     """Called after an optimizer step."""
 
-    def __call__(self, done: int, total: int, loss: float | None = None, /) -> object:
+    def __call__(self, done: int, total: int, loss: float | None = None, /) -> None:
         """Steps done, all steps, and the mean loss since the last one that was logged, at the steps that log one."""
         ...
 

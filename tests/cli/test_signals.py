@@ -82,4 +82,7 @@ def test_training_ends_in_one_line_and_leaves_nothing_half(
     told = result.output.splitlines()
     assert told[-1].startswith(f"stopped by {number.name}: ") and "Traceback" not in result.output
     left = {str(path.relative_to(recipe.run)) for path in recipe.run.rglob("*") if path.is_file()}
-    assert left <= {"run.json", ".lock"} | {path for path in left if path.startswith("logs/")}
+    shown = {"progress.html", "progress.json"}
+    assert left - {path for path in left if path.startswith("logs/")} == {"run.json", ".lock"} | shown
+    page = (recipe.run / "progress.html").read_text()
+    assert "stopped in stage 1 of 2" in page and page.endswith("</html>")
