@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 from llava_cmoe import sequence
 from llava_cmoe.backbones.features import prompt_feature
-from llava_cmoe.backbones.loading import BackboneError, load_backbone
+from llava_cmoe.backbones.loading import load_backbone
 from llava_cmoe.backbones.sites import Site, ffn_sites, image_token_of, linear_sites, projector_sites, vision_sites
 from llava_cmoe.chat.session import open_session
 from llava_cmoe.data.coin import read_train
@@ -371,6 +371,6 @@ def test_an_architecture_with_other_names_learns_only_when_they_are_in_the_recip
         sequence.learn(tiny.recipe(tmp_path / "run", text_data, folder_of("codegen"), "cmoe", eager))
     with pytest.raises(RecipeError, match="unknown key backbone.sites.fnn; did you mean backbone.sites.ffn"):
         tiny.recipe(tmp_path / "run", text_data, folder_of("codegen"), "cmoe", eager, "backbone.sites={fnn: mlp}")
-    with pytest.raises(BackboneError, match="transformer.layers is no list of layers"):
+    with pytest.raises(RecipeError, match="transformer.layers is no list of layers"):
         named = f"backbone.sites={SITES | {'layers': 'transformer.layers'}}"
         sequence.learn(tiny.recipe(tmp_path / "run", text_data, folder_of("codegen"), "cmoe", eager, named))

@@ -73,6 +73,10 @@ STUDIES = {
         "last token of the last layer. All variants answer with the same experts.",
         (),
     ),
+    "low_data": StudyText(
+        "Few rows: what a pool of experts is for. 100 and 400 training rows a task, on test questions.",
+        (("cmoe_100", "lora_100"), ("cmoe_400", "lora_400")),
+    ),
     "sites": StudyText(
         "Experts before the LLM, on the three tasks that need visual detail: in the LLM alone, also in the projector, "
         "also in the vision encoder; one seed, so no difference is claimed.",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_cmoe.report.results_page import STUDIES, results_page
+from llava_cmoe.report.results_page import STUDIES, StudyText, results_page
 from llava_cmoe.report.studies import read_study
 
 RESULTS = Path(__file__).parents[2] / "eval/results"
@@ -40,7 +40,8 @@ def test_a_section_names_the_file_its_numbers_come_from(title: str):
     assert f"[{SOURCES[title]}](../eval/results/{SOURCES[title]})" in section(results_page(RESULTS), title)
 
 
-def test_a_study_without_a_known_name_is_shown_without_differences(tmp_path: Path):
+def test_only_the_pairs_of_a_study_with_a_known_name_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(STUDIES, "sites", StudyText("Where?", (("projector", "llm"),)))
     document = json.loads((RESULTS / "study_sites.json").read_text())
     for name in ("sites", "another"):
         document["study"]["name"] = name
