@@ -1,6 +1,5 @@
 """Chromium driven over its DevTools protocol, through a pair of pipes: nothing to install, no port."""
 
-import base64
 import json
 import os
 import shutil
@@ -14,7 +13,8 @@ from serving import until
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
-KEYS = {"Tab": 9, "Enter": 13, "Space": 32, "ArrowDown": 40, "End": 35}
+KEYS = {"Tab": 9, "Enter": 13, "ArrowDown": 40}
+"""Codes of the keys that tests press."""
 
 
 class Page:
@@ -86,12 +86,11 @@ class Page:
         found = f"document.querySelector({json.dumps(selector)})"
         return self.get(f"{found}?.checkVisibility() ? {found}.innerText : ''")
 
-    def press(self, key: str, **options: Any) -> None:
+    def press(self, key: str) -> None:
         """A key that is no letter."""
-        code = {"windowsVirtualKeyCode": KEYS[key], "key": " " if key == "Space" else key, "code": key}
-        typed = {"Enter": "\r", "Space": " "}.get(key)
-        self.call("Input.dispatchKeyEvent", type="keyDown", **code, **({"text": typed} if typed else {}), **options)
-        self.call("Input.dispatchKeyEvent", type="keyUp", **code, **options)
+        code = {"windowsVirtualKeyCode": KEYS[key], "key": key, "code": key}
+        self.call("Input.dispatchKeyEvent", type="keyDown", **code, **({"text": "\r"} if key == "Enter" else {}))
+        self.call("Input.dispatchKeyEvent", type="keyUp", **code)
 
     def write(self, text: str) -> None:
         """Type into what has the focus."""
@@ -110,10 +109,6 @@ class Page:
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
-
-    def picture(self) -> bytes:
-        """All of the page as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
 
 @contextmanager

@@ -154,8 +154,9 @@ class Engine:
             criteria = StoppingCriteriaList([decoding])
             model.generate(**batch, **greedy(model, self._processor, longest), stopping_criteria=criteria)
         for row, answer in decoding.held.items():
-            used = self._used(rows[asks[row]], decoding.tokens[row], tasks[row], answer)
-            asks[row].put(replace(answer, experts=used))
+            if not asks[row].left:
+                used = self._used(rows[asks[row]], decoding.tokens[row], tasks[row], answer)
+                asks[row].put(replace(answer, experts=used))
 
     def _used(
         self, row: dict[str, Tensor], tokens: Sequence[int], given: int | None, answer: Answered
