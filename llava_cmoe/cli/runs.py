@@ -92,9 +92,10 @@ def probe(
     from llava_cmoe.cli.progress import ProgressLine
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.settings.recipes import override
+    from llava_cmoe.settings.recorded import as_recorded
     from llava_cmoe.training.processes import processes
 
-    recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))
+    recipe = as_recorded(override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run)))
     console = Console(quiet=not processes().is_main_process)
     with ProgressLine(console) as line:
         calibration = probe_tasks(recipe, after, seeds, line)
