@@ -1,9 +1,9 @@
 # `make demo` learns the pocket sequence, `make test` runs everything that CI runs, `make quick` what a developer needs
-# between two edits. All make the same .venv.
+# between two edits, `make campaign` disturbs runs until something breaks. All make the same .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test quick clean
+.PHONY: install demo test quick campaign clean
 
 install: .venv/.installed
 
@@ -25,6 +25,10 @@ quick: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+
+# Kills, damage, mutated inputs, attacks and mistakes; no part of the tests. Some minutes each.
+campaign: install
+	$(BIN)/python tests/campaign/run.py all
 
 clean:
 	rm -rf .venv runs

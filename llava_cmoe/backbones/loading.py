@@ -34,6 +34,7 @@ from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.provenance.fingerprints import fingerprint_files
 from llava_cmoe.settings.backbone import BackboneSettings, SiteSettings
 from llava_cmoe.settings.base import RecipeError, in_one_line
+from llava_cmoe.settings.recorded import RecordedBackbone
 
 FILE_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "*.safetensors")
 """What defines a backbone: configuration, tokenizer, chat template, weights. Pickled weights are never read."""
@@ -80,7 +81,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
             "backbone.attention flash_attention_2 needs the package flash-attn and a CUDA GPU, and one of them is not "
             "here; install flash-attn, or set backbone.attention: sdpa"
         )
-    folder = _folder(settings.path)
+    folder = _folder(settings)
     config = _check_architecture(folder)
     processor = _load_processor(folder, config)
     if settings.sites is not None:
@@ -105,27 +106,31 @@ def sharing_weights(backbone: Backbone) -> Backbone:
 
 def load_processor(path: str) -> Processor:
     """The processor alone, for what needs no weights; `path` and errors as for `load_backbone`."""
-    folder = _folder(path)
+    folder = _folder(BackboneSettings(path=path))
     return _load_processor(folder, read_config(folder))
 
 
 def reads_images(settings: BackboneSettings) -> bool:
     """Whether the backbone takes pictures, from its configuration alone; errors as for `load_backbone`."""
-    return sees(read_config(_folder(settings.path)))
+    return sees(read_config(_folder(settings)))
 
 
-def _folder(path: str) -> Path:
-    """The folder that holds the backbone's files, fetched from the Hub (or its cache) for a model's name."""
+def _folder(settings: BackboneSettings) -> Path:
+    """The folder that holds the backbone's files, fetched from the Hub (or its cache) for a model's name.
+
+    A name that only a run's record gives is looked for in the cache alone.
+    """
+    path, is_asked = settings.path, not isinstance(settings, RecordedBackbone)
     folder = POCKET_DIR if path == "pocket" else Path(path).expanduser()
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(path, allow_patterns=list(FILE_PATTERNS)))
+        return Path(snapshot_download(path, allow_patterns=list(FILE_PATTERNS), local_files_only=not is_asked))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise BackboneError(
-            f"backbone.path {path}: no such folder, and no such model on the Hub or in its cache; "
-            f"give the folder that holds config.json ({type(error).__name__})"
-        ) from error
+        where = "and no such model on the Hub or in its cache; give the folder that holds config.json"
+        if not is_asked:
+            where = f"and not in the Hub's cache; if you trust what the run's record names, `hf download {path}` first"
+        raise BackboneError(f"backbone.path {path}: no such folder, {where} ({type(error).__name__})") from error
 
 
 def read_config(folder: Path) -> PretrainedConfig:

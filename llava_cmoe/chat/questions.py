@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llava_cmoe.data.problems import DataError, Problem
 from llava_cmoe.settings.base import shown
+from llava_cmoe.settings.plain_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def read_questions(file: Path) -> list[Asked]:
         DataError: a line is none, or names what is not known; says which.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")  # not at U+2028, which a text may hold
     except UnicodeDecodeError as error:
         raise DataError(Problem(file, f"is not UTF-8 text ({error})")) from error
     asked = [one for number, line in enumerate(lines, 1) if line.strip() for one in _asked(file, number, line)]
@@ -43,8 +43,8 @@ def _asked(file: Path, number: int, line: str) -> Iterator[Asked]:
         return DataError(Problem(file, f"line {number}: {reason}"))
 
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row = parse_json(line)
+    except ValueError as error:
         raise wrong(f"is not JSON ({error})") from error
     if not isinstance(row, dict):
         raise wrong(f"is {shown(row)}, not an object")

@@ -161,6 +161,7 @@ def plan(
     """
     from llava_cmoe.planning.estimate import budget
     from llava_cmoe.planning.tables import render
+    from llava_cmoe.provenance.files import write_atomically
 
     computed = budget(
         load_recipe(recipe, overrides or ()),
@@ -172,8 +173,7 @@ def plan(
     )
     Console().print(render(computed))
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(computed.model_dump_json(indent=1) + "\n")
+        write_atomically(out, f"{computed.model_dump_json(indent=1)}\n".encode())
 
 
 @app.command()

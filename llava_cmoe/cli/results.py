@@ -57,6 +57,7 @@ def compare(
 
     Tests draw questions anew, not training seeds: a sure difference between two runs may be one between two seeds.
     """
+    from llava_cmoe.provenance.files import write_atomically
     from llava_cmoe.report.comparison import comparison_markdown, comparison_tables
     from llava_cmoe.report.figures import draw_comparison
     from llava_cmoe.report.paired_tests import compare
@@ -69,9 +70,8 @@ def compare(
     for warning in found.warnings:
         say(console, "warning:", warning, "bold yellow")
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "comparison.json").write_text(found.model_dump_json(indent=1) + "\n")
-        (out / "comparison.md").write_text(comparison_markdown(found) + "\n")
+        write_atomically(out / "comparison.json", f"{found.model_dump_json(indent=1)}\n".encode())
+        write_atomically(out / "comparison.md", f"{comparison_markdown(found)}\n".encode())
         draw_comparison(found, out / "comparison.png")
         console.print(f"In {out}: comparison.json, comparison.md, comparison.png", highlight=False, soft_wrap=True)
 

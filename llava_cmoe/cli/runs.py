@@ -79,17 +79,19 @@ def probe(
     """
     from llava_cmoe.analyses.probe_report import probe_tasks, render
     from llava_cmoe.cli.progress import ProgressLine
+    from llava_cmoe.provenance.files import write_atomically
     from llava_cmoe.registry.store import Registry
     from llava_cmoe.settings.recipes import override
+    from llava_cmoe.settings.recorded import as_recorded
     from llava_cmoe.training.processes import processes
 
-    recipe = override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run))
+    recipe = as_recorded(override(Registry(run).recipe().model_dump(mode="json"), overrides or (), source=str(run)))
     console = Console(quiet=not processes().is_main_process)
     with ProgressLine(console) as line:
         calibration = probe_tasks(recipe, after, seeds, line)
     console.print(render(calibration))
     if out is not None and processes().is_main_process:
-        out.write_text(calibration.model_dump_json(indent=1) + "\n")
+        write_atomically(out, f"{calibration.model_dump_json(indent=1)}\n".encode())
 
 
 @app.command()
@@ -143,6 +145,7 @@ def unseen(
     from llava_cmoe.data.sequences import load_sequence
     from llava_cmoe.pocket.root import make_pocket_root
     from llava_cmoe.pocket.tasks import UNSEEN
+    from llava_cmoe.provenance.files import write_atomically
     from llava_cmoe.registry.store import Registry
 
     recipe, tasks = Registry(run).recipe(), load_sequence(sequence)
@@ -155,7 +158,7 @@ def unseen(
         results = measure_unseen(recipe, tasks, root, line)
     console.print(render(results))
     if out is not None:
-        out.write_text(results.model_dump_json(indent=1) + "\n")
+        write_atomically(out, f"{results.model_dump_json(indent=1)}\n".encode())
 
 
 @app.command()

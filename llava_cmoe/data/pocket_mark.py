@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from llava_cmoe.data.problems import DataError, Problem
+from llava_cmoe.settings.plain_json import parse_json
 
 NAME = "pocket.json"
 VERSION = 2
@@ -25,7 +26,7 @@ def check_pocket(root: Path, seed: int) -> None:
     """
     path = root / NAME
     try:
-        found = json.loads(path.read_text())
+        found = parse_json(path.read_text())
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict) or found.get("version") != VERSION:

@@ -10,15 +10,15 @@ import json
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from llava_cmoe.evaluation.bootstrap import Interval
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.invocations import MANIFEST, changed_answers, is_bound
 from llava_cmoe.registry.schema import warn_once
-from llava_cmoe.settings.base import first_problem
+from llava_cmoe.settings.base import first_problem, shown
 from llava_cmoe.settings.evaluation import Split
 from llava_cmoe.settings.names import PlainName
 from llava_cmoe.settings.plain_json import parse_json
@@ -226,6 +226,18 @@ class Results(RunFacts):
     """Route (`located`, `oracle`, `random`) to what was measured; the first is the headline."""
     locator: LocatorResults | None
     """The locator's verdicts; null for a method that locates nothing or a run that did not ask."""
+
+    @model_validator(mode="after")
+    def _is_of_its_tasks(self) -> Self:
+        num_tasks = len(self.tasks)
+        if not self.routes or not num_tasks:
+            raise ValueError("nothing was measured: no task, or no route")
+        for name, route in self.routes.items():
+            tables = {"matrix": route.matrix, "intervals": route.intervals, **route.detail, **route.other_protocols}
+            for table, rows in tables.items():
+                if len(rows) > num_tasks or any(len(row) != num_tasks for row in rows):
+                    raise ValueError(f"{table} of route {shown(name)} is not of {num_tasks} tasks")
+        return self
 
     @property
     def headline(self) -> RouteResults:

@@ -17,6 +17,7 @@ from llava_cmoe.evaluation.log import Results, RunFacts, read_results, write_res
 from llava_cmoe.provenance.invocations import bind_results
 from llava_cmoe.registry.inside import check_inside
 from llava_cmoe.registry.schema import RegistryError
+from llava_cmoe.settings.base import shown
 from llava_cmoe.settings.data import DataSettings
 from llava_cmoe.settings.evaluation import EvaluationSettings
 from llava_cmoe.settings.recipes import parse_settings
@@ -80,7 +81,10 @@ def open_examined(folder: Path, root: Path | None = None, bound: bool = True) ->
         asked |= {"limit": results.subset.limit, "subset_seed": results.subset.seed}
     evaluation = parse_settings(EvaluationSettings, asked, source, recorded=True)
     tasks = TaskData.open(data, results.seed, evaluation.split)
-    files = tasks.files
+    files, names = tasks.files, tasks.sequence.names
+    if results.tasks != names:
+        others = f"{shown(list(results.tasks))}, and {data.sequence} lists {shown(list(names))}"
+        raise RegistryError(f"{source}: is of the tasks {others}; bring that sequence back, or measure the run again")
     if tasks.fingerprint != results.data:
         changed = [name for name in files if results.data_files.get(name, files[name]) != files[name]]
         raise RegistryError(

@@ -23,6 +23,7 @@ from llava_cmoe.provenance.files import sync, write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_each, fingerprint_file
 from llava_cmoe.registry.schema import Manifest, RegistryError, Sealed
 from llava_cmoe.registry.store import Registry
+from llava_cmoe.settings.names import InnerPath
 
 FILE = "merge.json"
 
@@ -55,7 +56,7 @@ class MergeRecord(Sealed):
     """Bytes of all experts in memory; routers and locators are as before."""
     versions: dict[str, str]
     """Python and the packages that had a hand in the numbers."""
-    answers: dict[str, str] = Field(default_factory=dict)
+    answers: dict[InnerPath, str] = Field(default_factory=dict)
     """sha256 of each answers file that `accuracy` was made from, by its path in the entry; empty in older entries."""
 
     @model_validator(mode="after")

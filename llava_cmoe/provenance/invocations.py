@@ -20,6 +20,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.provenance.fingerprints import fingerprint_file
 from llava_cmoe.settings.base import first_problem
+from llava_cmoe.settings.names import InnerPath
 from llava_cmoe.settings.plain_json import parse_json
 from llava_cmoe.settings.training import TrainingSettings
 
@@ -75,7 +76,7 @@ class Manifest(_Recorded):
 
     results_sha256: str | None
     calls: tuple[Call, ...]
-    answers: dict[str, str] | None = None
+    answers: dict[InnerPath, str] | None = None
     sha256: str | None = None
 
     def sealed(self) -> Manifest:

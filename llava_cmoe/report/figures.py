@@ -7,6 +7,7 @@ the same with every kind of colour vision and in grey.
 
 from __future__ import annotations
 
+import io
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from matplotlib.text import Text
 from numpy.typing import NDArray
 
 from llava_cmoe.evaluation.log import Results
+from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.report.comparison import Comparison, task_names
 from llava_cmoe.report.studies import COLUMNS, StudySummary
 from llava_cmoe.report.tables import metrics_line, run_label
@@ -256,10 +258,11 @@ def _figure(width: float, height: float) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     """A PNG or an SVG, as the path ends; text in an SVG is drawn as paths, so that it needs no font."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # No version, date or random id in the file: the same numbers give the same bytes.
     metadata = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # a name with two dollar signs is a name
     with rc_context({"svg.hashsalt": "llava_cmoe", "svg.fonttype": "path"}):
-        figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.12, metadata=metadata)
+        drawn, kind = io.BytesIO(), path.suffix.removeprefix(".")
+        figure.savefig(drawn, format=kind, dpi=DPI, bbox_inches="tight", pad_inches=0.12, metadata=metadata)
+    write_atomically(path, drawn.getvalue())

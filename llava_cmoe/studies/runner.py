@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from llava_cmoe.data.task_data import lacks_pocket
 from llava_cmoe.pocket.root import make_pocket_root
+from llava_cmoe.provenance.files import write_atomically
 from llava_cmoe.registry.schema import RegistryError
 from llava_cmoe.report.figures import draw_study
 from llava_cmoe.report.studies import StudySummary, study_markdown, summarise_study
@@ -63,7 +64,7 @@ def write_study(plan: StudyPlan) -> StudySummary:
         summary = summarise_study(plan.study.model_dump(mode="json"), groups)
     except ValueError as error:
         raise RegistryError(f"{plan.folder}: {error}") from error
-    (plan.folder / "study.json").write_text(summary.model_dump_json(indent=1) + "\n")
-    (plan.folder / "table.md").write_text(study_markdown(summary) + "\n")
+    write_atomically(plan.folder / "study.json", f"{summary.model_dump_json(indent=1)}\n".encode())
+    write_atomically(plan.folder / "table.md", f"{study_markdown(summary)}\n".encode())
     draw_study(summary, plan.folder / "last.png")
     return summary

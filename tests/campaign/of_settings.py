@@ -134,6 +134,8 @@ def _differences(said: Any, read: Any, place: str = "") -> Iterator[str]:
 
 
 def _same(said: Any, read: Any) -> bool:
+    if isinstance(said, str) and _is_number(read) and "_" in said:
+        return float(said.replace("_", "")) == read  # as Python and YAML write large numbers
     if _is_number(said) and _is_number(read):
         return float(said) == float(read)
     return isinstance(said, bool) == isinstance(read, bool) and (said == read or str(said) == str(read))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import os
@@ -9,11 +10,12 @@ import resource
 import select
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 LONGEST = 60.0
 """Seconds after which a case counts as one that hangs, on a machine that does other work, too."""
@@ -33,9 +35,10 @@ def in_workers(
     number = 0
     while left():
         reader, writer = os.pipe()
+        where = tempfile.TemporaryFile("w+")  # noqa: SIM115 - for both processes
         if not (child := os.fork()):
             os.close(reader)
-            _work(kind_of, attempt, left, number, writer)
+            _work(kind_of, attempt, left, number, writer, where)
         os.close(writer)
         with os.fdopen(reader, "rb") as stream:
             last = "nothing"
@@ -55,7 +58,9 @@ def in_workers(
         _, status = os.waitpid(child, 0)
         if os.waitstatus_to_exitcode(status) != 0 and left():
             how = "died" if ready else "hung"
-            yield (last, how, f"case {number - 1} {how}")
+            where.seek(0)
+            yield (last, how, f"case {number - 1} {how}: {where.read()[:900]}")
+        where.close()
 
 
 def _work(
@@ -64,6 +69,7 @@ def _work(
     left: Callable[[], bool],
     number: int,
     writer: int,
+    where: TextIO,
 ) -> None:
     with open("/proc/self/statm") as stream:
         size = int(stream.read().split()[0]) * resource.getpagesize()
@@ -78,6 +84,7 @@ def _work(
     sys.stdout = sys.stderr = io.TextIOWrapper(io.FileIO(quiet, "w", closefd=False), line_buffering=True)
     while left():
         say(number=number, kind=kind_of(number))
+        faulthandler.dump_traceback_later(LONGEST - 5, file=where)
         try:
             verdict = attempt(number)
         except BaseException:  # noqa: BLE001 - whatever it is, it is to be counted

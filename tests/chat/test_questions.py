@@ -1,6 +1,7 @@
 """A file of questions is answered line by line, or refused by line before a model is loaded."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,3 +90,18 @@ def test_words_that_do_not_go_together_are_refused(
     lesson_of: Callable[[str], Lesson], words: tuple[str, ...], reason: str
 ):
     assert reason in refused("chat", lesson_of("cmoe").recipe.run, *words)
+
+
+@given(st.text(min_size=1).filter(lambda text: text.strip() and not re.search("[\ud800-\udfff]", text)))
+def test_any_text_that_is_one_line_of_json_is_one_question(tmp_path_factory: pytest.TempPathFactory, text: str):
+    file = tmp_path_factory.mktemp("asked") / "questions.jsonl"
+    file.write_text(json.dumps({"question": text}, ensure_ascii=False) + "\n", encoding="utf-8", newline="")
+    assert [one.question for one in read_questions(file)] == [text]
+
+
+@pytest.mark.parametrize("line", ["[" * 50_000, '{"question": "a", "question": "b"}', '{"question": "\\ud800"}'])
+def test_a_line_that_would_be_read_otherwise_is_refused(tmp_path: Path, line: str):
+    (tmp_path / "q.jsonl").write_text(line)
+    with pytest.raises(DataError, match="line 1") as raised:
+        read_questions(tmp_path / "q.jsonl")
+    assert len(str(raised.value).splitlines()) == 1

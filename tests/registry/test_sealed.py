@@ -204,3 +204,14 @@ def test_any_value_of_a_manifest_that_is_changed_is_found(run: Path):
         json.dumps({key: written[key] for key in ("results_sha256", "calls")})
     )  # as older versions wrote it
     assert type_in("report", run).exit_code == 0
+
+
+@pytest.mark.parametrize("tasks", [["colours", "x"], ["sides", "colours"], ["colours"], ["colours", "sides", "more"]])
+def test_results_of_other_tasks_than_the_data_has_are_told_and_not_drawn(run: Path, tmp_path: Path, tasks: list[str]):
+    edit(run / "results.json", ("tasks",), tasks)
+    bind_results(run)
+    why = "is of the tasks" if len(tasks) == 2 else f"is not of {len(tasks)} tasks"
+    assert why in refused("answers", "export", run, "--to", tmp_path / "out")
+    told = type_in("report", run, "--out", tmp_path / "report")
+    assert isinstance(told.exception, SystemExit | None) and "Traceback" not in told.output
+    assert why in told.output and told.exit_code == (0 if len(tasks) == 2 else 2)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from llava_cmoe.evaluation.rescoring import Examined
 from llava_cmoe.provenance.invocations import bind_results
 from llava_cmoe.registry.schema import RegistryError, recipe_facts
 from llava_cmoe.settings.base import shown
+from llava_cmoe.settings.plain_json import parse_json
 from llava_cmoe.settings.run import Recipe
 
 ANSWERS, RESULT = "merge.jsonl", "Result.text"
@@ -66,13 +68,16 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
     if chosen is None:
         raise RegistryError(f"{examined.folder}: no route {route} was measured, only {', '.join(results.routes)}")
     _refuse_full(to)
-    written = []
+    partial, written = to.resolve().with_name(f".{to.resolve().name}.partial"), []
+    if partial.exists():  # of a call that was killed
+        shutil.rmtree(partial)
     for i, task in enumerate(eval_spec.sequence.tasks):
         ids = raw_ids(examined.root, task)
         for j in range(len(results.routes[chosen].matrix)):
             protocol, accuracy = _as_coin(results, chosen, j, i)
             if accuracy is not None:
-                folder = to / task.name / eval_spec.sequence.names[j]
+                inner = Path(task.name, eval_spec.sequence.names[j])
+                folder = partial / inner
                 folder.mkdir(parents=True)
                 by_id = _answers_by_id(eval_spec, j, i, chosen)
                 lines = [
@@ -84,7 +89,9 @@ def export_answers(examined: Examined, to: Path, route: str | None = None) -> li
                 (folder / RESULT).write_text(
                     f"Samples: {len(lines)}\nAccuracy: {accuracy:.2f}%\nProtocol: {protocol}\n"
                 )
-                written.append(folder / ANSWERS)
+                written.append(to / inner / ANSWERS)
+    partial.mkdir(parents=True, exist_ok=True)
+    partial.replace(to.resolve())  # an empty folder there makes room
     return written
 
 
@@ -229,7 +236,7 @@ def _read(path: Path, rows: Any, num_tasks: int) -> list[Answer]:
 
 def _answer(line: bytes, where: str) -> Answer:
     try:
-        document = json.loads(line)
+        document = parse_json(line)
         raw_id, text, metadata = document["question_id"], document["text"], document.get("metadata") or {}
         prompt, kept = document.get("prompt", ""), {key: metadata.get(key) for key in OWN}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -239,10 +246,6 @@ def _answer(line: bytes, where: str) -> Answer:
     answer = Answer(str(raw_id), text, prompt=str(prompt), **kept)  # blanks stay: they decide under `coin`
     if any(isinstance(kept[key], bool) or not isinstance(kept[key], kinds) for key, kinds in OWN.items()):
         raise RegistryError(f"{where}: metadata: located is the index of a task, score a number, failed says why")
-    try:
-        answer.to_line()
-    except UnicodeEncodeError as error:
-        raise RegistryError(f"{where}: half of a surrogate pair, which no file can hold; {error}") from error
     return answer
 
 

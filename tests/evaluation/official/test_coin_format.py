@@ -163,7 +163,10 @@ def test_another_accuracy_in_their_result_file_is_told(theirs: Path, asked: Reci
             "merge.jsonl:1: metadata: located is",
         ),
         (lambda lines: [lines[0] | {"metadata": {"located": 9}}, *lines[1:]], "merge.jsonl:1: located at 9"),
-        (lambda lines: [lines[0] | {"text": "\ud800"}, *lines[1:]], "merge.jsonl:1: half of a surrogate pair"),
+        (
+            lambda lines: [lines[0] | {"text": "\ud800"}, *lines[1:]],
+            "merge.jsonl:1: not an answer (PlainJsonError('half of a surrogate pair",
+        ),
     ],
 )
 def test_a_wrong_line_is_an_error_with_its_place_and_nothing_is_written(
@@ -175,6 +178,32 @@ def test_a_wrong_line_is_an_error_with_its_place_and_nothing_is_written(
         import_answers(theirs, asked, "theirs")
     assert complaint in str(error.value) and str(path) in str(error.value)
     assert not asked.run.exists()
+
+
+@pytest.mark.parametrize("line", [b"[" * 50_000, b'{"question_id": "1", "text": "a", "text": "b"}', b"9" * 5000])
+def test_a_line_that_would_be_read_otherwise_is_refused(theirs: Path, asked: Recipe, line: bytes) -> None:
+    (theirs / "sides/sides/merge.jsonl").write_bytes(line)
+    with pytest.raises(RegistryError, match="merge.jsonl:1: not an answer") as raised:
+        import_answers(theirs, asked, "theirs")
+    assert len(str(raised.value)) < 700
+
+
+def test_an_export_that_was_killed_leaves_no_half_and_can_be_repeated(
+    theirs: Path, lesson: Lesson, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, "replace", killed)
+        export_answers(open_examined(lesson.recipe.run), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    written = export_answers(open_examined(lesson.recipe.run), tmp_path / "again")
+    assert all(path.is_file() for path in written) and {path.name for path in tmp_path.iterdir()} >= {"again"}
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_folders_that_say_nothing_are_refused(theirs: Path, asked: Recipe, tmp_path: Path, lesson: Lesson) -> None:
