@@ -31,7 +31,8 @@ def check_given(annotation: Any, value: Any) -> None:
     """Look at a value as it was written, before it is made what the setting holds.
 
     Raises:
-        ValueError: `true` or `false` where a number is wanted, or anything else where they are, or a path that is empty or that no file system holds.
+        ValueError: `true` or `false` where a number is wanted, anything else where they are, or a path that is empty or
+            that no file system holds.
     """
     kinds = set(_kinds(annotation))
     if kinds & {int, float} and not kinds & {bool, Any}:
