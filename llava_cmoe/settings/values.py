@@ -31,13 +31,16 @@ def check_given(annotation: Any, value: Any) -> None:
     """Look at a value as it was written, before it is made what the setting holds.
 
     Raises:
-        ValueError: `true` or `false` where a number is wanted, or a path that is empty or that no file system holds.
+        ValueError: `true` or `false` where a number is wanted, anything else where they are, or a path that is empty or
+            that no file system holds.
     """
     kinds = set(_kinds(annotation))
     if kinds & {int, float} and not kinds & {bool, Any}:
         for one in _scalars(value):
             if isinstance(one, bool):
                 raise ValueError(f"a number is expected, `{str(one).lower()}` is none")
+    if bool in kinds and not isinstance(value, bool):
+        raise ValueError("true or false is expected")
     is_missing = value is None and type(None) not in kinds
     if Path in kinds and (isinstance(value, str) or is_missing):
         if is_missing or not value.strip():

@@ -40,6 +40,8 @@ KEYS = {("sequential_lora", key): kinds for key, kinds in SHARED.items()} | {
 }
 NUMBERS = {place: kinds for place, kinds in KEYS.items() if kinds & {int, float}}
 WHOLE = [place for place, kinds in NUMBERS.items() if float not in kinds]
+DECIMAL = [place for place, kinds in NUMBERS.items() if float in kinds]
+FLAGS = [place for place, kinds in KEYS.items() if bool in kinds]
 PATHS = [place for place, kinds in KEYS.items() if Path in kinds]
 
 
@@ -66,6 +68,16 @@ def test_what_is_no_finite_number_is_refused_by_its_key(place: tuple[str, str], 
 @given(st.sampled_from(sorted(WHOLE)), st.integers(LARGEST + 1, 10**40), st.sampled_from([1, -1]))
 def test_whole_numbers_are_those_that_libraries_count_with(place: tuple[str, str], number: int, sign: int):
     assert place[1] in refusal(*place, str(sign * number))
+
+
+@given(st.sampled_from(DECIMAL), st.floats(2.0**31 * 1.001, 1e308), st.sampled_from(["", "-"]))
+def test_no_rate_share_or_factor_is_astronomic(place: tuple[str, str], number: float, sign: str):
+    assert place[1] in refusal(*place, f"{sign}{number!r}")
+
+
+@given(st.sampled_from(FLAGS), st.sampled_from(["1", "0", "1.0", "'true'", "'yes'", "on_", "[true]", "2", "{a: true}"]))
+def test_what_is_neither_true_nor_false_is_refused(place: tuple[str, str], written: str):
+    assert "true or false is expected" in refusal(*place, written)
 
 
 @pytest.mark.parametrize("name", SIZES)
