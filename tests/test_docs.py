@@ -36,6 +36,7 @@ from llava_cmoe.methods import METHODS
 from llava_cmoe.methods.base import Method, StageData
 from llava_cmoe.methods.catalogue import catalogue, markdown
 from llava_cmoe.planning.estimate import Budget
+from llava_cmoe.pocket.backbone import POCKET_DIR
 from llava_cmoe.pocket.root import make_pocket_root
 from llava_cmoe.report.headline import Headline, readme_markdown
 from llava_cmoe.report.results_page import HEADLINE, results_page
@@ -125,7 +126,7 @@ def checkout(
         tmp_path / "runs/data/pocket_unseen", lambda *_: None, train_rows=1, test_rows=2, tasks=["Pretraining"]
     )
     (tmp_path / "ROOT").symlink_to(pocket)
-    (tmp_path / "MODEL").symlink_to(tiny_backbone)
+    (tmp_path / "MODEL").symlink_to(POCKET_DIR)  # which has the layers that the recipe names
     (tmp_path / "runs/backbones").mkdir()
     (tmp_path / BASE).symlink_to(tiny_backbone)
     [mine] = [

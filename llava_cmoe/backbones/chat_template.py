@@ -19,7 +19,7 @@ QUESTION, ANSWER = "What is shown here?", "a cat"
 SIDE = 64
 """Of the grey square that is shown, in pixels."""
 UNLIMITED = 10**9
-SECONDS, MEMORY = 20, 2 * 2**30
+SECONDS, MEMORY = 10, 2 * 2**30
 """That a question, an answer and the grey square may take; of sound files they take milliseconds."""
 HOLDERS = ("chat_template.jinja", "chat_template.json", "processor_config.json", "tokenizer_config.json")
 """Files that may hold a chat template, in the order in which they are looked at."""

@@ -123,6 +123,11 @@ def _why_refused(key: str, fields: Mapping[str, Any], read: frozenset[str]) -> s
 
 
 def _only_numbers(value: object) -> bool:
-    if isinstance(value, list):
-        return all(map(_only_numbers, value))
-    return value is None or isinstance(value, (bool, int, float))
+    left = [value]  # no recursion: what a stranger nests is deeper than a stack
+    while left:
+        one = left.pop()
+        if isinstance(one, list):
+            left += one
+        elif not (one is None or isinstance(one, (bool, int, float))):
+            return False
+    return True

@@ -51,9 +51,8 @@ class FrozenFeatures:
         try:
             check_layer(self.model, self.layer)
         except ValueError as error:
-            raise RecipeError(
-                f"features are to be read from {error}; set the method's layer, such as locator.layer"
-            ) from error
+            fix = "set the layer that the method reads features from, such as method.locator.layer"
+            raise RecipeError(f"{error}; {fix}") from error
 
     def of(self, batch: Batch) -> Tensor:
         """Of a batch of prompts (B, D), in a pass of its own that stops at the layer."""

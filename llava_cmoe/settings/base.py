@@ -32,6 +32,8 @@ def shown(value: object) -> str:
         text = repr(value)
     except ValueError:  # Python does not write integers of more than 4,300 digits
         text = "a number too long to show"
+    except RecursionError:
+        text = "a value nested too deep to show"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 

@@ -13,7 +13,7 @@ from campaign.world import World, make_world
 
 WEIGHTS = {
     **{"rows": 8, "annotations": 4, "pictures": 4, "recipes": 5, "numbers": 4, "sequences": 4},
-    **{"stored": 4, "imported": 2, "scored": 3, "questions": 3, "files": 2, "templates": 0.3},
+    **{"stored": 4, "imported": 2, "scored": 3, "questions": 3, "files": 2, "templates": 0.06},
 }
 """How often a kind is drawn: by what it costs and by how much there is to change."""
 

@@ -18,7 +18,7 @@ LOOPS = (
     "{{ 'a' * 10**12 }}",
     "{{ 10 ** (10 ** 10) }}",
     "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "{% for a in range(99999) if a > 99999 %}{% endfor %}" * 200,
+    "{% for a in range(99999) if a > 99999 %}{% endfor %}" * 20,
     "{% if messages[0]['content'] is string %}{% else %}{{ raise_exception('no') }}{% endif %}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ messages.__init__.__globals__ }}",

@@ -86,7 +86,7 @@ def attempt(world: World, place: Path, command: str, attack: Callable[[Path], Pa
 def _watch(place: Path) -> None:
     """Note connections, shells, pickles, and files that are opened outside, or written beside the run and `--out`."""
     noted = (place / "noted").open("a")
-    allowed = tuple(f"{place}/{name}" for name in ("run", "out", "[", "b", "\x1b"))
+    allowed = tuple(f"{place}/{name}" for name in ("run", "out", ".out.partial", "[", "b", "\x1b"))
     outside = f"{place}/outside"
 
     def heard(event: str, args: tuple[Any, ...]) -> None:

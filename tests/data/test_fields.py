@@ -123,3 +123,14 @@ def test_every_row_with_content_that_is_not_read_is_found(
     assert all(f"`{key}`" in problem.reason for problem in problems)
     with pytest.raises(DataError, match=rf"{split}\.json, row 0 \(id r0\): .*`{key}`"):
         (read_train if split == "train" else read_eval)(root, sequence.tasks[2])
+
+
+@pytest.mark.parametrize("inner", ["text", 3])
+@pytest.mark.parametrize("depth", [1, 50, 800])
+def test_a_note_may_be_nested_as_deep_as_a_reader_reads(
+    root: Path, sequence: TaskSequence, edit: Edit, depth: int, inner: object
+) -> None:
+    deep = json.loads("[" * depth + json.dumps(inner) + "]" * depth)
+    edit("Grounding/train.json", lambda rows: rows[0].update(nobody_knows=deep))
+    problems = check_sequence(root, sequence).problems
+    assert [problem.row for problem in problems] == ([] if inner == 3 else [0])
