@@ -12,6 +12,9 @@ from typing import Any, NoReturn
 
 from llava_cmoe.settings.base import shown
 
+LONGEST_PLACE = 100
+"""Characters of where something stands that an error repeats."""
+
 
 class PlainJsonError(ValueError):
     """A document that is JSON and cannot be used; the message names the place and the fix, in one line."""
@@ -36,7 +39,8 @@ def parse_json(text: str | bytes) -> Any:
     except ValueError as error:  # Python reads no whole number of more than 4,300 digits
         raise PlainJsonError("a number of thousands of digits; write the one that is meant") from error
     if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", text) and (place := next(_halves(document, ""), None)):
-        raise PlainJsonError(f"half of a surrogate pair in {place}, which no file can hold; write the whole character")
+        where = place if len(place) <= LONGEST_PLACE else f"{place[:LONGEST_PLACE]}..."
+        raise PlainJsonError(f"half of a surrogate pair in {where}, which no file can hold; write the whole character")
     return document
 
 

@@ -55,3 +55,10 @@ def test_half_of_a_surrogate_pair_is_found(
 @given(AROUND, st.text(st.characters(min_codepoint=0x10000), min_size=1))
 def test_a_whole_pair_is_a_character(around: str, text: str) -> None:
     assert text in repr(parse_json(around.format(json.dumps(text)))) or not text.isprintable()
+
+
+@given(depth=st.integers(1, 400))
+def test_a_place_is_named_at_a_readable_length_however_deep_it_is(depth: int):
+    with pytest.raises(PlainJsonError) as raised:
+        parse_json("[" * depth + '"\\ud800"' + "]" * depth)
+    assert str(raised.value).startswith("half of a surrogate pair in [0]") and len(str(raised.value)) < 200
