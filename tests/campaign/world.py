@@ -121,6 +121,7 @@ def differences(run: Path, whole: Path) -> Iterator[str]:
     from llava_cmoe.evaluation.log import comparable, read_results
 
     names, wanted = names_in(run), names_in(whole)
+    names -= {"progress.html", "progress.json"}  # which tell times, and are written by the command alone
     yield from (f"{name} is left behind" for name in sorted(names - wanted))
     yield from (f"{name} is missing" for name in sorted(wanted - names))
     for name in sorted(names & wanted):
