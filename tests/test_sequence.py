@@ -164,6 +164,15 @@ def test_what_a_method_keeps_of_earlier_tasks_comes_back_for_the_next_one(
     assert ends[0] == ends[1]
 
 
+@pytest.mark.parametrize("call", [2, 3])
+def test_checkpoints_of_a_committed_stage_do_not_outlive_a_kill_behind_its_commit(recipe_in: Make, call: int):
+    recipe = recipe_in("killed", "sequential_lora", "training.checkpoint_steps=5")
+    killed_at(recipe, "llava_cmoe.sequence", "discard_checkpoints", call)  # the first call begins the run
+    assert len(list((recipe.run / "tasks").iterdir())) == call - 1 and list(recipe.run.glob("trainer/*"))
+    sequence.learn(recipe)
+    assert not (recipe.run / "trainer").exists()
+
+
 def test_the_seed_decides_the_run_and_nothing_else_does(lesson: Lesson, recipe_in: Make):
     same = sequence.learn(recipe_in("same"))
     assert comparable(same) == comparable(lesson.results)

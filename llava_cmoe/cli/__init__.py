@@ -10,6 +10,7 @@ import sys
 import typer
 
 from llava_cmoe.cli import data, learning, methods, results, runs, serving, sharing
+from llava_cmoe.cli.signals import ending_in_one_line
 
 app = typer.Typer(
     help="Teach a vision-language LLM one task after another without forgetting the earlier ones. Start with `demo`.",
@@ -29,4 +30,8 @@ app.add_typer(results.app)
 
 def main(*command: str) -> None:
     """Entry point of `llava-cmoe`, and of the scripts in `train/` and `eval/`, which name their command."""
-    app([*command, *sys.argv[1:]], prog_name="llava-cmoe")
+    try:
+        with ending_in_one_line():  # also while the command line is read, before a command heeds signals itself
+            app([*command, *sys.argv[1:]], prog_name="llava-cmoe")
+    except typer.Exit as left:
+        raise SystemExit(left.exit_code) from left

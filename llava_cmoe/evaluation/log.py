@@ -268,8 +268,8 @@ def read_results(path: Path, bound: bool = True) -> Results:
     if not (is_written := is_bound(path)):
         if bound and is_written is False:
             raise LogError(
-                f"{path}: was changed after it was written; `llava-cmoe eval {path.parent}` or `llava-cmoe rescore "
-                f"{path.parent}` makes it again from the answers"
+                f"{path}: was changed after it was written, or {MANIFEST} is another run's; `llava-cmoe eval "
+                f"{path.parent}` or `llava-cmoe rescore {path.parent}` makes it again from the answers"
             )
         why = f"no {MANIFEST} names its hash" if is_written is None else f"{MANIFEST} names another hash"
         warn_once(f"{path}: {why}; what it says of the run is not verified")
@@ -297,8 +297,9 @@ def check_answers(folder: Path, bound: bool = True, rows: Container[Path] | None
     if changed and bound:
         others = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise LogError(
-            f"{changed[0]}: was changed after it was answered{others}; bring it back from a copy, or delete it and ask "
-            f"again with `llava-cmoe eval {folder}`, or count it as it is with `llava-cmoe rescore {folder}`"
+            f"{changed[0]}: was changed after it was answered{others}, or {MANIFEST} is another run's; bring it back from "
+            f"a copy, or delete it and ask again with `llava-cmoe eval {folder}`, or count it as it is with `llava-cmoe "
+            f"rescore {folder}`"
         )
     for path in changed:
         warn_once(f"{path}: was changed after it was answered; counted as it is now")

@@ -118,6 +118,10 @@ class Merges:
             RegistryError: no such entry, it or its answers were changed, or the run has learned or lost tasks since.
         """
         path = self._folder / f"{number:02d}" / FILE
+        if path.parent.is_dir() and not path.is_file():
+            raise RegistryError(
+                f"{path}: is missing; bring it back from a copy, or delete {path.parent} and merge again"
+            )
         if not path.is_file():
             known = ", ".join(map(str, self._numbers)) or "none yet; `llava-cmoe merge` makes one"
             raise RegistryError(f"{self._registry.run}: there is no merge {number}; there is {known}")

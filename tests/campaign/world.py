@@ -101,11 +101,12 @@ def type_in(*words: object) -> Callable[[], None]:
     def typed() -> None:
         import torch
 
-        from llava_cmoe.cli import app
+        from llava_cmoe.cli import main
 
         torch.set_num_threads(1)
         os.environ["COLUMNS"] = "200"
-        app([str(word) for word in words], prog_name="llava-cmoe")
+        sys.argv[:] = ["llava-cmoe", *map(str, words)]
+        main()
 
     return typed
 

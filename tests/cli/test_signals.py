@@ -11,6 +11,7 @@ import tiny
 import typer
 from commands import type_in
 
+from llava_cmoe import cli
 from llava_cmoe.cli.console import user_errors
 from llava_cmoe.training.stage import StageTrainer
 
@@ -43,6 +44,21 @@ def test_any_command_ends_in_one_line(number: signal.Signals, capsys: pytest.Cap
     out, told = capsys.readouterr()
     assert out == "" and told.count("\n") == 1 and told.startswith(f"stopped by {number.name}: ")
     assert [signal.getsignal(one) for one in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_while_the_command_line_is_read_is_one_line_too(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def reading(*_: object, **words: object) -> None:
+        os.kill(os.getpid(), number)
+        raise AssertionError("nobody heeded it")
+
+    monkeypatch.setattr(cli, "app", reading)
+    with pytest.raises(SystemExit) as left:
+        cli.main("methods")
+    told = capsys.readouterr().err
+    assert left.value.code == 128 + number and told.startswith(f"stopped by {number.name}: ") and told.count("\n") == 1
 
 
 def test_what_is_ignored_stays_ignored():

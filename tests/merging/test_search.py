@@ -141,3 +141,11 @@ def test_answers_of_a_merge_that_were_changed_are_named(recipe: Recipe, damage: 
     damage(answers[-1])
     with pytest.raises(RegistryError, match=f"{answers[-1]}: is not what was answered"):
         Merges(registry).load(1)
+
+
+def test_a_merge_without_its_record_is_named(recipe: Recipe):
+    merge_run(recipe, bound=1e9, num_rows=4)
+    path = recipe.run / "merges/01/merge.json"
+    path.unlink()
+    with pytest.raises(RegistryError, match=f"{path}: is missing"):
+        Merges(Registry(recipe.run)).load(1)

@@ -1,15 +1,24 @@
 """A file is there whole or not at all, and what killed writers left goes with the next one; a living one's stays."""
 
+import errno
 import os
+import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from llava_cmoe.provenance.files import write_atomically
+from llava_cmoe.provenance.files import write_atomically, writing_tensors
+
+VALUES = {"a": torch.ones(20_000)}
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +59,29 @@ def test_an_error_on_the_way_leaves_the_old_file_and_nothing_beside(tmp_path: Pa
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert [one.name for one in tmp_path.iterdir()] == ["result"] and path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS])
+def test_what_safetensors_says_of_the_system_is_the_systems_error(tmp_path: Path, number: int):
+    with pytest.raises(OSError) as raised, writing_tensors(tmp_path):
+        raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})")
+    assert raised.value.errno == number and raised.value.filename == str(tmp_path)
+
+
+@pytest.mark.parametrize("write", [lambda path: torch.save(VALUES, path), lambda path: save_file(VALUES, path)])
+def test_a_file_that_does_not_fit_is_the_systems_error(tmp_path: Path, write: Callable[[Path], None]):
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=str(tmp_path)), writing_tensors(tmp_path):
+            write(tmp_path / "values")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("error", [SafetensorError("header too small"), RuntimeError("CUDA error")])
+def test_any_other_error_stays_what_it_is(tmp_path: Path, error: Exception):
+    with pytest.raises(type(error)) as raised, writing_tensors(tmp_path):
+        raise error
+    assert raised.value is error
