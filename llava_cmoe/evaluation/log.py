@@ -297,9 +297,9 @@ def check_answers(folder: Path, bound: bool = True, rows: Container[Path] | None
     if changed and bound:
         others = f", and {len(changed) - 1} more" if len(changed) > 1 else ""
         raise LogError(
-            f"{changed[0]}: was changed after it was answered{others}, or {MANIFEST} is another run's; bring it back from "
-            f"a copy, or delete it and ask again with `llava-cmoe eval {folder}`, or count it as it is with `llava-cmoe "
-            f"rescore {folder}`"
+            f"{changed[0]}: was changed after it was answered{others}, or {MANIFEST} is another run's; bring it back "
+            f"from a copy, or delete it and ask again with `llava-cmoe eval {folder}`, or count it as it is with "
+            f"`llava-cmoe rescore {folder}`"
         )
     for path in changed:
         warn_once(f"{path}: was changed after it was answered; counted as it is now")

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from llava_cmoe.data.conversation import Processor
-from llava_cmoe.experts.routers.widened import Scores
+from llava_cmoe.experts.routers.widened import Scores, WidenedRouter
 from llava_cmoe.methods.inc_moelora import IncMoeLora
 from llava_cmoe.settings.methods.dymoe import DyMoeSettings
 
@@ -28,10 +26,9 @@ class DyMoe(IncMoeLora):
 
     settings: DyMoeSettings
 
-    def __init__(self, settings: DyMoeSettings, model: PreTrainedModel, processor: Processor, seed: int) -> None:
-        """As of incremental MoELoRA, with guided routers."""
-        self.margin = settings.margin
-        super().__init__(settings, model, processor, seed)
+    def router(self, width: int) -> WidenedRouter:
+        """A guided one."""
+        return WidenedRouter(width, self.settings.top_k, self.settings.margin)
 
     def loss_of(self, scores: Scores, weight_BT: Tensor) -> Tensor:
         """Balance, exclusion and specialisation at one site; the last two once there are old experts."""

@@ -29,8 +29,7 @@ from llava_cmoe.experts.state import TaskState, restore, state_of
 from llava_cmoe.experts.surgery import ExpertHost, install
 from llava_cmoe.methods.base import Costs, DeferredLocation, ExtraLoss, FitFn, Method, PlannedFit, StageData, Tensors
 from llava_cmoe.records import Growth, Learned
-from llava_cmoe.settings.methods.dymoe import DyMoeSettings
-from llava_cmoe.settings.methods.inc_moelora import IncMoeLoraSettings
+from llava_cmoe.settings.methods.inc_moelora import GrowingExperts
 
 
 class IncMoeLora(Method):
@@ -43,23 +42,17 @@ class IncMoeLora(Method):
     )
 
     host: ExpertHost
-    margin: float | None = None
-    """Of the router's guidance."""
 
-    def __init__(
-        self, settings: IncMoeLoraSettings | DyMoeSettings, model: PreTrainedModel, processor: Processor, seed: int
-    ) -> None:
+    def __init__(self, settings: GrowingExperts, model: PreTrainedModel, processor: Processor, seed: int) -> None:
         """Make room for experts in every FFN of the LLM."""
         del seed
         self.settings, self.model, self.processor = settings, model, processor
-        self.host = install(
-            model,
-            ffn_sites(model),
-            lambda width: WidenedRouter(width, settings.top_k, self.margin),
-            rank=settings.rank,
-            alpha=settings.alpha,
-        )
+        self.host = install(model, ffn_sites(model), self.router, rank=settings.rank, alpha=settings.alpha)
         self.routers = self.host.routers(WidenedRouter)
+
+    def router(self, width: int) -> WidenedRouter:
+        """An empty router for a site of this width."""
+        return WidenedRouter(width, self.settings.top_k)
 
     def planned_fits(self, num_stages: int, num_grown: int | None = None) -> Iterator[PlannedFit]:
         """New experts everywhere for every task."""

@@ -20,7 +20,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Several processes may write the same one at a time; the last one's stays. What killed writers left in the folder is
     removed.
+
+    Raises:
+        OSError: it cannot be written; also where a device or a pipe stands, in whose place the file would come.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(
+            errno.EINVAL, "is a device or a pipe, which a file would take the place of; name a file", str(path)
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_unfinished(path.parent)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,3 +86,19 @@ def test_any_other_error_stays_what_it_is(tmp_path: Path, error: Exception):
     with pytest.raises(type(error)) as raised, writing_tensors(tmp_path):
         raise error
     assert raised.value is error
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "link to a pipe"])
+def test_no_file_takes_the_place_of_what_is_none(tmp_path: Path, kind: str):
+    """A rename replaces whatever its target is: of a device of the machine, too, where a writer may."""
+    target = tmp_path / "target"
+    with socket.socket(socket.AF_UNIX) as listening:
+        if kind == "socket":
+            listening.bind(str(target))
+        else:
+            os.mkfifo(tmp_path / "pipe")
+            target.symlink_to("pipe") if "link" in kind else (tmp_path / "pipe").rename(target)
+        before, names = target.lstat(), set(tmp_path.iterdir())
+        with pytest.raises(OSError, match=r"is a device or a pipe, .* name a file: .*target"):
+            write_atomically(target, b"whole")
+        assert os.path.samestat(target.lstat(), before) and set(tmp_path.iterdir()) == names

@@ -1,4 +1,4 @@
-"""Settings of `inc_moelora`."""
+"""Settings of `inc_moelora`, and those that it shares with methods that guide its router."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pydantic import Field
 from llava_cmoe.settings.base import Settings
 
 
-class IncMoeLoraSettings(Settings):
-    """Incremental MoELoRA: every task adds experts and router rows in each FFN, old ones are frozen; no locator."""
+class GrowingExperts(Settings):
+    """Experts and router rows that every task adds to each FFN."""
 
-    name: Literal["inc_moelora"] = "inc_moelora"
     rank: int = Field(16, gt=0)
     """LoRA rank of one expert."""
     alpha: float = Field(32.0, gt=0)
@@ -23,3 +22,9 @@ class IncMoeLoraSettings(Settings):
     """Experts that a token uses, of all tasks."""
     balance_weight: float = Field(0.01, ge=0)
     """Weight of the balance loss over the task's own experts. Not published."""
+
+
+class IncMoeLoraSettings(GrowingExperts):
+    """Incremental MoELoRA: every task adds experts and router rows in each FFN, old ones are frozen; no locator."""
+
+    name: Literal["inc_moelora"] = "inc_moelora"
