@@ -11,7 +11,7 @@ from pathlib import Path
 from campaign.children import in_child
 from campaign.damage import KINDS, deleted
 from campaign.tally import Budget, Tally
-from campaign.world import World, learn, make_world, type_in
+from campaign.world import PROGRESS, World, learn, make_world, type_in
 
 COMMANDS = {
     "eval": ("eval", "RUN"),
@@ -129,6 +129,10 @@ def judge(
     tally.add(kind, outcome, f"{command}, {how}: {broken}" if broken else None)
 
 
+TOLD_ANEW = {"run/manifest.json", *(f"run/{name}" for name in PROGRESS)}
+"""Files that two runs of one command leave unlike each other."""
+
+
 def verdict(name: str, usual: Outcome, found: Outcome) -> tuple[str, str | None]:
     """What became of a change: the outcome, and which promise it broke."""
     names = {name, Path(name).name, Path(name).parent.name} - {"", "."}
@@ -142,7 +146,7 @@ def verdict(name: str, usual: Outcome, found: Outcome) -> tuple[str, str | None]
         return ("refused by name", None) if said else ("refused without the name", errors[0])
     changed = {
         file
-        for file in (usual.files.keys() | found.files.keys()) - {"run/manifest.json"}
+        for file in (usual.files.keys() | found.files.keys()) - TOLD_ANEW
         if usual.files.get(file) != found.files.get(file) and not file.startswith(f"run/{name}")
     }
     if not changed and usual.told == found.told:

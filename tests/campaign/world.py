@@ -111,10 +111,14 @@ def type_in(*words: object) -> Callable[[], None]:
     return typed
 
 
+PROGRESS = frozenset({"progress.html", "progress.json"})
+"""Of a run folder: they tell times, so no two runs have the same."""
+
+
 def names_in(run: Path) -> set[str]:
-    """Every path in a run folder, but those of a tracker."""
+    """Every path in a run folder, but those of a tracker and of its progress."""
     found = (str(path.relative_to(run)) for path in run.rglob("*"))
-    return {name for name in found if not name.startswith("logs")}
+    return {name for name in found if not name.startswith("logs")} - PROGRESS
 
 
 def differences(run: Path, whole: Path) -> Iterator[str]:
@@ -122,7 +126,6 @@ def differences(run: Path, whole: Path) -> Iterator[str]:
     from llava_cmoe.evaluation.log import comparable, read_results
 
     names, wanted = names_in(run), names_in(whole)
-    names -= {"progress.html", "progress.json"}  # which tell times, and are written by the command alone
     yield from (f"{name} is left behind" for name in sorted(names - wanted))
     yield from (f"{name} is missing" for name in sorted(wanted - names))
     for name in sorted(names & wanted):
